@@ -1,0 +1,61 @@
+# make demo: the main job on real input.  make test: everything that must hold.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+JOBS ?= 2
+
+.PHONY: help demo test lint types unit docs bench test-compat test-wheel clean
+
+help:
+	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
+	@echo "make test         lint, types, tests, doctests, documentation"
+	@echo "make bench        benchmarks against peers; prints tables"
+	@echo "make test-compat  the tests of the Hugging Face adapters under transformers 4"
+	@echo "make test-wheel   the built wheel in an empty environment"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,docs]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: lint types docs unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/pytest -n $(JOBS)
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/pruning_cost.py
+	$(BIN)/python benchmarks/scoring_cost.py
+
+COMPAT ?= 4.48.3 4.53.3 4.57.6
+test-compat:
+	for version in $(COMPAT); do \
+	  $(PYTHON) -m venv .venv-compat-$$version && \
+	  .venv-compat-$$version/bin/pip install -q torch==2.13.0 "transformers==$$version" -e . pytest hypothesis && \
+	  .venv-compat-$$version/bin/pytest tests/test_compat.py -o addopts= || exit 1; \
+	done
+
+test-wheel: $(STAMP)
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build -q --wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q torch==2.13.0 dist/*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/python -W error -c "import torch, attnprune; \
+	  m = torch.nn.MultiheadAttention(64, 4); print(attnprune.prune_attention(m, 0.5))"
+
+clean:
+	rm -rf $(VENV) .venv-* dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

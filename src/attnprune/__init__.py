@@ -1,0 +1,52 @@
+"""attnprune removes heads and channels from attention modules of PyTorch models.
+
+>>> import torch, attnprune
+>>> model = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+>>> report = attnprune.prune_attention(model, qkvo_ratios=0.5)
+>>> model.self_attn.q_proj.weight.shape
+torch.Size([32, 64])
+"""
+
+from . import adapters, errors, scorers
+from .adapters import Adapter, register_adapter, unregister_adapter
+from .allocate import Rules, allocate
+from .api import apply_plan, find_attention, make_plan, masked, prune_attention, prune_channels, prune_heads
+from .plan import LayerPlan, Plan
+from .ratios import Ratios
+from .report import Report
+from .scorers import Scorer
+from .scores import Scores
+from .spec import AttentionSpec
+from .surgery import ParamMap, Surgeon
+from .views import AttentionView, Slot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AttentionSpec",
+    "AttentionView",
+    "LayerPlan",
+    "ParamMap",
+    "Plan",
+    "Ratios",
+    "Report",
+    "Rules",
+    "Scorer",
+    "Scores",
+    "Slot",
+    "Surgeon",
+    "adapters",
+    "allocate",
+    "apply_plan",
+    "errors",
+    "find_attention",
+    "make_plan",
+    "masked",
+    "prune_attention",
+    "prune_channels",
+    "prune_heads",
+    "register_adapter",
+    "scorers",
+    "unregister_adapter",
+]

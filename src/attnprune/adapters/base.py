@@ -1,0 +1,148 @@
+"""What a family of attention modules must tell: :class:`Adapter`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..errors import AdapterError, WrappedModelError
+from ..nn import Decoupled, decoupled_class, host_class
+from ..nn.attend import State
+from ..spec import KIND_OF, PROJECTIONS, AttentionSpec
+from ..views import AttentionView, Slot
+
+
+class Adapter(ABC):
+    """Finds one family of attention modules, tells where their projections live, and gives them another shape.
+
+    A subclass writes :meth:`matches`, :meth:`view` (usually by :meth:`of_linears`) and :meth:`reshape`; one more,
+    :attr:`decoupled`, lets a family run shapes that the host's own forward cannot.
+    """
+
+    decoupled: ClassVar[type[Decoupled] | None] = None
+    """The class whose forward runs what the host cannot: qk_dim unlike vo_dim, ragged heads."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this adapter handles the module. Looks at what the module is, never at its name in the model."""
+
+    @abstractmethod
+    def view(self, name: str, module: nn.Module) -> AttentionView:
+        """The live view of a module that matches."""
+
+    def reshape(self, view: AttentionView, spec: AttentionSpec) -> None:  # noqa: B027
+        """Sets the host's own shape attributes (number of heads, head dim) to the spec. The default sets nothing."""
+
+    def commit(self, view: AttentionView, tensors: Mapping[str, nn.Parameter], spec: AttentionSpec) -> None:
+        """Puts new parameters in place and makes the module run them; only assigns, as everything is built before.
+
+        Args:
+            view: the module as it was.
+            tensors: a parameter for every slot of the view.
+            spec: the new shape.
+        """
+        for key, parameter in tensors.items():
+            slot = view.slots[key]
+            setattr(slot.owner, slot.name, parameter)
+            if isinstance(slot.owner, nn.Linear) and slot.name == "weight":
+                slot.owner.out_features, slot.owner.in_features = parameter.shape
+        self.reshape(view, spec)
+
+    def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
+        """Whether the host's own forward can run this shape. The default: equal heads with qk_dim equal to vo_dim."""
+        return not spec.ragged and spec.qk_dim == spec.vo_dim
+
+    def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
+        """What Q is multiplied with where the host itself computes the softmax scale from the pruned head dim."""
+        return 1.0
+
+    def decoupled_for(self, view: AttentionView) -> type[Decoupled] | None:
+        """The class with a forward of ours for this module, or None if there is none."""
+        return self.decoupled
+
+    def recast(self, view: AttentionView, spec: AttentionSpec, kept: tuple[int, ...]) -> None:
+        """Gives the module the class that can run the spec: its own, or a subclass of it with a forward of ours."""
+        module = view.module
+        host, before = host_class(module), getattr(module, "attnprune_state", None)
+        if self.expresses(view, spec):
+            module.__class__ = host
+            module.__dict__.pop("attnprune_state", None)
+            return
+        mixin = self.decoupled_for(view)
+        assert mixin is not None, "surgery checks this before anything moves"
+        numbers = before.kept if before else tuple(range(view.spec.heads))
+        dense = before.dense_heads if before else view.spec.heads
+        module.__class__ = decoupled_class(mixin, host)
+        module.attnprune_state = State(  # type: ignore[assignment]
+            spec.layout, spec.scale, dense, tuple(numbers[head] for head in kept)
+        )
+
+    def of_linears(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        heads: int,
+        scale: float | None = None,
+    ) -> AttentionView:
+        """A view of a module whose projections are four Linears.
+
+        Args:
+            name: the module's name in the model.
+            module: the module whose forward splits heads.
+            q: the query projection; likewise ``k``, ``v`` and the output projection ``o``.
+            heads: number of heads.
+            scale: what the host multiplies the logits with; by default one over the square root of the qk dim.
+
+        Raises:
+            AdapterError: the projections' sizes do not fit one another or the number of heads.
+        """
+        linears = {"q": q, "k": k, "v": v, "o": o}
+        for p, linear in linears.items():
+            if not all(hasattr(linear, key) for key in ("in_features", "out_features", "weight")):
+                raise WrappedModelError(
+                    f"{name}: {p}",
+                    "an nn.Linear",
+                    f"a {type(linear).__name__}",
+                    "unwrap, merge or dequantise it, or exclude this layer",
+                )
+        sizes = {p: (linear.out_features, linear.in_features) for p, linear in linears.items()}
+        (qs, q_in), (ks, k_in), (vs, v_in), (d_model, os) = (sizes[p] for p in PROJECTIONS)
+        state: State | None = getattr(module, "attnprune_state", None)
+        if state is not None:
+            qk_dims, vo_dims, scale = state.layout.qk, state.layout.vo, state.scale
+        else:
+            qk_dims, vo_dims = (int(qs) // heads,) * heads, (int(vs) // heads,) * heads
+        if not (sum(qk_dims) == qs == ks and sum(vo_dims) == vs == os):
+            raise AdapterError(
+                name,
+                f"Q and K, and V and O, of equal size, divisible by {heads} heads",
+                ", ".join(f"{p} {tuple(size)}" for p, size in sizes.items()),
+                "write an adapter that tells how this module splits heads",
+            )
+        bias = tuple(linears[p].bias is not None for p in PROJECTIONS)
+        slots = {}
+        for p in PROJECTIONS:
+            axis, size = (1, sum(vo_dims)) if p == "o" else (0, sum(qk_dims if KIND_OF[p] == "qk" else vo_dims))
+            slots[f"{p}.weight"] = Slot(linears[p], "weight", size, axis)
+            if p != "o" and linears[p].bias is not None:
+                slots[f"{p}.bias"] = Slot(linears[p], "bias", size)
+        spec = AttentionSpec(
+            name,
+            int(d_model),
+            qk_dims,
+            vo_dims,
+            qk_dims[0] ** -0.5 if scale is None else float(scale),
+            int(q_in),
+            int(k_in),
+            int(v_in),
+            bias,  # type: ignore[arg-type]
+        )
+        return AttentionView(spec, module, self, slots)

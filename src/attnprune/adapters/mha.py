@@ -1,0 +1,87 @@
+""":class:`torch.nn.MultiheadAttention`, packed or with separate input weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..nn import DecoupledMultiheadAttention, host_class
+from ..nn.mha import GONE
+from ..spec import AttentionSpec, Kind
+from ..views import AttentionView, Slot
+from .base import Adapter
+
+
+class MultiheadAttentionAdapter(Adapter):
+    """Packed ``in_proj_weight`` and separate ``q_proj_weight`` alike become Linears in the same module object."""
+
+    decoupled = DecoupledMultiheadAttention
+
+    def matches(self, module: nn.Module) -> bool:
+        # a subclass with a forward of its own may read the packed weight in ways unknown here
+        return host_class(module).forward is nn.MultiheadAttention.forward
+
+    def view(self, name: str, module: nn.Module) -> AttentionView:
+        assert isinstance(module, nn.MultiheadAttention)
+        if isinstance(module, DecoupledMultiheadAttention):
+            view = self.of_linears(
+                name, module, q=module.q_proj, k=module.k_proj, v=module.v_proj, o=module.out_proj,
+                heads=module.num_heads,
+            )  # fmt: skip
+            return AttentionView(view.spec, module, self, {**view.slots, **self._extra(module, view.spec)}, _KINDS)
+        width, heads = module.embed_dim, module.num_heads
+        packed, bias = module.in_proj_weight is not None, module.in_proj_bias is not None
+        slots = {}
+        for i, p in enumerate("qkv"):
+            slots[f"{p}.weight"] = (
+                Slot(module, "in_proj_weight", width, start=i * width)
+                if packed
+                else Slot(module, f"{p}_proj_weight", width)
+            )
+            if bias:
+                slots[f"{p}.bias"] = Slot(module, "in_proj_bias", width, start=i * width)
+        slots["o.weight"] = Slot(module.out_proj, "weight", width, axis=1)
+        spec = AttentionSpec.of(
+            name, heads=heads, head_dim=width // heads, d_model=width, k_in=module.kdim, v_in=module.vdim,
+            bias=(bias, bias, bias, module.out_proj.bias is not None), fused=packed,
+        )  # fmt: skip
+        return AttentionView(spec, module, self, {**slots, **self._extra(module, spec)}, _KINDS)
+
+    @staticmethod
+    def _extra(module: nn.MultiheadAttention, spec: AttentionSpec) -> dict[str, Slot]:
+        if module.bias_k is None:
+            return {}
+        return {key: Slot(module, key, sum(spec.dims(kind)), axis=2) for key, kind in _KINDS.items()}
+
+    def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
+        return False  # the packed weight's height is the embedding's width
+
+    def commit(self, view: AttentionView, tensors: Mapping[str, nn.Parameter], spec: AttentionSpec) -> None:
+        module = view.module
+        if isinstance(module, DecoupledMultiheadAttention):
+            super().commit(view, tensors, spec)
+            return
+        linears = {p: _linear(tensors[f"{p}.weight"], tensors.get(f"{p}.bias")) for p in "qkv"}
+        for name in GONE:
+            module._parameters[name] = None
+        del module._parameters["in_proj_weight"]  # the class has a stand-in of this name
+        module._qkv_same_embed_dim = False  # type: ignore[assignment]
+        for p, linear in linears.items():
+            module.add_module(f"{p}_proj", linear.train(module.training))
+        rest = {key: parameter for key, parameter in tensors.items() if key[:2] not in ("q.", "k.", "v.")}
+        super().commit(view, rest, spec)
+
+    def reshape(self, view: AttentionView, spec: AttentionSpec) -> None:
+        view.module.num_heads, view.module.head_dim = spec.heads, spec.qk_dim  # type: ignore[assignment]
+
+
+_KINDS: dict[str, Kind] = {"bias_k": "qk", "bias_v": "vo"}
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=torch.device("meta"))
+    linear.weight = weight
+    linear.bias = bias  # type: ignore[assignment]
+    return linear

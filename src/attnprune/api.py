@@ -1,0 +1,319 @@
+"""The functions that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from itertools import chain, islice
+from operator import index
+from typing import Any
+
+from torch import nn
+
+from .adapters import find_views
+from .adapters.registry import all_views
+from .allocate import Granularity, Heads, Rules, Scope, Split, allocate
+from .errors import OptionError, UnknownUnitError
+from .plan import Channels, LayerPlan, Plan, make_layer
+from .ratios import Ratios, RatiosLike
+from .report import Report, count_macs, count_parameters
+from .scorers import LossFn, Scorer, labelled, projection_loss, resolve
+from .spec import KINDS, AttentionSpec, Kind
+from .surgery import ParamMap, Surgeon, check_views, masked_views
+from .views import AttentionView
+
+
+def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
+    """The attention modules of a model, in the order of ``named_modules``.
+
+    Raises:
+        NoAttentionError: none of a known family; lists what looks like one.
+
+    >>> import torch
+    >>> [spec.name for spec in find_attention(torch.nn.TransformerEncoderLayer(32, 4))]
+    ['self_attn']
+    """
+    return tuple(view.spec for view in find_views(_plain(model)))
+
+
+def make_plan(
+    model: nn.Module,
+    qkvo_ratios: RatiosLike,
+    *,
+    granularity: Granularity = "channel",
+    scope: Scope = "global",
+    heads: Heads = "uniform",
+    scorer: str | Scorer | Any = "auto",
+    basis: str = "auto",
+    compensate: bool | str = "auto",
+    split: Split = "fixed",
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    round_to: int = 1,
+    min_heads: int = 1,
+    min_channels: int = 1,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example_inputs: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Decides what :func:`prune_attention` would remove; changes nothing. Takes the same arguments.
+
+    >>> import torch
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4)
+    >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
+    (4, 4, 4, 4)
+    """
+    ratios = Ratios.parse(qkvo_ratios)
+    rules = Rules(granularity, scope, heads, split, round_to, min_heads, min_channels)
+    for option, value, allowed in (
+        ("basis", basis, ("auto", "channels")),
+        ("compensate", compensate, ("auto", False)),
+    ):
+        if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
+            raise OptionError(option, f"one of {allowed}", repr(value), "this version removes channels as they stand")
+    model = _plain(model)
+    views = find_views(model, include, exclude)
+    check_views(model, views)
+    chosen = resolve(scorer, has_data=data is not None, seed=seed)
+    if isinstance(scorer, str) and scorer == "auto" and data is not None and loss_fn is None:
+        first, data = _peek(data)
+        loss_fn = None if labelled(first) else projection_loss(seed)
+    scores = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+    return allocate([view.spec for view in views], scores, ratios, rules, chosen.name)
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> Report:
+    """Applies a plan in place: everything that it says, or nothing.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: from :func:`make_plan` or :meth:`Plan.from_json`.
+        example_inputs: where given, the report counts multiply-adds of a forward pass over them.
+
+    Raises:
+        PlanMismatchError: the plan was made for another model.
+        WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
+
+    >>> import torch
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4)
+    >>> apply_plan(model, make_plan(model, 0.5)).achieved["v"]
+    0.5
+    """
+    return _apply(model, plan, example_inputs)[0]
+
+
+def _apply(model: nn.Module, plan: Plan, example_inputs: Any) -> tuple[Report, ParamMap]:
+    model = _plain(model)
+    surgeon = Surgeon.prepare(model, list(all_views(model)), plan)
+    before = count_parameters(model)
+    macs = None if example_inputs is None else count_macs(model, example_inputs)
+    changes = surgeon.commit()
+    counts = None if macs is None else (macs, count_macs(model, example_inputs))
+    return Report(plan, (before, count_parameters(model)), counts), changes
+
+
+def prune_attention(
+    model: nn.Module,
+    qkvo_ratios: RatiosLike,
+    *,
+    granularity: Granularity = "channel",
+    scope: Scope = "global",
+    heads: Heads = "uniform",
+    scorer: str | Scorer | Any = "auto",
+    basis: str = "auto",
+    compensate: bool | str = "auto",
+    split: Split = "fixed",
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    round_to: int = 1,
+    min_heads: int = 1,
+    min_channels: int = 1,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    example_inputs: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Removes heads or channels from the attention modules of a model, in place.
+
+    Args:
+        model: any module with attention of a known family.
+        qkvo_ratios: the fraction of each projection's weights to remove, in [0, 1): one number for all four, a mapping
+            with keys of ``q k v o qk vo`` (missing: 0), or a sequence in the order q, k, v, o. Q and K, and V and O,
+            share the channels of a product and take equal ratios.
+        granularity: ``"head"`` removes whole heads (the paper's EH), ``"channel"`` channels inside heads (PH),
+            ``"joint"`` lets heads and channels compete by score per weight.
+        scope: ``"local"`` removes the same fraction in every layer, ``"global"`` lets layers compete.
+        heads: ``"uniform"`` every head of a layer keeps as many channels, ``"ragged"`` each its own number.
+        scorer: ``"magnitude"``, ``"taylor"``, ``"fisher"``, ``"random"``, a :class:`Scorer`, an importance of
+            Torch-Pruning, or ``"auto"``: per-sample Fisher where ``data`` are given (of the loss where they have
+            labels, else of the output itself), magnitude where not.
+        basis: ``"channels"`` removes channels as they stand; ``"auto"`` does the same in this version.
+        compensate: ``False`` nothing but removal; ``"auto"`` does the same in this version.
+        split: ``"fixed"`` every projection loses its own ratio; ``"auto"`` the ratios' total is one budget, for which
+            qk and vo compete by score per weight.
+        data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
+            tensor is called ``model(x)``.
+        loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy
+            (integer targets) or square error.
+        round_to: channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this.
+        min_heads: heads that every layer keeps at least.
+        min_channels: qk and vo channels that every head keeps at least.
+        include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
+        exclude: glob patterns of names to leave alone.
+        example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds.
+        seed: for ``scorer="random"`` and projections of the output.
+        progress: whether to show a progress bar over ``data``.
+
+    Returns:
+        What was asked and what was achieved. They differ by less than one unit of the granularity and rounding.
+
+    Raises:
+        AttnPruneError: one of its kinds; the model is then bitwise as it was.
+
+    >>> import torch
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    >>> report = prune_attention(model, 0.5)
+    >>> model.self_attn.q_proj.weight.shape, report.achieved["q"]
+    (torch.Size([16, 32]), 0.5)
+    """
+    plan = make_plan(
+        model, qkvo_ratios, granularity=granularity, scope=scope, heads=heads, scorer=scorer, basis=basis,
+        compensate=compensate, split=split, data=data, loss_fn=loss_fn, round_to=round_to, min_heads=min_heads,
+        min_channels=min_channels, include=include, exclude=exclude, seed=seed, progress=progress,
+    )  # fmt: skip
+    return apply_plan(model, plan, example_inputs=example_inputs)
+
+
+def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+    """The plan's effect without surgery: inside the block, what it removes is zero; on exit every value is back.
+
+    Averaged attention weights still count the heads that a plan removes; outputs are those of the pruned model.
+
+    >>> import torch
+    >>> model = torch.nn.MultiheadAttention(16, 4)
+    >>> with masked(model, make_plan(model, 0.5)):
+    ...     int((model.in_proj_weight == 0).all(dim=1).sum())
+    24
+    """
+    model = _plain(model)
+    return masked_views(model, list(all_views(model)), plan)
+
+
+def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> Report:
+    """Removes the heads named, as ``model.prune_heads`` did in transformers 4.
+
+    Args:
+        model: any module with attention of a known family.
+        heads: heads to remove, by layer number (the place in :func:`find_attention`) or by name.
+
+    Raises:
+        UnknownUnitError: no such layer or head, or all heads of a layer.
+
+    >>> import torch
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4)
+    >>> prune_heads(model, {0: [1, 3]}).layers[0].after.heads
+    2
+    """
+    model = _plain(model)
+    views = find_views(model)
+    named = _by_view(views, heads)
+    layers = []
+    for view in views:
+        gone = _numbers(f"{view.name}: heads", named.get(view.name, ()))
+        nothing: Channels = ((),) * view.spec.heads
+        _refuse_all(view.name, gone, view.spec.heads)
+        layers.append(make_layer(view.spec, gone, {"qk": nothing, "vo": nothing}))
+    return apply_plan(model, Plan(tuple(layers)))
+
+
+def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, Sequence[Iterable[int]]]]) -> Report:
+    """Removes the channels named.
+
+    Args:
+        model: any module with attention of a known family.
+        channels: by layer number or name, a mapping with ``"qk"`` and ``"vo"`` (either may be missing), each one list
+            per head of the channels to remove from it.
+
+    Raises:
+        UnknownUnitError: no such layer, head or channel, or all channels of a head.
+
+    >>> import torch
+    >>> model = torch.nn.MultiheadAttention(16, 4)
+    >>> prune_channels(model, {"": {"vo": [[0], [1], [2], [3]]}}).layers[0].after.vo_dims
+    (3, 3, 3, 3)
+    """
+    model = _plain(model)
+    views = find_views(model)
+    named = _by_view(views, channels)
+    layers = []
+    for view in views:
+        wanted = named.get(view.name, {})
+        if not isinstance(wanted, Mapping) or not set(wanted) <= set(KINDS):
+            raise UnknownUnitError(
+                f"{view.name}: channels", 'a mapping with keys "qk" and "vo"', repr(wanted)[:60], "give lists per head"
+            )
+        removed: dict[Kind, Channels] = {}
+        for kind in KINDS:
+            lists = wanted.get(kind, ((),) * view.spec.heads)
+            removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
+        layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))
+    return apply_plan(model, Plan(tuple(layers)))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile returned, or the model itself."""
+    if not isinstance(model, nn.Module):
+        raise OptionError("model", "a torch.nn.Module", f"a {type(model).__name__}", "pass the model itself")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and an iterable that still has it."""
+    if iter(data) is not data:
+        return next(iter(data), None), data
+    iterator = iter(data)
+    first = list(islice(iterator, 1))
+    return (first[0] if first else None), chain(first, iterator)
+
+
+def _by_view(views: Sequence[AttentionView], given: Mapping[int | str, Any]) -> dict[str, Any]:
+    """What was given, by the attention's name."""
+    if not isinstance(given, Mapping):
+        raise UnknownUnitError("layers", "a mapping from layer to units", repr(given)[:60], "write {0: [1, 5]}")
+    names = [view.name for view in views]
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < len(names):
+            name = names[key]
+        elif isinstance(key, str) and key in names:
+            name = key
+        else:
+            near = get_close_matches(str(key), names, n=3, cutoff=0.0)
+            raise UnknownUnitError(
+                "layers", f"a number in [0, {len(names)}) or a name", repr(key), f"names here are like {near}"
+            )
+        if name in found:
+            raise UnknownUnitError(name, "each layer once", "both its number and its name", "merge the two")
+        found[name] = value
+    return found
+
+
+def _numbers(where: str, units: Any) -> set[int]:
+    if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
+        raise UnknownUnitError(where, "a list of numbers", repr(units), "write [0, 3]")
+    found = list(units)
+    if not all(hasattr(unit, "__index__") and not isinstance(unit, bool) for unit in found):
+        raise UnknownUnitError(where, "whole numbers", repr(found)[:60], "write [0, 3]")
+    return {index(unit) for unit in found}
+
+
+def _refuse_all(name: str, gone: set[int], heads: int) -> None:
+    if len(gone) >= heads and set(range(heads)) <= gone:
+        raise UnknownUnitError(
+            f"{name}: heads", f"at most {heads - 1} of {heads} removed", "all", "keep one, or edit the model"
+        )

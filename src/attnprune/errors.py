@@ -1,0 +1,120 @@
+"""Every error that attnprune raises on purpose: where it happened, what was expected, what was found, what to do.
+
+All derive from :class:`AttnPruneError` and from the built-in that callers already catch for the same mistake
+(``ValueError``, ``TypeError``, ``LookupError`` or ``RuntimeError``). The model is then bitwise as it was.
+"""
+
+__all__ = [
+    "AdapterError",
+    "AllocationError",
+    "AttnPruneError",
+    "DataError",
+    "MetaTensorError",
+    "NoAttentionError",
+    "NonFiniteError",
+    "NotExpressibleError",
+    "OptionError",
+    "ParametrizedError",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "QuantizedError",
+    "RatioError",
+    "ScorerError",
+    "ShardedError",
+    "StateDictError",
+    "TiedWeightsError",
+    "UnknownUnitError",
+    "WrappedModelError",
+]
+
+
+class AttnPruneError(Exception):
+    """Base of every error raised on purpose.
+
+    >>> str(AttnPruneError("encoder.3", "12 heads", "10 heads", "compose plans with plan.then(...)"))
+    'encoder.3: expected 12 heads, found 10 heads. Compose plans with plan.then(...).'
+    """
+
+    def __init__(self, where: str, expected: str, found: str, remedy: str) -> None:
+        self.where, self.expected, self.found, self.remedy = where, expected, found, remedy
+        super().__init__(where, expected, found, remedy)
+
+    def __str__(self) -> str:
+        remedy = self.remedy[:1].upper() + self.remedy[1:].rstrip(".")
+        return f"{self.where}: expected {self.expected}, found {self.found}. {remedy}."
+
+
+class OptionError(AttnPruneError, ValueError):
+    """An option has a value that it cannot take, or two options contradict each other."""
+
+
+class RatioError(OptionError):
+    """A pruning ratio is not a number in [0, 1), or names no projection."""
+
+
+class AllocationError(AttnPruneError, ValueError):
+    """The ratios asked for cannot be reached within the floors and the rounding."""
+
+
+class NoAttentionError(AttnPruneError, LookupError):
+    """No attention module was found, or none is left after include and exclude."""
+
+
+class UnknownUnitError(AttnPruneError, LookupError):
+    """A layer, head or channel is named that does not exist, or that was pruned before."""
+
+
+class AdapterError(AttnPruneError, TypeError):
+    """An adapter describes an attention module inconsistently, or does not fit it."""
+
+
+class NotExpressibleError(AdapterError):
+    """The plan gives shapes that neither the host module nor its adapter can run."""
+
+
+class PlanFormatError(AttnPruneError, ValueError):
+    """A serialised plan is malformed."""
+
+
+class PlanMismatchError(AttnPruneError, ValueError):
+    """A plan was made for another model, or for the same model in another state."""
+
+
+class ScorerError(AttnPruneError, ValueError):
+    """A scorer is unknown, or gave scores of the wrong shape."""
+
+
+class DataError(AttnPruneError, ValueError):
+    """The calibration data are missing, empty, or of a form that the model or the loss cannot take."""
+
+
+class NonFiniteError(AttnPruneError, ValueError):
+    """A weight, gradient or score is NaN or infinite."""
+
+
+class StateDictError(AttnPruneError, RuntimeError):
+    """A dense state dict is loaded into a pruned module."""
+
+
+class WrappedModelError(AttnPruneError, TypeError):
+    """The model or a layer is wrapped by something that holds on to the old parameters."""
+
+
+class ShardedError(WrappedModelError):
+    """A parameter is a shard of a distributed one."""
+
+
+class QuantizedError(WrappedModelError):
+    """A projection is quantised."""
+
+
+class ParametrizedError(WrappedModelError):
+    """A projection's weight is computed by a parametrisation."""
+
+
+class TiedWeightsError(WrappedModelError):
+    """A projection shares its parameter with something that does not lose the same rows."""
+
+
+class MetaTensorError(WrappedModelError):
+    """A projection has no data: its weight lies on the meta device."""

@@ -1,0 +1,83 @@
+"""Strict readers for JSON that nobody vouches for: each returns a typed value, or says what is wrong where."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from .errors import PlanFormatError
+
+MAX_COUNT = 1 << 20  # the largest number of heads, channels or widths that a file may claim
+
+
+def fail(where: str, expected: str, found: object) -> NoReturn:
+    """Raises PlanFormatError, with what was found cut to 80 characters."""
+    shown = repr(found)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    raise PlanFormatError(
+        f"plan: {where}", expected, shown, "write plans with Plan.to_json; this one was changed or cut"
+    )
+
+
+def mapping(where: str, value: object, keys: set[str]) -> dict[str, Any]:
+    """A mapping with exactly these keys."""
+    if not isinstance(value, dict) or set(value) != keys:
+        fail(where, f"a mapping with keys {sorted(keys)}", sorted(value) if isinstance(value, dict) else value)
+    return value
+
+
+def array(where: str, value: object, length: int | None = None) -> list[Any]:
+    """A list, of this length if one is given."""
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        fail(where, "a list" if length is None else f"a list of {length}", value)
+    return value
+
+
+def integer(where: str, value: object, low: int = 0, high: int = MAX_COUNT) -> int:
+    """A whole number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        fail(where, f"a whole number from {low} to {high}", value)
+    return value
+
+
+def string(where: str, value: object) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        fail(where, "a string", value)
+    return value
+
+
+def number(where: str, value: object) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        fail(where, "a finite number", value)
+    return float(value)
+
+
+def boolean(where: str, value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        fail(where, "true or false", value)
+    return value
+
+
+def integers(where: str, value: object, low: int = 0) -> tuple[int, ...]:
+    """A list of whole numbers."""
+    return tuple(integer(f"{where}[{i}]", each, low=low) for i, each in enumerate(array(where, value)))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        fail("keys", "each key once", [key for key, _ in pairs])
+    return found
+
+
+def load(text: str | bytes) -> object:
+    """Parses JSON; a key given twice, absurd nesting and bad text are refused."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except PlanFormatError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PlanFormatError("plan", "JSON text", str(error)[:80], "write plans with Plan.to_json") from error

@@ -1,0 +1,197 @@
+"""Decoupled forwards for attention modules of Hugging Face transformers.
+
+They call the attention function that the host would call (eager, sdpa, flex, flash), with the host's own keyword
+arguments, once per bucket of like heads. Nothing here imports transformers: the registry of attention functions and
+the eager function are read from the namespace of the host's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..spec import Bucket
+from .attend import Decoupled, Kernel, attend
+
+
+@dataclass(frozen=True)
+class Host:
+    """How a host class names its parts."""
+
+    q: str
+    k: str
+    v: str
+    o: str | None
+    """None where O lives in a sibling module."""
+    dropout: str | None
+    """Attribute with the attention dropout: a probability or an nn.Dropout."""
+    eager: Any
+    """The host's eager attention function, or None where its forward computes attention itself."""
+    functions: Any
+    """The registry of attention functions, or None."""
+    fused: bool
+    """Whether the forward itself calls the fused kernel."""
+
+
+def forward_of(host: type[Any]) -> Any:
+    """The host's forward function, without decorators."""
+    return inspect.unwrap(host.forward)
+
+
+def first(names: tuple[str, ...], among: Any) -> str | None:
+    """The first of the names that is among the others."""
+    return next((name for name in names if name in among), None)
+
+
+Q, K, V, O = (
+    ("q_proj", "query", "q_lin"),
+    ("k_proj", "key", "k_lin"),
+    ("v_proj", "value", "v_lin"),
+    (
+        "o_proj",
+        "out_proj",
+        "out_lin",
+    ),
+)
+DROPOUT = ("attention_dropout", "dropout_prob", "attention_probs_dropout_prob", "dropout")
+EAGER = ("eager_attention_forward", "simple_eager_attention_forward")
+
+
+def describe(host: type[Any]) -> Host:
+    """Reads from a host's forward how it names its parts."""
+    forward = forward_of(host)
+    names, space = forward.__code__.co_names, forward.__globals__
+    q, k, v = first(Q, names), first(K, names), first(V, names)
+    if q is None or k is None or v is None:
+        raise TypeError(f"{host.__name__} is not of this family")
+    eager = first(EAGER, names)
+    return Host(
+        q,
+        k,
+        v,
+        first(O, names),
+        first(DROPOUT, names),
+        space.get(eager),
+        space.get("ALL_ATTENTION_FUNCTIONS"),
+        "scaled_dot_product_attention" in names,
+    )
+
+
+class HFAttention(Decoupled):
+    """What the decoupled forwards of this family share."""
+
+    training: bool
+    config: Any
+    layer_idx: int
+
+    _parts: ClassVar[Host]
+
+    @classmethod
+    def facts(cls, host: type[Any]) -> dict[str, Any]:
+        return {"_parts": describe(host)}
+
+    def _dropout(self) -> float:
+        name = self._parts.dropout
+        if name is None or not self.training:
+            return 0.0
+        value: Any = getattr(self, name)
+        return float(value.p if isinstance(value, nn.Dropout) else value)
+
+    def _project(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self._parts
+        q, k, v = (getattr(self, name) for name in (parts.q, parts.k, parts.v))
+        return q(queries), k(keys), v(keys)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        parts = self._parts
+        implementation = self.config._attn_implementation
+        function = parts.eager if implementation in (None, "eager") else parts.functions[implementation]
+        dropout, state = self._dropout(), self.attnprune_state
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
+            rows = self.head_rows(mask, bucket) if isinstance(mask, Tensor) and mask.dim() == 4 else mask
+            context, weights = function(self, q, k, v, rows, dropout=dropout, scaling=state.scale, **kwargs)
+            return context.transpose(1, 2), weights
+
+        return self._finish(q, k, v, kernel)
+
+    def _finish(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
+        context, weights = attend(q, k, v, self.attnprune_state.layout, kernel)
+        o = self._parts.o
+        return (context if o is None else getattr(self, o)(context)), weights
+
+
+class HFSelfAttention(HFAttention):
+    """Self-attention: AST, ViT, DeiT, DINOv2, CLIP, SigLIP, BERT, RoBERTa and the like in transformers 5."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self._project(hidden_states, hidden_states)
+        if past_key_values is not None:
+            # one "head" as wide as all heads together: caches take any width, and need not know about ragged heads
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            k, v = (x.squeeze(1) for x in cache.update(k.unsqueeze(1), v.unsqueeze(1), self.layer_idx))
+        return self._attend(q, k, v, attention_mask, **kwargs)
+
+
+class HFCrossAttention(HFAttention):
+    """Cross-attention: the decoder halves of BERT and RoBERTa in transformers 5."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = self._parts
+        q = getattr(self, parts.q)(hidden_states)
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            k, v = layer.keys.squeeze(1), layer.values.squeeze(1)
+        else:
+            k, v = getattr(self, parts.k)(encoder_hidden_states), getattr(self, parts.v)(encoder_hidden_states)
+            if past_key_values is not None:
+                cache = past_key_values.cross_attention_cache
+                k, v = (x.squeeze(1) for x in cache.update(k.unsqueeze(1), v.unsqueeze(1), self.layer_idx))
+                past_key_values.is_updated[self.layer_idx] = True
+        return self._attend(q, k, v, attention_mask, **kwargs)
+
+
+class HFLegacySelfAttention(HFAttention):
+    """AST and ViT in transformers 4.50 to 4.57: a head mask in place of an attention mask."""
+
+    def forward(
+        self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v = self._project(hidden_states, hidden_states)
+        context, weights = self._attend(q, k, v, head_mask)
+        return (context,) if output_attentions is False else (context, weights)
+
+
+class HFEagerSelfAttention(HFAttention):
+    """AST and ViT in transformers 4.48 and 4.49, whose forward computes attention itself."""
+
+    def forward(
+        self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v = self._project(hidden_states, hidden_states)
+        dropout, scale = self._dropout(), self.attnprune_state.scale
+        fused = self._parts.fused and head_mask is None and not output_attentions
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
+            if fused:
+                return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale), None
+            weights = F.dropout((q @ k.transpose(-1, -2) * scale).softmax(-1), p=dropout, training=self.training)
+            if head_mask is not None:
+                weights = weights * self.head_rows(head_mask, bucket)
+            return weights @ v, weights
+
+        context, weights = self._finish(q, k, v, kernel)
+        return (context, weights) if output_attentions else (context,)

@@ -1,0 +1,304 @@
+"""What goes, decided but not done: :class:`Plan`, a frozen value with a JSON form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from . import fields
+from .errors import AttnPruneError, PlanFormatError, PlanMismatchError, UnknownUnitError
+from .ratios import Ratios
+from .spec import KINDS, PROJECTIONS, AttentionSpec, Kind, Projection
+
+FORMAT = "attnprune.plan"
+VERSION = 1
+_WORDS = ("granularity", "scope", "heads", "scorer", "split")
+
+Channels = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for, kept with the plan so that the report can show it beside what was achieved."""
+
+    ratios: Ratios
+    granularity: str = "channel"
+    scope: str = "global"
+    heads: str = "uniform"
+    scorer: str = "magnitude"
+    split: str = "fixed"
+    round_to: int = 1
+
+    def then(self, other: Asked) -> Asked:
+        """The sum of two requests; settings that differ are joined with a plus sign."""
+        ratios = self.ratios.then(other.ratios)
+        same = {
+            name: mine if mine == theirs else f"{mine}+{theirs}"
+            for name in _WORDS
+            for mine, theirs in [(getattr(self, name), getattr(other, name))]
+        }
+        return Asked(ratios, round_to=min(self.round_to, other.round_to), **same)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        words = {name: getattr(self, name) for name in _WORDS}
+        return {"ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, "round_to": self.round_to, **words}
+
+    @classmethod
+    def from_dict(cls, raw: object) -> Asked:
+        """Reads :meth:`to_dict`'s mapping, trusting nothing."""
+        found = fields.mapping("asked", raw, {"ratios", "round_to", *_WORDS})
+        ratios = fields.mapping("asked.ratios", found["ratios"], set(PROJECTIONS))
+        numbers = {p: fields.number(f"asked.ratios.{p}", ratios[p]) for p in PROJECTIONS}
+        words = {name: fields.string(f"asked.{name}", found[name]) for name in _WORDS}
+        return cls(Ratios(**numbers), round_to=fields.integer("asked.round_to", found["round_to"], low=1), **words)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What goes from one attention module, in the coordinates of the module that the spec describes."""
+
+    spec: AttentionSpec
+    """The module that the plan expects to find."""
+    heads: tuple[int, ...] = ()
+    """Heads removed whole, ascending."""
+    qk: Channels = ()
+    """Per head, the qk channels removed from it, ascending (empty for heads that go whole)."""
+    vo: Channels = ()
+    """Per head, the vo channels removed from it, ascending."""
+
+    def __post_init__(self) -> None:
+        none: Channels = ((),) * self.spec.heads
+        for kind in KINDS:
+            if not getattr(self, kind):
+                object.__setattr__(self, kind, none)
+        self._check("head", self.heads, self.spec.heads)
+        for kind in KINDS:
+            removed = self.removed(kind)
+            if len(removed) != self.spec.heads:
+                raise UnknownUnitError(
+                    f"{self.spec.name}: {kind}",
+                    f"one list of channels for each of {self.spec.heads} heads",
+                    f"{len(removed)} lists",
+                    "Give an empty list for heads that keep all channels",
+                )
+            for head, (channels, dim) in enumerate(zip(removed, self.spec.dims(kind), strict=True)):
+                self._check(f"{kind} channel of head {head}", channels, dim, gone=head in self.heads)
+
+    def _check(self, what: str, removed: tuple[int, ...], count: int, gone: bool = False) -> None:
+        where = f"{self.spec.name}: {what}"
+        if gone and removed:
+            raise UnknownUnitError(where, "none, as the head goes whole", f"{removed}", "Drop the channels or the head")
+        if list(removed) != sorted(set(removed)) or (removed and not 0 <= removed[0] <= removed[-1] < count):
+            raise UnknownUnitError(
+                where,
+                f"ascending numbers in [0, {count}), each once",
+                f"{removed}",
+                "Numbers count what the module has now; was it pruned before? Compose plans with plan.then(...)",
+            )
+        if removed and len(removed) == count:
+            raise UnknownUnitError(
+                where,
+                f"at most {count - 1} of {count} removed",
+                "all",
+                "Keep one; to drop what is left of a head use prune_heads, to drop a layer's attention edit the model",
+            )
+
+    def removed(self, kind: Kind) -> Channels:
+        """Per head, the channels removed from it."""
+        return self.qk if kind == "qk" else self.vo
+
+    @cached_property
+    def kept_heads(self) -> tuple[int, ...]:
+        """Heads that stay, ascending."""
+        return tuple(head for head in range(self.spec.heads) if head not in set(self.heads))
+
+    def kept(self, kind: Kind, head: int) -> tuple[int, ...]:
+        """Channels of a kept head that stay, ascending."""
+        gone = set(self.removed(kind)[head])
+        return tuple(channel for channel in range(self.spec.dims(kind)[head]) if channel not in gone)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing goes."""
+        return not (self.heads or any(self.qk) or any(self.vo))
+
+    @cached_property
+    def after(self) -> AttentionSpec:
+        """The spec of the pruned module."""
+        dims = {
+            kind: [self.spec.dims(kind)[head] - len(self.removed(kind)[head]) for head in self.kept_heads]
+            for kind in KINDS
+        }
+        return self.spec.keep(self.kept_heads, dims["qk"], dims["vo"])
+
+    def fraction(self, projection: Projection) -> float:
+        """The share of a projection's weights that goes."""
+        return 1 - self.after.weights(projection) / self.spec.weights(projection)
+
+    def then(self, other: LayerPlan) -> LayerPlan:
+        """This plan and then another, made for what this one leaves; in the coordinates of this one."""
+        difference(self.after, other.spec)
+        back = self.kept_heads
+        heads = sorted({*self.heads, *(back[head] for head in other.heads)})
+        channels: dict[str, Channels] = {}
+        for kind in KINDS:
+            removed = [set(these) for these in self.removed(kind)]
+            for head, gone in enumerate(other.removed(kind)):
+                kept = self.kept(kind, back[head])
+                removed[back[head]] |= {kept[channel] for channel in gone}
+            channels[kind] = tuple(() if head in heads else tuple(sorted(these)) for head, these in enumerate(removed))
+        return LayerPlan(self.spec, tuple(heads), channels["qk"], channels["vo"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return {
+            "spec": self.spec.to_dict(),
+            "heads": list(self.heads),
+            "qk": [list(channels) for channels in self.qk],
+            "vo": [list(channels) for channels in self.vo],
+        }
+
+    @classmethod
+    def from_dict(cls, raw: object, where: str = "layer") -> LayerPlan:
+        """Reads :meth:`to_dict`'s mapping, trusting nothing."""
+        found = fields.mapping(where, raw, {"spec", "heads", "qk", "vo"})
+        spec = AttentionSpec.from_dict(found["spec"], f"{where}.spec")
+        channels = {
+            kind: tuple(
+                fields.integers(f"{where}.{kind}[{head}]", one)
+                for head, one in enumerate(fields.array(f"{where}.{kind}", found[kind], spec.heads))
+            )
+            for kind in KINDS
+        }
+        return cls(spec, fields.integers(f"{where}.heads", found["heads"]), channels["qk"], channels["vo"])
+
+
+def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
+    """Raises PlanMismatchError unless a plan for ``expected`` fits ``found`` (packing and scale do not count)."""
+    for key in ("name", "qk_dims", "vo_dims", "d_model", "q_in", "k_in", "v_in", "bias"):
+        if getattr(expected, key) != getattr(found, key):
+            detail = f" ({key}: {getattr(expected, key)} against {getattr(found, key)})"
+            short = key not in ("qk_dims", "vo_dims")
+            raise PlanMismatchError(
+                expected.name,
+                f"{expected.describe()}, as the plan says",
+                found.describe() + (detail if short else ""),
+                "Was it pruned before? Compose plans with plan.then(...), or make the plan anew on this model",
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes, by name, in the coordinates of the model it was made for. Frozen, hashable, JSON.
+
+    >>> spec = AttentionSpec.of("attn", heads=2, head_dim=4, d_model=8)
+    >>> plan = Plan((LayerPlan(spec, qk=((0,), (3,))),))
+    >>> Plan.from_json(plan.to_json()) == plan, plan["attn"].after.qk_dims, plan.empty
+    (True, (3, 3), False)
+    """
+
+    layers: tuple[LayerPlan, ...]
+    """One for every attention considered, in model order, also where nothing goes."""
+    asked: Asked | None = None
+    """What was asked for; None for plans made by hand."""
+
+    def __post_init__(self) -> None:
+        names = [layer.spec.name for layer in self.layers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PlanFormatError("plan", "each attention once", f"{twice} more than once", "Merge them with then")
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if layer.spec.name == name:
+                return layer
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing goes anywhere."""
+        return all(layer.empty for layer in self.layers)
+
+    @property
+    def specs(self) -> tuple[AttentionSpec, ...]:
+        """The specs that the plan expects."""
+        return tuple(layer.spec for layer in self.layers)
+
+    @property
+    def after(self) -> tuple[AttentionSpec, ...]:
+        """The specs that the plan leaves."""
+        return tuple(layer.after for layer in self.layers)
+
+    def fraction(self, projection: Projection) -> float:
+        """The share of a projection's weights that goes, over all layers of the plan."""
+        return 1 - sum(s.weights(projection) for s in self.after) / sum(s.weights(projection) for s in self.specs)
+
+    def then(self, other: Plan) -> Plan:
+        """One plan that does what this plan and then ``other`` do.
+
+        Raises:
+            PlanMismatchError: ``other`` was not made for the model that this plan leaves.
+        """
+        mine, theirs = ({layer.spec.name: layer for layer in plan} for plan in (self, other))
+        joint = [layer.then(theirs[name]) if name in theirs else layer for name, layer in mine.items()]
+        joint += [layer for name, layer in theirs.items() if name not in mine]
+        asked = self.asked.then(other.asked) if self.asked and other.asked else None
+        return Plan(tuple(joint), asked)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the JSON form: equal plans have equal digests on every machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """One line of JSON, keys sorted; the same bytes for equal plans."""
+        asked = self.asked.to_dict() if self.asked else None
+        layers = [layer.to_dict() for layer in self.layers]
+        whole = {"format": FORMAT, "version": VERSION, "asked": asked, "layers": layers}
+        return json.dumps(whole, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Reads :meth:`to_json`'s text, checking every field; nothing is trusted.
+
+        Raises:
+            PlanFormatError: not JSON, another format or version, a missing, unknown or malformed field.
+        """
+        found = fields.mapping("file", fields.load(text), {"format", "version", "asked", "layers"})
+        if found["format"] != FORMAT:
+            fields.fail("format", repr(FORMAT), found["format"])
+        if fields.integer("version", found["version"], low=1) != VERSION:
+            fields.fail("version", f"{VERSION}, the newest that this attnprune reads", found["version"])
+        try:
+            layers = fields.array("layers", found["layers"])
+            asked = None if found["asked"] is None else Asked.from_dict(found["asked"])
+            return cls(tuple(LayerPlan.from_dict(one, f"layers[{i}]") for i, one in enumerate(layers)), asked)
+        except PlanFormatError:
+            raise
+        except AttnPruneError as error:  # the values' own checks: unknown units, impossible ratios or sizes
+            raise PlanFormatError(f"plan: {error.where}", error.expected, error.found, error.remedy) from error
+
+    def __repr__(self) -> str:
+        layers = sum(not layer.empty for layer in self.layers)
+        share = ", ".join(f"{p} {self.fraction(p):.1%}" for p in PROJECTIONS) if self.layers else "nothing"
+        return f"Plan({layers} of {len(self.layers)} attention modules change: {share}; digest {self.digest[:12]})"
+
+
+def make_layer(spec: AttentionSpec, heads: set[int], channels: Mapping[Kind, Channels]) -> LayerPlan:
+    """A layer plan from sets: sorts, and leaves out the channels of heads that go whole."""
+    tidy = {
+        kind: tuple(() if head in heads else tuple(sorted(gone)) for head, gone in enumerate(channels[kind]))
+        for kind in KINDS
+    }
+    return LayerPlan(spec, tuple(sorted(heads)), tidy["qk"], tidy["vo"])

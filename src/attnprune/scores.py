@@ -1,0 +1,75 @@
+"""How much each unit of an attention matters: :class:`Scores`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError, ScorerError
+from .spec import KINDS, AttentionSpec, Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Importance of the units of one attention module; the lowest is removed first.
+
+    Kept as float64 on the CPU. Where heads are ragged, places beyond a head's own dim are ignored.
+
+    >>> scores = Scores(qk=torch.ones(2, 4), vo=torch.ones(2, 4), head=torch.ones(2))
+    >>> scores.qk.shape, scores.head.dtype
+    (torch.Size([2, 4]), torch.float64)
+    """
+
+    qk: Tensor
+    """``(heads, qk_dim)``: channels of the dot product."""
+    vo: Tensor
+    """``(heads, vo_dim)``: channels that the head carries out."""
+    head: Tensor
+    """``(heads,)``: whole heads."""
+
+    def __post_init__(self) -> None:
+        for key in ("qk", "vo", "head"):
+            value = torch.as_tensor(getattr(self, key)).detach()
+            object.__setattr__(self, key, value.to(device="cpu", dtype=torch.float64))
+
+    def of(self, kind: Kind) -> Tensor:
+        """The channel scores of ``"qk"`` or ``"vo"``."""
+        return self.qk if kind == "qk" else self.vo
+
+    def check(self, spec: AttentionSpec) -> None:
+        """Shapes as the spec has them, every score finite.
+
+        Raises:
+            ScorerError: a shape is not the spec's.
+            NonFiniteError: a score of a unit that exists is NaN or infinite.
+        """
+        expected = {"qk": (spec.heads, spec.qk_dim), "vo": (spec.heads, spec.vo_dim), "head": (spec.heads,)}
+        for key, shape in expected.items():
+            found = tuple(getattr(self, key).shape)
+            if found != shape:
+                raise ScorerError(
+                    f"{spec.name}: scores.{key}", f"shape {shape}", f"{found}", "Return one score per unit of the spec"
+                )
+        for kind in KINDS:
+            real = exists(spec, kind)
+            self._check_finite(spec, kind, self.of(kind)[real])
+        self._check_finite(spec, "head", self.head)
+
+    @staticmethod
+    def _check_finite(spec: AttentionSpec, key: str, values: Tensor) -> None:
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{spec.name}: scores.{key}",
+                "finite scores",
+                f"{bad} of {values.numel()} NaN or infinite",
+                "Look for overflow in the loss or in the scorer; bf16 or float32 gradients overflow less than float16",
+            )
+
+
+def exists(spec: AttentionSpec, kind: Kind) -> Tensor:
+    """``(heads, dim)`` bool: which places of a score matrix are channels of the module (all, unless ragged)."""
+    dims = torch.tensor(spec.dims(kind))
+    return torch.arange(int(dims.max())) < dims[:, None]

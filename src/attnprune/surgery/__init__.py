@@ -1,0 +1,7 @@
+"""Changing a model: all of a plan, or none of it."""
+
+from .check import check_fit, check_views
+from .mask import masked_views
+from .patch import ParamChange, ParamMap, Surgeon, as_linears
+
+__all__ = ["ParamChange", "ParamMap", "Surgeon", "as_linears", "check_fit", "check_views", "masked_views"]

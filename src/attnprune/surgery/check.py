@@ -1,0 +1,120 @@
+"""What cannot be pruned is refused here, by name, before anything moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import (
+    AttnPruneError,
+    MetaTensorError,
+    NonFiniteError,
+    ParametrizedError,
+    PlanMismatchError,
+    QuantizedError,
+    ShardedError,
+    WrappedModelError,
+)
+from ..plan import Plan, difference
+from ..views import AttentionView, Slot
+
+_WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again", "FullyShardedDataParallel": (
+    "prune before wrapping; a plan made elsewhere can be applied on every rank")}  # fmt: skip
+_QUANTIZED = ("quant", "bitsandbytes", "bnb", "awq", "gptq", "qat", "torchao", "hqq")
+
+
+def check_views(model: nn.Module, views: Iterable[AttentionView]) -> None:
+    """Raises a named error if a projection is wrapped, sharded, parametrised, quantised, without data or not finite."""
+    for name, module in model.named_modules():
+        remedy = _WRAPPERS.get(type(module).__name__)
+        if remedy is not None:
+            raise WrappedModelError(name or "model", "a plain module", f"a {type(module).__name__}", remedy)
+    for view in views:
+        if "forward" in view.module.__dict__:
+            raise WrappedModelError(
+                view.name,
+                "the class's own forward",
+                "a forward set on the instance",
+                "remove the hook or patch that set it (for accelerate: accelerate.hooks.remove_hook_from_module)",
+            )
+        seen: set[int] = set()
+        for key, slot in view.slots.items():
+            if slot.owner is not view.module:
+                _check_owner(f"{view.name}: {key}", slot)
+            parameter = _check_parameter(f"{view.name}: {key}", slot)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                _check_finite(f"{view.name}: {key}", parameter)
+
+
+def _quantized(kind: type) -> bool:
+    words = f"{kind.__module__}.{kind.__qualname__}".lower()
+    return any(word in words for word in _QUANTIZED)
+
+
+def _check_owner(where: str, slot: Slot) -> None:
+    owner, kind = slot.owner, type(slot.owner)
+    changed = isinstance(owner, nn.Linear) and kind.forward is not nn.Linear.forward
+    if not changed and "forward" not in owner.__dict__ and isinstance(owner, nn.Module):
+        return
+    found = f"a {kind.__module__}.{kind.__qualname__} with a forward of its own"
+    if _quantized(kind):
+        raise QuantizedError(where, "a plain nn.Linear", found, "prune first, then quantise")
+    raise WrappedModelError(where, "a plain nn.Linear", found, "merge or unwrap it, or exclude this layer")
+
+
+def _check_parameter(where: str, slot: Slot) -> nn.Parameter:
+    owner, name = slot.owner, slot.name
+    parameter = owner._parameters.get(name)
+    if parameter is None:
+        raise _not_a_parameter(where, slot)
+    kind = type(parameter)
+    if "DTensor" in kind.__name__ or "FlatParameter" in kind.__name__:
+        raise ShardedError(where, "a whole parameter", f"a {kind.__name__}", "apply the plan before sharding")
+    if parameter.is_meta or "Uninitialized" in kind.__name__:
+        raise MetaTensorError(where, "a parameter with data", f"one on {parameter.device}", "load the weights first")
+    if kind is not nn.Parameter or not parameter.is_floating_point():
+        found = f"a {kind.__name__} of {parameter.dtype}"
+        raise QuantizedError(where, "a floating-point nn.Parameter", found, "prune first, then quantise")
+    return parameter
+
+
+def _not_a_parameter(where: str, slot: Slot) -> AttnPruneError:
+    owner, name, expected = slot.owner, slot.name, f"{slot.name} to be a parameter of its module"
+    computed = [key for key in owner._parameters if key in (f"{name}_g", f"{name}_orig", f"{name}_v")]
+    if computed or name in getattr(owner, "parametrizations", {}):
+        found = f"one computed from {computed[0] if computed else 'parametrizations.' + name}"
+        remedy = "remove it first (torch.nn.utils.parametrize.remove_parametrizations, or prune.remove and the like)"
+        return ParametrizedError(where, expected, found, remedy)
+    found = f"a {type(owner).__module__}.{type(owner).__qualname__}"
+    if _quantized(type(owner)):
+        return QuantizedError(where, expected, found, "prune first, then quantise")
+    return WrappedModelError(where, expected, found, "merge or unwrap it, or exclude this layer")
+
+
+def _check_finite(where: str, parameter: nn.Parameter) -> None:
+    # a finite sum proves finite weights without a second pass; an infinite one may be an overflow of finite weights
+    if bool(parameter.detach().sum(dtype=torch.float32).isfinite()):
+        return
+    bad = int((~parameter.detach().isfinite()).sum())
+    if bad:
+        raise NonFiniteError(
+            where, "finite weights", f"{bad} of {parameter.numel()} NaN or infinite", "load a checkpoint from before"
+        )
+
+
+def check_fit(views: Sequence[AttentionView], plan: Plan) -> None:
+    """Raises PlanMismatchError unless every attention that the plan names is there, as the plan expects it."""
+    found = {view.name: view.spec for view in views}
+    for spec in plan.specs:
+        if spec.name not in found:
+            names = list(found)
+            raise PlanMismatchError(
+                spec.name,
+                "an attention module of this name, as the plan says",
+                f"{', '.join(names[:4])}{' and others' if len(names) > 4 else ''}",
+                "apply the plan to the model it was made for; were modules renamed or wrapped",
+            )
+        difference(spec, found[spec.name])
