@@ -20,7 +20,7 @@ from .ratios import Ratios, RatiosLike
 from .report import Report, count_macs, count_parameters
 from .scorers import LossFn, Scorer, labelled, projection_loss, resolve
 from .spec import KINDS, AttentionSpec, Kind
-from .surgery import ParamMap, Surgeon, check_views, masked_views
+from .surgery import ParamMap, Surgeon, check_expressible, check_views, masked_views
 from .views import AttentionView
 
 
@@ -82,7 +82,9 @@ def make_plan(
         first, data = _peek(data)
         loss_fn = None if labelled(first) else projection_loss(seed)
     scores = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
-    return allocate([view.spec for view in views], scores, ratios, rules, chosen.name)
+    plan = allocate([view.spec for view in views], scores, ratios, rules, chosen.name)
+    check_expressible(views, plan)
+    return plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> Report:
@@ -107,7 +109,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> R
 
 def _apply(model: nn.Module, plan: Plan, example_inputs: Any) -> tuple[Report, ParamMap]:
     model = _plain(model)
-    surgeon = Surgeon.prepare(model, list(all_views(model)), plan)
+    surgeon = Surgeon.prepare(model, all_views(model, _names(plan)), plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     changes = surgeon.commit()
@@ -200,7 +202,7 @@ def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     24
     """
     model = _plain(model)
-    return masked_views(model, list(all_views(model)), plan)
+    return masked_views(model, all_views(model, _names(plan)), plan)
 
 
 def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> Report:
@@ -270,6 +272,13 @@ def _plain(model: nn.Module) -> nn.Module:
         raise OptionError("model", "a torch.nn.Module", f"a {type(model).__name__}", "pass the model itself")
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _names(plan: Plan) -> set[str]:
+    """The attention modules that a plan is about."""
+    if not isinstance(plan, Plan):
+        raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", "make one with make_plan")
+    return {spec.name for spec in plan.specs}
 
 
 def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -180,7 +180,7 @@ class LayerPlan:
 
 def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
     """Raises PlanMismatchError unless a plan for ``expected`` fits ``found`` (packing and scale do not count)."""
-    for key in ("name", "qk_dims", "vo_dims", "d_model", "q_in", "k_in", "v_in", "bias"):
+    for key in ("name", "qk_dims", "vo_dims", "d_model", "q_in", "k_in", "v_in", "bias", "bias_kv"):
         if getattr(expected, key) != getattr(found, key):
             detail = f" ({key}: {getattr(expected, key)} against {getattr(found, key)})"
             short = key not in ("qk_dims", "vo_dims")
@@ -279,7 +279,12 @@ class Plan:
         if found["format"] != FORMAT:
             fields.fail("format", repr(FORMAT), found["format"])
         if fields.integer("version", found["version"], low=1) != VERSION:
-            fields.fail("version", f"{VERSION}, the newest that this attnprune reads", found["version"])
+            raise PlanFormatError(
+                "plan: version",
+                f"{VERSION}, the newest that this attnprune reads",
+                str(found["version"]),
+                "update attnprune",
+            )
         try:
             layers = fields.array("layers", found["layers"])
             asked = None if found["asked"] is None else Asked.from_dict(found["asked"])

@@ -134,6 +134,8 @@ class AttentionSpec:
     """Width of what V reads."""
     bias: tuple[bool, bool, bool, bool] = (True, True, True, True)
     """Whether Q, K, V, O have a bias."""
+    bias_kv: bool = False
+    """Whether a learned key and value are appended to the sequence (nn.MultiheadAttention's ``add_bias_kv``)."""
     fused: bool = False
     """Whether Q, K and V lie in one packed weight."""
 
@@ -202,9 +204,9 @@ class AttentionSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the four projections, biases included."""
+        """Number of parameters of the four projections, biases and ``bias_k``, ``bias_v`` included."""
         q, k, v, o = self.bias
-        biases = sum(self.qk_dims) * (q + k) + sum(self.vo_dims) * v + self.d_model * o
+        biases = sum(self.qk_dims) * (q + k + self.bias_kv) + sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
         return sum(self.weights(projection) for projection in PROJECTIONS) + biases
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
@@ -239,6 +241,7 @@ class AttentionSpec:
             "k_in": self.k_in,
             "v_in": self.v_in,
             "bias": list(self.bias),
+            "bias_kv": self.bias_kv,
             "fused": self.fused,
         }
 
@@ -249,7 +252,7 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        keys = {"name", "d_model", "qk_dims", "vo_dims", "scale", "q_in", "k_in", "v_in", "bias", "fused"}
+        keys = {"name", "d_model", "qk_dims", "vo_dims", "scale", "q_in", "k_in", "v_in", "bias", "bias_kv", "fused"}
         found = fields.mapping(where, raw, keys)
         q, k, v, o = (fields.boolean(f"{where}.bias", b) for b in fields.array(f"{where}.bias", found["bias"], 4))
         qk_dims, vo_dims = (fields.integers(f"{where}.{key}", found[key], low=1) for key in ("qk_dims", "vo_dims"))
@@ -263,6 +266,7 @@ class AttentionSpec:
             name=fields.string(f"{where}.name", found["name"]),
             scale=fields.number(f"{where}.scale", found["scale"]),
             bias=(q, k, v, o),
+            bias_kv=fields.boolean(f"{where}.bias_kv", found["bias_kv"]),
             fused=fields.boolean(f"{where}.fused", found["fused"]),
             qk_dims=qk_dims,
             vo_dims=vo_dims,

@@ -7,7 +7,10 @@ those below. A forward that also rotates, normalises or gates is not taken for o
 
 from __future__ import annotations
 
+import dis
 import inspect
+from itertools import pairwise
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -28,11 +31,12 @@ from .base import Adapter
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
 HEAD_DIM = ("head_dim", "attention_head_size")
 SCALE = ("scaling", "scale")
-SIGNATURES: tuple[tuple[set[str], type[Decoupled]], ...] = (
-    ({"hidden_states", "attention_mask", "past_key_values"}, HFSelfAttention),
-    ({"hidden_states", "encoder_hidden_states", "attention_mask", "past_key_values"}, HFCrossAttention),
-    ({"hidden_states", "head_mask", "output_attentions"}, HFLegacySelfAttention),
+SIGNATURES: tuple[tuple[tuple[str, ...], type[Decoupled]], ...] = (
+    (("hidden_states", "attention_mask", "past_key_values"), HFSelfAttention),
+    (("hidden_states", "encoder_hidden_states", "attention_mask", "past_key_values"), HFCrossAttention),
+    (("hidden_states", "head_mask", "output_attentions"), HFLegacySelfAttention),
 )
+"""Parameters in order; a host may lack the last ones."""
 KNOWN = {
     *Q, *K, *V, *O, *HEADS, *HEAD_DIM, *SCALE, *DROPOUT, *EAGER,
     # choosing and calling the attention function
@@ -65,28 +69,34 @@ def _recognise(host: type[Any]) -> type[Decoupled] | None:
     except (AttributeError, ValueError, TypeError):  # not written in Python
         return None
     names = set(code.co_names)
-    shaped = all(first(part, names) for part in (Q, K, V))
-    calls = "ALL_ATTENTION_FUNCTIONS" in names or "scaled_dot_product_attention" in names or "softmax" in names
-    if not (shaped and calls and names | set(code.co_freevars) <= KNOWN):
+    if not all(first(part, names) for part in (Q, K, V)) or not names | set(code.co_freevars) <= KNOWN:
         return None
-    arguments = {
+    arguments = tuple(
         name for name, p in parameters.items() if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    for known, mixin in SIGNATURES:
-        if "hidden_states" in arguments <= known:
-            legacy = mixin is HFLegacySelfAttention
-            return HFEagerSelfAttention if legacy and "ALL_ATTENTION_FUNCTIONS" not in names else mixin
-    return None
+    )
+    mixin = next((mixin for known, mixin in SIGNATURES if arguments and arguments == known[: len(arguments)]), None)
+    if mixin is HFLegacySelfAttention:
+        return mixin if "ALL_ATTENTION_FUNCTIONS" in names else HFEagerSelfAttention
+    return mixin if "ALL_ATTENTION_FUNCTIONS" in names and _returns_pair(code) else None
+
+
+def _returns_pair(code: CodeType) -> bool:
+    """Whether every return statement returns a tuple that is written there: the output and the weights."""
+    steps = [step.opname for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOP")]
+    ends = [before for before, step in pairwise(steps) if step.startswith("RETURN")]
+    return bool(ends) and all(before == "BUILD_TUPLE" for before in ends)
 
 
 def _splits(module: nn.Module) -> bool:
-    """Whether the module's own forward projects and splits heads as this family does."""
+    """Whether the module's own forward projects and splits heads as this family does, as many keys as queries."""
     host = host_class(module)
     if decoupled_forward(host) is None:
         return False
     parts = describe(host)
-    projections = (getattr(module, name, None) for name in (parts.q, parts.k, parts.v))
-    return all(isinstance(p, nn.Module) for p in projections) and bool(first(HEADS + HEAD_DIM, module.__dict__))
+    q, k, v = (getattr(module, name, None) for name in (parts.q, parts.k, parts.v))
+    if not all(isinstance(p, nn.Module) for p in (q, k, v)) or not first(HEADS + HEAD_DIM, module.__dict__):
+        return False
+    return bool(getattr(q, "out_features", None) == getattr(k, "out_features", None))
 
 
 class HFEncoderAdapter(Adapter):

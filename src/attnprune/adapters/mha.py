@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ class MultiheadAttentionAdapter(Adapter):
                 name, module, q=module.q_proj, k=module.k_proj, v=module.v_proj, o=module.out_proj,
                 heads=module.num_heads,
             )  # fmt: skip
-            return AttentionView(view.spec, module, self, {**view.slots, **self._extra(module, view.spec)}, _KINDS)
+            spec = replace(view.spec, bias_kv=module.bias_k is not None)
+            return AttentionView(spec, module, self, {**view.slots, **self._extra(module, spec)}, _KINDS)
         width, heads = module.embed_dim, module.num_heads
         packed, bias = module.in_proj_weight is not None, module.in_proj_bias is not None
         slots = {}
@@ -45,7 +47,7 @@ class MultiheadAttentionAdapter(Adapter):
         slots["o.weight"] = Slot(module.out_proj, "weight", width, axis=1)
         spec = AttentionSpec.of(
             name, heads=heads, head_dim=width // heads, d_model=width, k_in=module.kdim, v_in=module.vdim,
-            bias=(bias, bias, bias, module.out_proj.bias is not None), fused=packed,
+            bias=(bias, bias, bias, module.out_proj.bias is not None), bias_kv=module.bias_k is not None, fused=packed,
         )  # fmt: skip
         return AttentionView(spec, module, self, {**slots, **self._extra(module, spec)}, _KINDS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -38,11 +38,17 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 
 def unregister_adapter(adapter: Adapter) -> None:
-    """Removes an adapter again."""
+    """Removes an adapter again.
+
+    Raises:
+        AdapterError: it is not registered.
+    """
+    if adapter not in _ADAPTERS:
+        raise AdapterError("unregister_adapter", "a registered adapter", repr(adapter), "pass what was registered")
     _ADAPTERS.remove(adapter)
 
 
-def all_views(model: nn.Module) -> Iterator[AttentionView]:
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """Every attention of a model, in the order of ``named_modules``; a module that is used twice comes once."""
     inside: set[nn.Module] = set()  # parts of an attention already found
     for name, module in model.named_modules():
@@ -51,7 +57,13 @@ def all_views(model: nn.Module) -> Iterator[AttentionView]:
         adapter = next((adapter for adapter in _ADAPTERS if adapter.matches(module)), None)
         if adapter is not None:
             inside.update(module.modules())
-            yield adapter.view(name, module)
+            yield name, module, adapter
+
+
+def all_views(model: nn.Module, names: Collection[str] | None = None) -> list[AttentionView]:
+    """The attention modules of a model, or those of these names; none is not an error."""
+    found = _walk(model)
+    return [adapter.view(name, module) for name, module, adapter in found if names is None or name in names]
 
 
 def find_views(
@@ -68,26 +80,26 @@ def find_views(
         NoAttentionError: none found, or none left; lists modules that look like attention.
         OptionError: a pattern matches no attention.
     """
-    views = list(all_views(model))
-    if not views:
+    found = list(_walk(model))
+    if not found:
         raise NoAttentionError(
             type(model).__name__,
             "at least one attention module of a known family",
             f"none; modules that look like one: {_candidates(model) or 'none'}",
             "register an adapter for it (attnprune.register_adapter)",
         )
-    names = [view.name for view in views]
+    names = [name for name, _, _ in found]
     wanted, unwanted = _patterns("include", include, names), _patterns("exclude", exclude, names)
     left = [
-        view
-        for view in views
-        if (wanted is None or _any(view.name, wanted)) and not (unwanted and _any(view.name, unwanted))
+        (name, module, adapter)
+        for name, module, adapter in found
+        if (wanted is None or _any(name, wanted)) and not (unwanted and _any(name, unwanted))
     ]
     if not left:
         raise NoAttentionError(
             "include and exclude", f"at least one of {_shorten(names)}", "none", "loosen the patterns"
         )
-    return left
+    return [adapter.view(name, module) for name, module, adapter in left]
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

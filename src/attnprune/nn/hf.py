@@ -150,6 +150,8 @@ class HFCrossAttention(HFAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if encoder_hidden_states is None and past_key_values is None:
+            encoder_hidden_states = hidden_states  # hosts without a cache attend to themselves then
         parts = self._parts
         q = getattr(self, parts.q)(hidden_states)
         if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):

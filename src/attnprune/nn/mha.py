@@ -24,7 +24,14 @@ class _Gone:
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
-        raise StateDictError(
+        raise cls._error()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(str(self._error()))
+
+    @staticmethod
+    def _error() -> StateDictError:
+        return StateDictError(
             "nn.MultiheadAttention.in_proj_weight",
             "a dense module",
             "one whose heads were pruned, which has no packed weight",

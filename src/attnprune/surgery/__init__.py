@@ -1,7 +1,16 @@
 """Changing a model: all of a plan, or none of it."""
 
-from .check import check_fit, check_views
+from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
 from .patch import ParamChange, ParamMap, Surgeon, as_linears
 
-__all__ = ["ParamChange", "ParamMap", "Surgeon", "as_linears", "check_fit", "check_views", "masked_views"]
+__all__ = [
+    "ParamChange",
+    "ParamMap",
+    "Surgeon",
+    "as_linears",
+    "check_expressible",
+    "check_fit",
+    "check_views",
+    "masked_views",
+]

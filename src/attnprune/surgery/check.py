@@ -11,6 +11,7 @@ from ..errors import (
     AttnPruneError,
     MetaTensorError,
     NonFiniteError,
+    NotExpressibleError,
     ParametrizedError,
     PlanMismatchError,
     QuantizedError,
@@ -103,6 +104,22 @@ def _check_finite(where: str, parameter: nn.Parameter) -> None:
         raise NonFiniteError(
             where, "finite weights", f"{bad} of {parameter.numel()} NaN or infinite", "load a checkpoint from before"
         )
+
+
+def check_expressible(views: Sequence[AttentionView], plan: Plan) -> None:
+    """Raises NotExpressibleError where neither the host nor its adapter has a forward for the planned shape."""
+    by_name = {view.name: view for view in views}
+    for layer in plan:
+        view, after = by_name[layer.spec.name], layer.after
+        adapter = view.adapter
+        if not layer.empty and not adapter.expresses(view, after) and adapter.decoupled_for(view) is None:
+            raise NotExpressibleError(
+                view.name,
+                "a shape that the host's forward can run (equal heads, as many qk as vo channels)",
+                after.describe(),
+                'use granularity="head", or scope="local" with heads="uniform" and equal ratios, or give the adapter '
+                "a decoupled forward",
+            )
 
 
 def check_fit(views: Sequence[AttentionView], plan: Plan) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotExpressibleError, TiedWeightsError
+from ..errors import TiedWeightsError
 from ..plan import LayerPlan, Plan
 from ..spec import Kind
 from ..views import AttentionView, Slot
-from .check import check_fit, check_views
+from .check import check_expressible, check_fit, check_views
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,18 +165,11 @@ class Surgeon:
         by_name = {view.name: view for view in views}
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
         check_views(model, [view for view, _ in work])
+        check_expressible(views, plan)
         tensors, operations = _Tensors(), []
         for view, layer in work:
-            adapter, after = view.adapter, layer.after
-            if not adapter.expresses(view, after) and adapter.decoupled_for(view) is None:
-                raise NotExpressibleError(
-                    view.name,
-                    "a shape that the host's forward can run (equal heads, as many qk as vo channels)",
-                    after.describe(),
-                    'use heads="uniform" and equal ratios, or give the adapter a decoupled forward',
-                )
             rows = {kind: kept_channels(view, layer, kind) for kind in ("qk", "vo")}
-            gain = adapter.query_gain(view, after)
+            gain = view.adapter.query_gain(view, layer.after)
             new = {
                 key: tensors.cut(f"{view.name}: {key}", slot, rows[view.kinds[key]], gain if key[0] == "q" else 1.0)
                 for key, slot in view.slots.items()

@@ -1,0 +1,133 @@
+"""The laws that every adapter obeys. A new family is one subclass of ``families.Family`` in the table there.
+
+The oracle is the dense model with rows and columns zeroed by index arithmetic of its own; it uses nothing of attnprune.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnprune import AttentionView, LayerPlan, Plan, apply_plan, make_plan
+from attnprune.adapters.registry import all_views
+
+from .families import FAMILIES, Family, gradient
+
+
+@lru_cache(maxsize=None)
+def family(name: str) -> Family:
+    return FAMILIES[name]()
+
+
+@lru_cache(maxsize=None)
+def _built(name: str, case: int) -> nn.Module:
+    one = family(name)
+    return one.build(**one.cases()[case])
+
+
+def fresh(name: str, case: int, dtype: torch.dtype = torch.float64, train: bool = False) -> nn.Module:
+    """A dense model of its own."""
+    return copy.deepcopy(_built(name, case)).to(dtype).train(train)
+
+
+def inputs(name: str, case: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Inputs; those that are real numbers ask for gradients."""
+    one = family(name)
+    raw = one.inputs(torch.Generator().manual_seed(seed), **one.cases()[case])
+    return {
+        key: value.to(dtype).requires_grad_("mask" not in key)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in raw.items()
+    }
+
+
+def flat_removed(layer: LayerPlan, kind: str) -> list[int]:
+    """Rows of a dense projection that go: head times dim plus channel."""
+    dim = layer.spec.qk_dims[0] if kind == "qk" else layer.spec.vo_dims[0]
+    rows = []
+    for head in range(layer.spec.heads):
+        gone = range(dim) if head in layer.heads else (layer.qk if kind == "qk" else layer.vo)[head]
+        rows += [head * dim + channel for channel in gone]
+    return rows
+
+
+def zero(name: str, oracle: nn.Module, plan: Plan) -> None:
+    """Makes a dense model the oracle: removed rows of Q, K, V and columns of O become zero."""
+    with torch.no_grad():
+        for layer in plan:
+            for p, (weight, bias) in family(name).dense(oracle, layer.spec.name).items():
+                rows = flat_removed(layer, kind_of(p))
+                if p == "o":
+                    weight[:, rows] = 0
+                else:
+                    weight[rows] = 0
+                    if bias is not None:
+                        bias[rows] = 0
+
+
+def kind_of(projection: str) -> Any:
+    return "qk" if projection in "qk" else "vo"
+
+
+def forward_backward(name: str, model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and gradients of a fixed projection of it with respect to the inputs."""
+    model.zero_grad()
+    leaves = {key: value.detach().clone().requires_grad_() if _leaf(value) else value for key, value in given.items()}
+    output = family(name).run(model, leaves)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (output * direction.to(output.dtype)).sum().backward()
+    return output.detach(), {key: leaf.grad for key, leaf in leaves.items() if _leaf(leaf) and leaf.grad is not None}
+
+
+def _leaf(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    assert found.shape == expected.shape, what
+    assert not expected.isnan().any(), what
+    error = (found - expected).abs().max().item() if found.numel() else 0.0
+    assert error <= tolerance * max(1.0, expected.abs().max().item()), (what, error)
+
+
+def check_exact(name: str, model: nn.Module, given: dict[str, Any], plan: Plan, tolerance: float) -> None:
+    """Law 1: forward and gradients of the pruned model are those of the oracle. Uses the model up."""
+    oracle = copy.deepcopy(model)
+    zero(name, oracle, plan)
+    apply_plan(model, plan)
+    expected, expected_inputs = forward_backward(name, oracle, given)
+    found, found_inputs = forward_backward(name, model, given)
+    close(found, expected, tolerance, "output")
+    assert found_inputs.keys() == expected_inputs.keys()
+    for key, grad in expected_inputs.items():
+        close(found_inputs[key], grad, tolerance, f"gradient of {key}")
+    attention = set()
+    for view in all_views(model):
+        attention |= {id(slot.parameter) for slot in view.slots.values()}
+        check_gradients(name, oracle, view, plan[view.name], tolerance)
+    others = {key: p.grad for key, p in oracle.named_parameters()}
+    for key, parameter in model.named_parameters():
+        if id(parameter) not in attention and parameter.grad is not None:
+            close(parameter.grad, others[key], tolerance, f"gradient of {key}")
+
+
+def check_gradients(name: str, oracle: nn.Module, view: AttentionView, layer: LayerPlan, tolerance: float) -> None:
+    """Gradients of what was kept are those of the same rows and columns of the oracle."""
+    for p, (weight, _) in family(name).dense(oracle, view.name, gradient).items():
+        kind = kind_of(p)
+        dim = layer.spec.dims(kind)[0]
+        rows = [head * dim + c for head in layer.kept_heads for c in layer.kept(kind, head)]
+        slot = view.slots[f"{p}.weight"]
+        found = slot.cut(gradient(slot.parameter))
+        found = torch.cat([found[slice(*span)] for span in view.spans(kind)])
+        close(found, (weight.T if p == "o" else weight)[rows], tolerance, f"gradient of {view.name} {p}")
+
+
+def random_plan(model: nn.Module, seed: int, **options: Any) -> Plan:
+    """A plan by random scores."""
+    return make_plan(model, scorer="random", seed=seed, **options)

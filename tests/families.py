@@ -1,0 +1,346 @@
+"""The models that the conformance suite runs: one small subclass of :class:`Family` each."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+Part = tuple[Tensor, Tensor | None]
+Read = Callable[[Any], Any]
+
+
+def itself(parameter: Tensor | None) -> Tensor | None:
+    return parameter
+
+
+def gradient(parameter: Tensor | None) -> Tensor | None:
+    """A parameter's gradient, zeros if there is none."""
+    if parameter is None:
+        return None
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+class Family:
+    """A tiny model, its inputs, and where an independent oracle finds the weights."""
+
+    configs: tuple[dict[str, Any], ...] = ({},)
+
+    def build(self, **config: Any) -> nn.Module:
+        raise NotImplementedError
+
+    def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+    def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
+        """Of a dense model: weight and bias of q, k, v, o, or what ``read`` gives for them; live views."""
+        raise NotImplementedError
+
+    @classmethod
+    def cases(cls) -> tuple[dict[str, Any], ...]:
+        return cls.configs
+
+
+def _randomise(model: nn.Module) -> nn.Module:
+    """Weights large enough that every unit matters, biases not zero, float64."""
+    generator = torch.Generator().manual_seed(0)
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+    return model.eval()
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 12, "hidden_dropout_prob": 0.0,
+         "attention_probs_dropout_prob": 0.0}  # fmt: skip
+IMAGE = {**SMALL, "image_size": 16, "patch_size": 8}
+KERNELS = ("eager", "sdpa")
+
+
+class HFFamily(Family):
+    """A Hugging Face model with tensors as inputs and ``last_hidden_state`` as output."""
+
+    model: Any
+    config: Any
+    options: dict[str, Any] = IMAGE
+    names = ("q_proj", "k_proj", "v_proj")
+    o_name: str | None = "o_proj"
+    configs = tuple({"num_attention_heads": heads, "kernel": kernel} for heads in (4, 3, 2) for kernel in KERNELS) + (
+        {"num_attention_heads": 4, "kernel": "eager", "qkv_bias": False},
+    )
+
+    def build(self, kernel: str, **config: Any) -> nn.Module:
+        built = self.config(**{**self.options, **config})
+        built._attn_implementation = kernel
+        return _randomise(self.model(built))
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        return {"pixel_values": normal(generator, 2, 3, 16, 16)}
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs).last_hidden_state
+
+    def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
+        module = model.get_submodule(name)
+        parts = dict(zip("qkv", (getattr(module, part) for part in self.names), strict=True))
+        parts["o"] = getattr(module, self.o_name)
+        return {p: (read(linear.weight), read(linear.bias)) for p, linear in parts.items()}
+
+
+class AST(HFFamily):
+    model, config = transformers.ASTModel, transformers.ASTConfig
+    options = {**SMALL, "num_mel_bins": 24, "max_length": 24, "patch_size": 16, "time_stride": 8,
+               "frequency_stride": 8}  # fmt: skip
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[1, 4:] = 0
+        return {"input_values": normal(generator, 2, 24, 24), "attention_mask": mask}
+
+
+class ViT(HFFamily):
+    model, config = partial(transformers.ViTModel, add_pooling_layer=False), transformers.ViTConfig
+
+
+class DeiT(HFFamily):
+    model, config = partial(transformers.DeiTModel, add_pooling_layer=False), transformers.DeiTConfig
+
+
+class DINOv2(HFFamily):
+    model, config = transformers.Dinov2Model, transformers.Dinov2Config
+    options = {**IMAGE, "mlp_ratio": 1}
+
+
+class CLIPText(HFFamily):
+    """A causal mask, ``out_proj``, and the scale under another name."""
+
+    model, config = transformers.CLIPTextModel, transformers.CLIPTextConfig
+    options = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 12, "vocab_size": 20,
+               "max_position_embeddings": 8, "eos_token_id": 19}  # fmt: skip
+    configs = HFFamily.configs[:6]
+    o_name = "out_proj"
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        return {"input_ids": torch.randint(0, 20, (2, 6), generator=generator)}
+
+
+class TwoModule(HFFamily):
+    options = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
+    configs = tuple(
+        {"num_attention_heads": heads, "kernel": kernel, "is_decoder": decoder, "add_cross_attention": decoder}
+        for heads in (4, 3)
+        for kernel in KERNELS
+        for decoder in (False, True)
+    )
+
+    def inputs(self, generator: torch.Generator, is_decoder: bool = False, **_: Any) -> dict[str, Any]:
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[1, 4:] = 0
+        found = {"input_ids": torch.randint(2, 20, (2, 6), generator=generator), "attention_mask": mask}
+        if is_decoder:
+            found["encoder_hidden_states"] = normal(generator, 2, 5, 24)
+        return found
+
+    def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
+        module: Any = model.get_submodule(name)
+        parts = {"q": module.self.query, "k": module.self.key, "v": module.self.value, "o": module.output.dense}
+        return {p: (read(linear.weight), read(linear.bias)) for p, linear in parts.items()}
+
+
+class Bert(TwoModule):
+    model, config = partial(transformers.BertModel, add_pooling_layer=False), transformers.BertConfig
+
+
+class Roberta(TwoModule):
+    model, config = partial(transformers.RobertaModel, add_pooling_layer=False), transformers.RobertaConfig
+
+
+class TorchFamily(Family):
+    """Models around nn.MultiheadAttention."""
+
+    def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
+        module: Any = model.get_submodule(name)
+        weights = (
+            read(module.in_proj_weight).chunk(3)
+            if module.in_proj_weight is not None
+            else [read(weight) for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)]
+        )
+        biases = (None,) * 3 if module.in_proj_bias is None else read(module.in_proj_bias).chunk(3)
+        parts = dict(zip("qkv", zip(weights, biases, strict=True), strict=True))
+        return {**parts, "o": (read(module.out_proj.weight), read(module.out_proj.bias))}
+
+
+class _Attention(nn.Module):
+    """Two attentions in a row, so that layers can compete."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(24, **options)
+        self.second = nn.MultiheadAttention(24, **options)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        hidden, _ = self.first(query, key, value, **options)
+        output, weights = self.second(query + hidden, key, value, **options)
+        return output
+
+
+class MHA(TorchFamily):
+    """nn.MultiheadAttention with every option it has."""
+
+    configs = (
+        {"num_heads": 4},
+        {"num_heads": 4, "batch_first": True, "mask": "2d-float"},
+        {"num_heads": 3, "kdim": 10, "vdim": 7, "mask": "padding"},
+        {"num_heads": 4, "bias": False, "batch_first": True, "mask": "3d-bool"},
+        {"num_heads": 3, "add_bias_kv": True, "add_zero_attn": True, "mask": "both"},
+        {"num_heads": 4, "add_bias_kv": True, "batch_first": True, "need_weights": True, "mask": "3d-float"},
+        {"num_heads": 2, "mask": "causal", "batch_first": True},
+        {"num_heads": 2, "mask": "2d-bool", "need_weights": True, "add_zero_attn": True, "bias": False},
+        {"num_heads": 4, "unbatched": True, "mask": "padding"},
+    )
+
+    def build(self, mask: str = "", need_weights: bool = False, unbatched: bool = False, **options: Any) -> nn.Module:
+        return _randomise(_Attention(**options))
+
+    def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
+        queries, keys, batch = 5, 6, 2
+        mask, first = config.get("mask", ""), config.get("batch_first", False)
+        keys = queries if mask == "causal" else keys
+
+        def tokens(length: int, width: int) -> Tensor:
+            if config.get("unbatched"):
+                return normal(generator, length, width)
+            return normal(generator, *((batch, length) if first else (length, batch)), width)
+
+        found: dict[str, Any] = {
+            "query": tokens(queries, 24),
+            "key": tokens(keys, config.get("kdim", 24)),
+            "value": tokens(keys, config.get("vdim", 24)),
+            "need_weights": config.get("need_weights", False),
+        }
+        padding = torch.zeros(batch, keys, dtype=torch.bool)
+        padding[1, 3:] = True
+        if mask in ("padding", "both"):
+            found["key_padding_mask"] = padding[1] if config.get("unbatched") else padding
+        shape = (batch * config["num_heads"], queries, keys) if mask.startswith("3d") else (queries, keys)
+        blocked = torch.rand(shape, generator=generator) < 0.3
+        blocked[..., 0] = False
+        if mask.endswith("bool") or mask == "both":
+            found["attn_mask"] = blocked
+        if mask.endswith("float"):
+            found["attn_mask"] = normal(generator, *shape)
+        if mask == "causal":
+            found["attn_mask"] = nn.Transformer.generate_square_subsequent_mask(queries, dtype=torch.float64)
+            found["is_causal"] = True
+        return found
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs)
+
+
+class Encoder(TorchFamily):
+    """nn.TransformerEncoder; its fused inference path must step aside."""
+
+    configs = (
+        {"nhead": 4, "batch_first": True, "padding": True},
+        {"nhead": 4, "batch_first": True},
+        {"nhead": 3, "norm_first": True, "padding": True},
+        {"nhead": 2, "batch_first": True, "causal": True},
+    )
+
+    def build(self, padding: bool = False, causal: bool = False, **options: Any) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(24, dim_feedforward=12, dropout=0.0, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # says when the nested path is off
+            return _randomise(nn.TransformerEncoder(layer, 2))
+
+    def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
+        shape = (2, 5, 24) if config.get("batch_first") else (5, 2, 24)
+        found: dict[str, Any] = {"src": normal(generator, *shape)}
+        if config.get("padding"):
+            found["src_key_padding_mask"] = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        if config.get("causal"):
+            found["mask"] = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+            found["is_causal"] = True
+        return found
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        output = model(**inputs)
+        padding = inputs.get("src_key_padding_mask")
+        if padding is None:
+            return output
+        rows = padding if output.shape[0] == 2 else padding.T
+        return output.masked_fill(rows[..., None], 0)  # what stands at padded places is nobody's business
+
+
+class Transformer(TorchFamily):
+    """nn.Transformer: encoder, decoder and cross-attention."""
+
+    configs = ({"nhead": 4, "batch_first": True}, {"nhead": 3, "batch_first": False, "norm_first": True})
+
+    def build(self, **options: Any) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _randomise(nn.Transformer(24, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=12,
+                                             dropout=0.0, **options))  # fmt: skip
+
+    def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
+        def tokens(length: int) -> Tensor:
+            return normal(generator, *((2, length) if config["batch_first"] else (length, 2)), 24)
+
+        mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+        return {"src": tokens(5), "tgt": tokens(4), "tgt_mask": mask, "tgt_is_causal": True}
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs)
+
+
+class _EncoderBlock(nn.Module):
+    """torchvision's ViT block: the attention is called with ``need_weights=False`` on a layer-normed input."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(24)
+        self.self_attention = nn.MultiheadAttention(24, heads, dropout=0.0, batch_first=True)
+        self.ln_2 = nn.LayerNorm(24)
+        self.mlp = nn.Sequential(nn.Linear(24, 12), nn.GELU(), nn.Linear(12, 24))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.ln_1(hidden)
+        x, _ = self.self_attention(x, x, x, need_weights=False)
+        x = x + hidden
+        return x + self.mlp(self.ln_2(x))
+
+
+class TorchvisionViT(TorchFamily):
+    """Blocks as in torchvision's ViT (which has no CPU build everywhere)."""
+
+    configs = ({"heads": 4}, {"heads": 3})
+
+    def build(self, heads: int) -> nn.Module:
+        return _randomise(nn.Sequential(OrderedDict(a=_EncoderBlock(heads), b=_EncoderBlock(heads))))
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        return {"input": normal(generator, 2, 5, 24)}
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs)
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    cls.__name__: cls
+    for cls in (AST, ViT, DeiT, DINOv2, CLIPText, Bert, Roberta, MHA, Encoder, Transformer, TorchvisionViT)
+}
