@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -180,22 +180,25 @@ class Surgeon:
 
     def commit(self) -> ParamMap:
         """Swaps the new tensors in. If anything fails midway, everything is put back bitwise and the error goes on."""
-        with rollback(op.view for op in self._operations) as undo:
+        before = _Snapshot(operation.view for operation in self._operations)
+        try:
             for operation in self._operations:
                 operation.run()
-            undo.clear()
-        return self._parameters
+            return self._parameters
+        except BaseException:
+            before.restore()
+            raise
 
 
-@contextmanager
-def rollback(views: Any) -> Iterator[list[Any]]:
-    """On leaving, puts back class and attributes of every module below the views; clear the list to keep changes."""
-    modules = {id(m): m for view in views for top in view.modules for m in top.modules()}
-    saved = [(module, type(module), _shallow(module.__dict__)) for module in modules.values()]
-    try:
-        yield saved
-    finally:
-        for module, kind, state in saved:
+class _Snapshot:
+    """Class and attributes of every module below some views, to put back."""
+
+    def __init__(self, views: Iterable[AttentionView]) -> None:
+        modules = {id(module): module for view in views for top in view.modules for module in top.modules()}
+        self._saved = [(module, type(module), _shallow(module.__dict__)) for module in modules.values()]
+
+    def restore(self) -> None:
+        for module, kind, state in self._saved:
             object.__setattr__(module, "__class__", kind)
             module.__dict__.clear()
             module.__dict__.update({key: value for key, (value, _) in state.items()})
@@ -217,11 +220,14 @@ def as_linears(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
     Packed modules get their decoupled form; the rest stay as they are. Yields views in the same order.
     """
     packed = [view for view in views if view.linears is None]
-    with rollback(packed):
+    before = _Snapshot(packed)
+    try:
         for view in packed:
             tensors = {key: _alias(slot) for key, slot in view.slots.items()}
             _Operation(view, LayerPlan(view.spec), tensors).run()
         yield [view.adapter.view(view.name, view.module) if view in packed else view for view in views]
+    finally:
+        before.restore()
 
 
 def _alias(slot: Slot) -> nn.Parameter:
