@@ -17,14 +17,23 @@ from attnprune.errors import PlanFormatError, PlanMismatchError
 from attnprune.plan import Asked
 
 GOLDEN = Path(__file__).parent / "data" / "plan_v1.json"
-DIGEST = "6eafee270fa43d3cd16421a207c38b7d04e4b68472046cbd7b81c5c9a703891d"
+DIGEST = "93c5a8c618ac00b61bcc447f6d4b168288c131471097929a5d31ad5553143cdc"
 
 
 def golden_plan() -> Plan:
     """Four layers: the same number of channels from every head, other numbers, whole heads, nothing."""
     uniform = AttentionSpec.of("encoder.layers.0.attention", heads=2, head_dim=4, d_model=8, scale=0.5)
     ragged = AttentionSpec(
-        "encoder.layers.1.attention", 8, (4, 3, 2), (2, 5, 4), 0.35355339059327373, 8, 6, 7, (True, False, True, False)
+        "encoder.layers.1.attention",
+        d_model=8,
+        qk_dims=(4, 3, 2),
+        vo_dims=(2, 5, 4),
+        scale=0.35355339059327373,
+        q_in=8,
+        k_in=6,
+        v_in=7,
+        bias=(True, False, True, False),
+        bias_kv=True,
     )
     packed = AttentionSpec.of("decoder.été", heads=4, head_dim=2, d_model=8, bias=(False,) * 4, fused=True)
     idle = AttentionSpec.of("", heads=1, head_dim=1, d_model=1)
@@ -59,7 +68,8 @@ def specs(draw: st.DrawFn, name: str) -> AttentionSpec:
     widths = [draw(sizes) for _ in range(3)]
     scale = draw(st.one_of(st.floats(1e-3, 1e3), st.integers(1, 9)))
     bias = draw(st.tuples(*[st.booleans()] * 4))
-    return AttentionSpec(name, draw(sizes), dims[0], dims[1], scale, *widths, bias, draw(st.booleans()))
+    flags = {"bias": bias, "bias_kv": draw(st.booleans()), "fused": draw(st.booleans())}
+    return AttentionSpec(name, draw(sizes), dims[0], dims[1], scale, *widths, **flags)
 
 
 names = st.lists(st.text(max_size=6), max_size=3, unique=True)
@@ -427,6 +437,7 @@ def test_then_of_a_plan_for_another_model() -> None:
         Plan((LayerPlan(AttentionSpec.of("a", heads=3, head_dim=4, d_model=9)),)),
         Plan((LayerPlan(AttentionSpec.of("a", heads=3, head_dim=4, d_model=8, q_in=5)),)),
         Plan((LayerPlan(AttentionSpec.of("a", heads=3, head_dim=4, d_model=8, bias=(True, False, True, True))),)),
+        Plan((LayerPlan(AttentionSpec.of("a", heads=3, head_dim=4, d_model=8, bias_kv=True)),)),
     ]
     for other in others:
         with pytest.raises(PlanMismatchError) as caught:

@@ -362,6 +362,39 @@ def test_taylor(family: Family, squared: bool) -> None:
     equal(score(Taylor(squared), family.build(), batches, family.loss_fn), expected)  # type: ignore[arg-type]
 
 
+def test_cross_attention_of_other_widths_with_appended_keys() -> None:
+    """Separate weights of other widths for K and V; the learned key and value run along the channels, too."""
+
+    def build() -> nn.Module:
+        return seeded(lambda: nn.MultiheadAttention(WIDTH, HEADS, kdim=24, vdim=16, add_bias_kv=True, batch_first=True))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return (
+            (model(*batch, need_weights=False)[0] * torch.linspace(-1, 1, WIDTH, dtype=torch.float64)).square().mean()
+        )
+
+    def parts(of: Any, read: Read) -> Parts:
+        weights = {key: read(getattr(of, f"{key}_proj_weight")) for key in "qkv"}
+        biases = dict(zip(("qb", "kb", "vb"), read(of.in_proj_bias).chunk(3), strict=True))
+        more = {"k+": read(of.bias_k).flatten(), "v+": read(of.bias_v).flatten()}
+        return weights | biases | more | {"o": read(of.out_proj.weight).T}
+
+    batch = tuple(numbers(1, 5, width, seed=width) for width in (WIDTH, 24, 16))
+    model = build()
+    loss(model, batch).backward()
+    w, g = parts(model, itself), parts(model, gradient)
+    rows = {key: (g[key].square() + 1e-6).sum(1) for key in "qkvo"}
+    qk, vo = rows["q"] + rows["k"], rows["v"] + rows["o"]
+    expected = [(qk, vo, by_head(qk).sum(1) + by_head(vo).sum(1))]
+    equal(score(Fisher(), build(), [batch], loss), expected)
+    equal(score(Fisher(per_sample=True), build(), [batch], loss), expected, rtol=1e-5)
+    product = {key: (w[key] * g[key]).sum(1) if w[key].dim() > 1 else w[key] * g[key] for key in w}
+    qk = product["q"] + product["k"] + product["qb"] + product["kb"] + product["k+"]
+    vo = product["v"] + product["o"] + product["vb"] + product["v+"]
+    whole = (by_head(qk).sum(1) + by_head(vo).sum(1)).abs()
+    equal(score(Taylor(), build(), [batch], loss), [(qk.abs(), vo.abs(), whole)])
+
+
 def test_taylor_predicts_what_removal_costs() -> None:
     """To first order: with tiny weights in a head, the loss changes by what its score says."""
     model = encoder(True)
@@ -605,7 +638,7 @@ def trace(model: nn.Module) -> Any:
 
     return {
         "parameters": [
-            (name, id(p), id(p.grad) if p.grad is not None else None, p.data_ptr(), p._version, raw(p), p.requires_grad, raw(p.grad))
+            (name, id(p), p.data_ptr(), p._version, p.requires_grad, raw(p), id(p.grad), raw(p.grad))
             for name, p in model.named_parameters()
         ],
         "buffers": [(name, id(b), raw(b)) for name, b in model.named_buffers()],
@@ -851,7 +884,7 @@ def test_memory_between_batches(family: Family, make: Callable[[], Scorer]) -> N
 @every_scorer
 @pytest.mark.parametrize("build", [ast, partial(encoder, True)])
 def test_scores_of_a_ragged_model(make: Callable[[], Scorer], build: Callable[[], nn.Module]) -> None:
-    """What is left scores as it does in the dense model with the rest zeroed (where scores see only the unit itself)."""
+    """What is left scores as it does in the dense model with the rest zeroed."""
     data, loss = (ast_batches(), None) if build is ast else (encoder_batches(True), encoder_loss)
     removed = {"qk": [[0], [1, 2], [], [7]], "vo": [[], [3], [0, 1, 2], []]}
     dense, pruned = build(), build()

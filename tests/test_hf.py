@@ -1,0 +1,190 @@
+"""What transformers does around attention: kernels, masks, caches, checkpointing, recorded outputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import attnprune
+from attnprune import apply_plan, make_plan, prune_attention
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 4}
+PLANS: dict[str, dict[str, Any]] = {
+    "stock": {"scope": "local"},
+    "heads": {"granularity": "head"},
+    "decoupled": {"qkvo_ratios": {"qk": 0.75, "vo": 0.25}},
+    "ragged": {"heads": "ragged", "granularity": "joint"},
+}
+every_plan = pytest.mark.parametrize("kind", PLANS)
+
+
+def plan_for(model: nn.Module, kind: str) -> attnprune.Plan:
+    return make_plan(model, scorer="random", **{"qkvo_ratios": 0.5, **PLANS[kind]})
+
+
+def vit(kernel: str = "sdpa") -> Any:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, attn_implementation=kernel)
+    return transformers.ViTModel(config, add_pooling_layer=False).eval()
+
+
+def decoder(kernel: str = "sdpa", **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        **SMALL, vocab_size=50, is_decoder=True, attn_implementation=kernel, pad_token_id=0, **options
+    )
+    return transformers.BertLMHeadModel(config).eval()
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_classes_stay_where_the_host_can_run_the_result() -> None:
+    for kind, stock in (("stock", True), ("heads", True), ("decoupled", False), ("ragged", False)):
+        model = vit()
+        before = [type(m) for m in model.modules()]
+        host = type(model.layers[0].attention)
+        apply_plan(model, plan_for(model, kind))
+        assert ([type(m) for m in model.modules()] == before) == stock
+        assert all(isinstance(layer.attention, host) for layer in model.layers)
+        assert all(type(layer.attention.q_proj) is nn.Linear for layer in model.layers)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without:UserWarning")
+@every_plan
+def test_kernels_agree(kind: str) -> None:
+    """eager, sdpa and flex give the same output; the user may switch after pruning."""
+    model = vit("eager")
+    apply_plan(model, plan_for(model, kind))
+    with torch.no_grad():
+        expected = model(image()).last_hidden_state
+        for kernel in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(kernel)
+            with torch.compiler.set_stance("force_eager"):  # flex would be compiled for minutes
+                found = model(image())
+            assert (found.last_hidden_state - expected).abs().max() < 1e-5
+
+
+@every_plan
+def test_recorded_attentions_are_those_of_the_dense_heads(kind: str) -> None:
+    model = vit("eager")
+    plan = plan_for(model, kind)
+    with torch.no_grad():
+        with attnprune.masked(model, plan):
+            expected = model(image(), output_attentions=True)
+        apply_plan(model, plan)
+        found = model(image(), output_attentions=True)
+    assert len(found.attentions) == 2
+    for layer, before, after in zip(plan, expected.attentions, found.attentions, strict=True):
+        assert (after - before[:, list(layer.kept_heads)]).abs().max() < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@every_plan
+def test_gradient_checkpointing(kind: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = vit()
+        apply_plan(model, plan_for(model, kind))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model(image()).last_hidden_state.square().sum().backward()
+        grads.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for key, grad in grads[0].items():
+        assert (grad - grads[1][key]).abs().max() <= 1e-4 * (1 + grad.abs().max())
+
+
+@every_plan
+@pytest.mark.parametrize("cross", [False, True])
+def test_generation_with_a_cache(kind: str, cross: bool) -> None:
+    """Keys and values of any width go through the cache; tokens are those found without one."""
+    model = decoder(add_cross_attention=cross)
+    apply_plan(model, plan_for(model, kind))
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    if cross:
+        options["encoder_hidden_states"] = torch.randn(2, 3, 32)
+    prompt = torch.randint(1, 50, (2, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cached = model(prompt, use_cache=True, encoder_hidden_states=options.get("encoder_hidden_states"))
+        step = torch.full((2, 1), 7)
+        found = model(
+            step, past_key_values=cached.past_key_values, encoder_hidden_states=options.get("encoder_hidden_states")
+        ).logits
+        whole = model(torch.cat([prompt, step], 1), encoder_hidden_states=options.get("encoder_hidden_states")).logits
+    assert (found[:, -1] - whole[:, -1]).abs().max() < 1e-5
+
+
+@every_plan
+def test_compiled_without_graph_breaks(kind: str) -> None:
+    model = vit()
+    apply_plan(model, plan_for(model, kind))
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(image()).last_hidden_state
+        assert (found - model(image()).last_hidden_state).abs().max() < 1e-5
+
+
+@every_plan
+def test_autocast_and_bfloat16(kind: str) -> None:
+    model = vit()
+    apply_plan(model, plan_for(model, kind))
+    expected = model(image()).last_hidden_state
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model(image()).last_hidden_state - expected).abs().max() < 0.2
+    low = copy.deepcopy(model).bfloat16()
+    assert (low(image().bfloat16()).last_hidden_state.float() - expected).abs().max() < 0.2
+
+
+def test_pruning_a_bfloat16_model() -> None:
+    model = vit().bfloat16()
+    plan = plan_for(model, "ragged")
+    with torch.no_grad(), attnprune.masked(model, plan):
+        expected = model(image().bfloat16()).last_hidden_state
+    apply_plan(model, plan)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert (model(image().bfloat16()).last_hidden_state - expected).abs().max() < 0.1
+
+
+def test_prune_heads_as_in_transformers_4() -> None:
+    """Layer numbers or names, on any model."""
+    model = vit()
+    report = attnprune.prune_heads(model, {0: [1, 3], "layers.1.attention": [0]})
+    assert [layer.after.heads for layer in report.layers] == [2, 3]
+    assert model.layers[0].attention.num_attention_heads == 2
+    assert model.layers[0].attention.q_proj.weight.shape == (16, 32)
+
+
+def test_training_goes_on() -> None:
+    """A pruned model trains: the loss falls with a fresh optimizer over its new parameters."""
+    model = vit().train()
+    prune_attention(model, 0.5, heads="ragged")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        loss = (model(image()).last_hidden_state - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_saved_and_loaded_by_state_dict(tmp_path: Any) -> None:
+    """A plan and a state dict bring a pruned model back."""
+    model = vit()
+    plan = plan_for(model, "ragged")
+    apply_plan(model, plan)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    other = vit()
+    apply_plan(other, attnprune.Plan.from_json((tmp_path / "plan.json").read_text()))
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    with torch.no_grad():
+        assert torch.equal(other(image()).last_hidden_state, model(image()).last_hidden_state)

@@ -1,0 +1,194 @@
+"""What nn.MultiheadAttention does around its heads: fused paths, nested tensors, masks, weights, state dicts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnprune
+from attnprune import apply_plan, make_plan, prune_attention, prune_heads
+
+RAGGED = {"heads": "ragged", "scorer": "random", "granularity": "joint"}
+
+
+def encoder(layers: int = 3, **options: object) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.TransformerEncoderLayer(24, 4, 12, batch_first=True, **options)
+        return nn.TransformerEncoder(layer, layers).double().eval()
+
+
+def zeroed(model: nn.Module, plan: attnprune.Plan) -> nn.Module:
+    """The oracle: a dense copy with removed rows and columns at zero."""
+    oracle = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in plan:
+            module = oracle.get_submodule(layer.spec.name)
+            assert isinstance(module, nn.MultiheadAttention)
+            for i, kind in enumerate(("qk", "qk", "vo")):
+                module.in_proj_weight.chunk(3)[i][rows(layer, kind)] = 0
+                module.in_proj_bias.chunk(3)[i][rows(layer, kind)] = 0
+            module.out_proj.weight[:, rows(layer, "vo")] = 0
+    return oracle
+
+
+def rows(layer: attnprune.LayerPlan, kind: str) -> list[int]:
+    dim = layer.spec.qk_dim
+    gone = [range(dim) if h in layer.heads else getattr(layer, kind)[h] for h in range(layer.spec.heads)]
+    return [h * dim + c for h, channels in enumerate(gone) for c in channels]
+
+
+@pytest.mark.parametrize("include", ["layers.0.*", "layers.1.*", ["layers.0.*", "layers.2.*"], "*"])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_fused_paths_step_aside(include: str | list[str], gradients: bool, padded: bool) -> None:
+    """In eval mode PyTorch would read packed weights, and hand nested tensors from dense layers to pruned ones."""
+    model = encoder()
+    plan = make_plan(model, 0.5, include=include, **RAGGED)
+    oracle = zeroed(model, plan)
+    apply_plan(model, plan)
+    x = torch.randn(3, 6, 24, dtype=torch.float64)
+    padding = torch.arange(6) >= torch.tensor([[6], [4], [2]]) if padded else None
+    with torch.set_grad_enabled(gradients), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nested tensors is in prototype.*")
+        expected, found = (one(x, src_key_padding_mask=padding) for one in (oracle, model))
+    keep = torch.ones(3, 6, dtype=torch.bool) if padding is None else ~padding
+    assert (expected - found)[keep].abs().max() < 1e-10
+
+
+def test_packed_weight_is_gone_and_says_so() -> None:
+    model = nn.MultiheadAttention(24, 4)
+    prune_attention(model, 0.5)
+    with pytest.raises(attnprune.errors.StateDictError, match=r"q_proj\.weight"):
+        torch.sum(model.in_proj_weight)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match=r"q_proj\.weight"):
+        _ = model.in_proj_weight.shape
+    assert set(model.state_dict()) == {
+        f"{p}_proj.{part}" for p in ("q", "k", "v", "out") for part in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_dense_state_dict_is_refused(strict: bool) -> None:
+    model = encoder()
+    dense = copy.deepcopy(model.state_dict())
+    prune_attention(model, 0.5)
+    with pytest.raises(attnprune.errors.StateDictError, match="apply the plan"):
+        model.load_state_dict(dense, strict=strict)
+
+
+def test_masks_for_dense_and_for_remaining_heads() -> None:
+    """A 3-D mask may have a row for every head of the dense model, or for every head that is left."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(24, 4, batch_first=True).double()
+    x, mask = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    oracle = copy.deepcopy(model)
+    with torch.no_grad():
+        oracle.out_proj.weight[:, 6:12] = 0
+    expected, weights = oracle(x, x, x, attn_mask=mask.flatten(0, 1), average_attn_weights=False)
+    prune_heads(model, {0: [1]})
+    kept = [0, 2, 3]
+    for given in (mask, mask[:, kept]):
+        found, left = model(x, x, x, attn_mask=given.flatten(0, 1), average_attn_weights=False)
+        assert (found - expected).abs().max() < 1e-10
+        assert (left - weights[:, kept]).abs().max() < 1e-10
+    with pytest.raises(RuntimeError, match="dense model's heads"):
+        model(x, x, x, attn_mask=mask[:, :2].flatten(0, 1))
+
+
+def test_weights_come_in_logical_order() -> None:
+    """Ragged heads are stored sorted by shape; what shows heads keeps their order."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(24, 4, batch_first=True).double()
+    plan = make_plan(model, 0.5, **RAGGED)
+    layer = plan[""]
+    there = attnprune.AttentionSpec.of("0", heads=4, head_dim=6, d_model=24)
+    wrapped = attnprune.Plan((attnprune.LayerPlan(there, layer.heads, layer.qk, layer.vo),))
+    oracle = zeroed(nn.Sequential(model), wrapped)[0]
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    _, expected = oracle(x, x, x, average_attn_weights=False)
+    apply_plan(model, plan)
+    assert len(set(plan.after[0].qk_dims)) > 1
+    _, found = model(x, x, x, average_attn_weights=False)
+    assert (found - expected[:, list(layer.kept_heads)]).abs().max() < 1e-10
+    _, mean = model(x, x, x)
+    assert (mean - found.mean(1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_has_the_dense_mean(need_weights: bool) -> None:
+    """In training, attention weights drop out with the module's probability and are scaled up again."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(24, 4, dropout=0.4, batch_first=True).double()
+    prune_attention(model, 0.5, scope="local", heads="ragged")
+    x = torch.randn(1, 5, 24, dtype=torch.float64)
+    still = model.eval()(x, x, x)[0]
+    model.train()
+    runs = torch.stack([model(x, x, x, need_weights=need_weights)[0] for _ in range(1500)])
+    assert runs.std(0).min() > 0
+    error = (runs.mean(0) - still).abs() / (runs.std(0) / len(runs) ** 0.5)
+    assert error.max() < 6
+
+
+def test_causal_hint_needs_its_mask() -> None:
+    model = nn.MultiheadAttention(24, 4)
+    prune_attention(model, 0.5)
+    x = torch.randn(5, 2, 24)
+    with pytest.raises(RuntimeError, match="is_causal"):
+        model(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_autocast(dtype: torch.dtype) -> None:
+    model = encoder().float()
+    x = torch.randn(2, 5, 24)
+    prune_attention(model, 0.5, **RAGGED)
+    expected = model(x)
+    low = copy.deepcopy(model).to(dtype)
+    assert all(p.dtype == dtype for p in low.parameters())
+    assert (low(x.to(dtype)).float() - expected).abs().max() < 0.1
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype):
+            assert (model(x).float() - expected).abs().max() < 0.1
+
+
+def test_hooks_and_identity_stay() -> None:
+    """The module object, its hooks and the hooks of its output projection are those of before."""
+    model = encoder(1)
+    attention = model.layers[0].self_attn
+    out_proj = attention.out_proj
+    seen: list[str] = []
+    attention.register_forward_hook(lambda *_: seen.append("attention"))
+    out_proj.register_forward_hook(lambda *_: seen.append("output"))
+    prune_attention(model, 0.5)
+    assert model.layers[0].self_attn is attention
+    assert isinstance(attention, nn.MultiheadAttention)
+    assert attention.out_proj is out_proj
+    model(torch.randn(2, 5, 24, dtype=torch.float64))
+    assert seen == ["output", "attention"]
+
+
+@pytest.mark.parametrize("options", [{}, RAGGED, {"scope": "local"}])
+def test_compiled_without_graph_breaks(options: dict[str, str]) -> None:
+    model = encoder(2)
+    prune_attention(model, 0.5, **options)
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found: Tensor = compiled(x)
+    assert (found - model(x)).abs().max() < 1e-10
+
+
+def test_pruning_a_compiled_model() -> None:
+    model = encoder(2)
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    compiled(x)
+    plan = make_plan(compiled, 0.5)
+    oracle = zeroed(model, plan)
+    apply_plan(compiled, plan)
+    assert (compiled(x) - oracle(x)).abs().max() < 1e-10
