@@ -519,6 +519,15 @@ def test_binary_fractions_lose_no_unit(ratio: float) -> None:
         assert total == round(ratio * 3 * 40 * 2) * 80
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_half_a_unit_goes(heads: int) -> None:
+    """0.575 of twenty channels are eleven and a half, which in binary is a little less."""
+    assert 0.575 * 800 < 460
+    specs = plain(layers=1, heads=heads, dim=20)
+    (layer,) = allocate(specs, random_scores(specs, 0), Ratios.parse(0.575))
+    assert layer.after.qk_dims == layer.after.vo_dims == (8,) * heads
+
+
 # names
 
 

@@ -223,6 +223,18 @@ def _groups(specs: Sequence[AttentionSpec], scope: Scope) -> Iterator[list[int]]
     yield from ([i] for i in range(len(specs))) if scope == "local" else [list(range(len(specs)))]
 
 
+def check_request(ratios: Ratios, rules: Rules) -> None:
+    """Raises where ratios and rules contradict one another, before any data are read."""
+    if rules.granularity == "head" and rules.split == "fixed" and ratios.qk != ratios.vo:
+        raise OptionError(
+            "qkvo_ratios",
+            'one ratio for all four with granularity="head", as a head goes from all of them',
+            f"qk={ratios.qk:g} and vo={ratios.vo:g}",
+            'use granularity="channel" or "joint" for different ratios',
+        )
+    _ = ratios.qk, ratios.vo  # unequal ratios inside a pair raise
+
+
 def allocate(
     specs: Sequence[AttentionSpec],
     scores: Mapping[str, Scores],
@@ -256,18 +268,17 @@ def allocate(
     ((0,), (1,))
     """
     rules = rules or Rules()
+    check_request(ratios, rules)
+    if not isinstance(scores, Mapping):
+        raise ScorerError("scores", "a mapping from name to Scores", f"a {type(scores).__name__}", "return a dict")
     wanted: dict[Kind, float] = {"qk": ratios.qk, "vo": ratios.vo}
-    if rules.granularity == "head" and rules.split == "fixed" and wanted["qk"] != wanted["vo"]:
-        raise OptionError(
-            "qkvo_ratios",
-            'one ratio for all four with granularity="head", as a head goes from all of them',
-            f"qk={wanted['qk']:g} and vo={wanted['vo']:g}",
-            'use granularity="channel" or "joint" for different ratios',
-        )
     missing = [spec.name for spec in specs if spec.name not in scores]
     if missing:
         raise ScorerError(missing[0], "scores for every attention module", "none", "return one Scores for each view")
     for spec in specs:
+        if not isinstance(scores[spec.name], Scores):
+            found = f"a {type(scores[spec.name]).__name__}"
+            raise ScorerError(f"{spec.name}: scores", "attnprune.Scores", found, "wrap qk, vo and head in Scores")
         scores[spec.name].check(spec)
     layers = [_Layer(spec, scores[spec.name], rules) for spec in specs]
     for group in _groups(specs, rules.scope):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
-from itertools import chain, islice
 from operator import index
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import nn
 
 from .adapters import find_views
 from .adapters.registry import all_views
-from .allocate import Granularity, Heads, Rules, Scope, Split, allocate
+from .allocate import Granularity, Heads, Rules, Scope, Split, allocate, check_request
 from .errors import OptionError, UnknownUnitError
 from .plan import Channels, LayerPlan, Plan, make_layer
 from .ratios import Ratios, RatiosLike
 from .report import Report, count_macs, count_parameters
-from .scorers import LossFn, Scorer, labelled, projection_loss, resolve
+from .scorers import LossFn, Scorer, loss_with_or_without_labels, resolve
 from .spec import KINDS, AttentionSpec, Kind
 from .surgery import ParamMap, Surgeon, check_expressible, check_views, masked_views
 from .views import AttentionView
@@ -68,6 +67,7 @@ def make_plan(
     """
     ratios = Ratios.parse(qkvo_ratios)
     rules = Rules(granularity, scope, heads, split, round_to, min_heads, min_channels)
+    check_request(ratios, rules)
     for option, value, allowed in (
         ("basis", basis, ("auto", "channels")),
         ("compensate", compensate, ("auto", False)),
@@ -78,9 +78,8 @@ def make_plan(
     views = find_views(model, include, exclude)
     check_views(model, views)
     chosen = resolve(scorer, has_data=data is not None, seed=seed)
-    if isinstance(scorer, str) and scorer == "auto" and data is not None and loss_fn is None:
-        first, data = _peek(data)
-        loss_fn = None if labelled(first) else projection_loss(seed)
+    if isinstance(scorer, str) and scorer == "auto" and loss_fn is None:
+        loss_fn = loss_with_or_without_labels(seed)
     scores = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
     plan = allocate([view.spec for view in views], scores, ratios, rules, chosen.name)
     check_expressible(views, plan)
@@ -260,7 +259,13 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
             )
         removed: dict[Kind, Channels] = {}
         for kind in KINDS:
-            lists = wanted.get(kind, ((),) * view.spec.heads)
+            lists: Any = wanted.get(kind, ((),) * view.spec.heads)
+            if not isinstance(lists, Sequence) or isinstance(lists, (str, bytes)):
+                where, found = f"{view.name}: {kind}", repr(lists)[:60]
+                raise UnknownUnitError(where, "a list of channels for every head", found, "write [[0, 3], [], ...]")
+            if len(lists) != view.spec.heads:
+                expected = f"one list for each of {view.spec.heads} heads"
+                raise UnknownUnitError(f"{view.name}: {kind}", expected, f"{len(lists)} lists", "give empty ones too")
             removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
         layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))
     return apply_plan(model, Plan(tuple(layers)))
@@ -277,17 +282,9 @@ def _plain(model: nn.Module) -> nn.Module:
 def _names(plan: Plan) -> set[str]:
     """The attention modules that a plan is about."""
     if not isinstance(plan, Plan):
-        raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", "make one with make_plan")
+        remedy = "make one with make_plan, or read one with Plan.from_json"
+        raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", remedy)
     return {spec.name for spec in plan.specs}
-
-
-def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable that still has it."""
-    if iter(data) is not data:
-        return next(iter(data), None), data
-    iterator = iter(data)
-    first = list(islice(iterator, 1))
-    return (first[0] if first else None), chain(first, iterator)
 
 
 def _by_view(views: Sequence[AttentionView], given: Mapping[int | str, Any]) -> dict[str, Any]:
@@ -316,9 +313,12 @@ def _numbers(where: str, units: Any) -> set[int]:
     if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
         raise UnknownUnitError(where, "a list of numbers", repr(units), "write [0, 3]")
     found = list(units)
-    if not all(hasattr(unit, "__index__") and not isinstance(unit, bool) for unit in found):
-        raise UnknownUnitError(where, "whole numbers", repr(found)[:60], "write [0, 3]")
-    return {index(unit) for unit in found}
+    try:
+        if any(isinstance(unit, bool) for unit in found):
+            raise TypeError("bool")
+        return {index(unit) for unit in found}
+    except TypeError as error:
+        raise UnknownUnitError(where, "whole numbers", repr(found)[:60], "write [0, 3]") from error
 
 
 def _refuse_all(name: str, gone: set[int], heads: int) -> None:

@@ -36,7 +36,9 @@ class AttnPruneError(Exception):
     """
 
     def __init__(self, where: str, expected: str, found: str, remedy: str) -> None:
-        self.where, self.expected, self.found, self.remedy = where, expected, found, remedy
+        # the name of an attention that is the model itself is empty
+        self.where = where if where[:1] not in ("", ":", ".") else f"the model itself{where}"
+        self.expected, self.found, self.remedy = expected, found, remedy
         super().__init__(where, expected, found, remedy)
 
     def __str__(self) -> str:

@@ -54,6 +54,14 @@ def number(where: str, value: object) -> float:
     return float(value)
 
 
+def positive(where: str, value: object) -> float:
+    """A finite number above 0."""
+    found = number(where, value)
+    if not found > 0:
+        fail(where, "a number above 0", value)
+    return found
+
+
 def boolean(where: str, value: object) -> bool:
     """True or false."""
     if not isinstance(value, bool):

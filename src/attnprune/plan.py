@@ -37,9 +37,7 @@ class Asked:
         """The sum of two requests; settings that differ are joined with a plus sign."""
         ratios = self.ratios.then(other.ratios)
         same = {
-            name: mine if mine == theirs else f"{mine}+{theirs}"
-            for name in _WORDS
-            for mine, theirs in [(getattr(self, name), getattr(other, name))]
+            name: "+".join(dict.fromkeys(f"{getattr(self, name)}+{getattr(other, name)}".split("+"))) for name in _WORDS
         }
         return Asked(ratios, round_to=min(self.round_to, other.round_to), **same)
 
@@ -242,7 +240,8 @@ class Plan:
 
     def fraction(self, projection: Projection) -> float:
         """The share of a projection's weights that goes, over all layers of the plan."""
-        return 1 - sum(s.weights(projection) for s in self.after) / sum(s.weights(projection) for s in self.specs)
+        before, after = (sum(s.weights(projection) for s in specs) for specs in (self.specs, self.after))
+        return 1 - after / before if before else 0.0
 
     def then(self, other: Plan) -> Plan:
         """One plan that does what this plan and then ``other`` do.
@@ -253,7 +252,12 @@ class Plan:
         mine, theirs = ({layer.spec.name: layer for layer in plan} for plan in (self, other))
         joint = [layer.then(theirs[name]) if name in theirs else layer for name, layer in mine.items()]
         joint += [layer for name, layer in theirs.items() if name not in mine]
-        asked = self.asked.then(other.asked) if self.asked and other.asked else None
+        if self.asked and other.asked:
+            return Plan(tuple(joint), self.asked.then(other.asked))
+        if self.empty and other.empty:
+            asked = self.asked or other.asked
+        else:
+            asked = self.asked if other.empty else other.asked if self.empty else None
         return Plan(tuple(joint), asked)
 
     @cached_property

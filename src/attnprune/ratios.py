@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from .errors import RatioError
 from .spec import KIND_OF, PROJECTIONS, Kind, Projection
 
 
-def _checked(key: str, value: object) -> float:
+def _checked(key: str, value: Any) -> float:
     # ``not 0 <= value < 1`` also catches NaN
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:  # type: ignore[operator]
         raise RatioError(
             f"qkvo_ratios[{key}]",
             "a number in [0, 1): the fraction of the projection's weights to remove",
             repr(value),
             "Write 0.5 for half; 1 would remove the attention itself",
         )
-    return float(value)
+    return float(value) + 0.0  # never -0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class Ratios:
 
     def then(self, other: Ratios) -> Ratios:
         """The fraction removed by two rounds, the second of what the first left."""
-        return Ratios(*(1 - (1 - self.of(p)) * (1 - other.of(p)) for p in PROJECTIONS))
+        left = ((1 - self.of(p)) * (1 - other.of(p)) for p in PROJECTIONS)
+        return Ratios(*(1 - max(share, _LEAST) for share in left))
 
 
+_LEAST = 2.0**-53  # keeps a ratio below 1 where nearly nothing is left
 RatiosLike = float | Mapping[str, float] | Sequence[float] | Ratios

@@ -147,6 +147,7 @@ class AttentionSpec:
         return cls(name, d_model, (head_dim,) * heads, (head_dim,) * heads, scale, **widths, **facts)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", float(self.scale))
         sizes = (self.d_model, self.q_in, self.k_in, self.v_in, *self.qk_dims, *self.vo_dims)
         if len(self.qk_dims) != len(self.vo_dims) or not self.qk_dims or min(sizes) < 1:
             raise AdapterError(
@@ -264,7 +265,7 @@ class AttentionSpec:
         )
         return cls(
             name=fields.string(f"{where}.name", found["name"]),
-            scale=fields.number(f"{where}.scale", found["scale"]),
+            scale=fields.positive(f"{where}.scale", found["scale"]),
             bias=(q, k, v, o),
             bias_kv=fields.boolean(f"{where}.bias_kv", found["bias_kv"]),
             fused=fields.boolean(f"{where}.fused", found["fused"]),

@@ -96,7 +96,8 @@ def _splits(module: nn.Module) -> bool:
     q, k, v = (getattr(module, name, None) for name in (parts.q, parts.k, parts.v))
     if not all(isinstance(p, nn.Module) for p in (q, k, v)) or not first(HEADS + HEAD_DIM, module.__dict__):
         return False
-    return bool(getattr(q, "out_features", None) == getattr(k, "out_features", None))
+    widths = {getattr(p, "out_features", None) for p in (q, k)} - {None}  # a wrapper may lack them; it is refused later
+    return len(widths) <= 1
 
 
 class HFEncoderAdapter(Adapter):

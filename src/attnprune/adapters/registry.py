@@ -60,6 +60,11 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
             yield name, module, adapter
 
 
+def attention_names(model: nn.Module) -> list[str]:
+    """The names of the attention modules of a model."""
+    return [name for name, _, _ in _walk(model)]
+
+
 def all_views(model: nn.Module, names: Collection[str] | None = None) -> list[AttentionView]:
     """The attention modules of a model, or those of these names; none is not an error."""
     found = _walk(model)
@@ -109,6 +114,8 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
 def _patterns(option: str, given: str | Sequence[str] | None, names: Sequence[str]) -> Sequence[str] | None:
     if given is None:
         return None
+    if not isinstance(given, (str, Sequence)):
+        raise OptionError(option, "a glob pattern or a list of them", repr(given), 'write "encoder.*"')
     patterns = [given] if isinstance(given, str) else list(given)
     for pattern in patterns:
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):

@@ -9,7 +9,7 @@ from ..errors import ScorerError
 from .base import LossFn, Scorer
 from .fisher import Fisher
 from .magnitude import Magnitude
-from .passes import labelled, projection_loss
+from .passes import loss_with_or_without_labels, projection_loss
 from .random import Random
 from .taylor import Taylor
 from .torch_pruning import TorchPruning, is_importance
@@ -22,7 +22,7 @@ __all__ = [
     "Scorer",
     "Taylor",
     "TorchPruning",
-    "labelled",
+    "loss_with_or_without_labels",
     "projection_loss",
     "resolve",
 ]

@@ -94,65 +94,94 @@ def squared_gradients(
     Also returns the number of samples. Packed modules run by Linears meanwhile, so that every projection has an input
     and an output to tap; the sample is the first dimension of both.
     """
-    sums: Sums = {view.name: {} for view in views}
     count = 0
     with as_linears(views) as tapped, undisturbed(model, ()):
-        taps = [_Tap(view, p, sums) for view in tapped for p in PROJECTIONS]
+        # every tap's output depends on the switch, so asking for its gradient makes every tap see its own
+        switch = torch.zeros((), device=device_of(model), requires_grad=True)
+        taps = {(view.name, p): _Tap(view, p, switch) for view in tapped for p in PROJECTIONS}
         try:
             for number, batch in enumerate(batches(data, device_of(model), progress, "fisher-per-sample")):
-                for tap in taps:
-                    tap.start(number)
-                loss = loss_of(model, batch, loss_fn)
-                if not loss.requires_grad:
-                    raise no_gradient(number)
-                torch.autograd.backward(loss)
-                sizes = {tap.samples for tap in taps}
-                if len(sizes) != 1:
-                    raise DataError(
-                        f"data, batch {number}",
-                        "the same number of samples, first, in every attention",
-                        str(sorted(sizes)),
-                        "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
-                    )
-                count += sizes.pop()
+                count += _one_batch(loss_of(model, batch, loss_fn), switch, list(taps.values()), number)
         finally:
-            for tap in taps:
-                tap.remove()
-    return sums, count
+            for tap in taps.values():
+                tap.handle.remove()
+    return {view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count
+
+
+def _one_batch(loss: Tensor, switch: Tensor, taps: Sequence[_Tap], number: int) -> int:
+    """Lets every tap add its squares; returns the number of samples."""
+    reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
+    samples = {samples for tap in taps for samples in tap.finish(number)}
+    if reached[0] is None or not samples:
+        raise no_gradient(number)
+    if len(samples) != 1:
+        raise DataError(
+            f"data, batch {number}",
+            "the same number of samples, first, in every attention",
+            str(sorted(samples)),
+            "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
+        )
+    return samples.pop()
 
 
 class _Tap:
-    """Listens to one Linear: keeps its input until the gradient of its output comes."""
+    """Listens to one Linear: keeps its inputs until the gradients of its outputs come.
 
-    def __init__(self, view: AttentionView, projection: Projection, sums: Sums) -> None:
+    A Linear may run several times in a forward pass; the weight's gradient is then the sum over its runs.
+    """
+
+    def __init__(self, view: AttentionView, projection: Projection, switch: Tensor) -> None:
         linears = view.linears
         assert linears is not None, "as_linears gave every view its Linears"
-        self.where, self.projection, self.sums = f"{view.name}: {projection}", projection, sums[view.name]
-        self.samples, self.number = 0, 0
-        self._handle = linears[projection].register_forward_hook(self._forward)
+        self.where, self.projection, self.switch = f"{view.name}: {projection}", projection, switch
+        self.total = torch.zeros(len(view.weight(projection)), dtype=torch.float64, device=switch.device)
+        self.runs = 0
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.squares: Tensor | None = None
+        self.samples: list[int] = []
+        self.handle = linears[projection].register_forward_hook(self._forward)
 
-    def start(self, number: int) -> None:
-        self.samples, self.number = 0, number
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.runs += 1
+        tapped: Tensor = _Listen.apply(output, self.switch, inputs[0].detach(), self)  # type: ignore[no-untyped-call]
+        return tapped
 
-    def remove(self) -> None:
-        self._handle.remove()
-
-    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-        if not output.requires_grad:
-            output.requires_grad_()
-        self.samples = len(x)
-        output.register_hook(lambda grad: self._backward(x, grad))  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def _backward(self, x: Tensor, grad: Tensor) -> None:
+    def receive(self, x: Tensor, grad: Tensor) -> None:
         samples = len(x)
         # the loss is a mean over samples, so a sample's own gradient is that many times larger
-        x, grad = x.reshape(samples, -1, x.shape[-1]), grad.reshape(samples, -1, grad.shape[-1]) * samples
+        self.seen.append((x.reshape(samples, -1, x.shape[-1]), grad.reshape(samples, -1, grad.shape[-1]) * samples))
+        if len(self.seen) == self.runs:
+            self._add()
+
+    def _add(self) -> None:
+        self.samples.append(len(self.seen[0][0]))
+        x, grad = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
         outer, inner = (grad, x) if self.projection == "o" else (x, grad)
-        squares = row_squares(outer.float(), inner.float())
-        total = check_finite(self.where, squares.double().sum(0), self.number)
-        self.sums[self.projection] = self.sums[self.projection] + total if self.projection in self.sums else total
+        self.squares = row_squares(outer.float(), inner.float()).double().sum(0)
+        self.seen = []
+
+    def finish(self, number: int) -> list[int]:
+        """Adds what a batch gave to the total; returns its number of samples, if any came."""
+        if self.seen:  # some runs do not reach the loss
+            self._add()
+        if self.squares is not None:
+            self.total += check_finite(self.where, self.squares, number)
+        samples, self.samples, self.squares, self.runs = self.samples, [], None, 0
+        return samples
+
+
+class _Listen(torch.autograd.Function):
+    """The identity; on the way back it tells its tap the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, switch: Tensor, x: Tensor, tap: _Tap) -> Tensor:
+        ctx.x, ctx.tap = x, tap
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        ctx.tap.receive(ctx.x, grad)
+        return grad, grad.new_zeros(()), None, None
 
 
 def row_squares(outer: Tensor, inner: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,16 @@ def projection_loss(seed: int = 0) -> LossFn:
     return loss
 
 
+def loss_with_or_without_labels(seed: int = 0) -> LossFn:
+    """The loss of batches that have labels, :func:`projection_loss` for those that have none."""
+    without = projection_loss(seed)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return loss_of(model, batch, None if labelled(batch) else without)
+
+    return loss
+
+
 def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, what: str) -> Iterator[Any]:
     """The batches of ``data`` on the model's device, with a progress bar; an empty iterable raises."""
     if data is None or isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
@@ -164,28 +174,38 @@ def gradients(
     loss_fn: LossFn | None,
     progress: bool,
     what: str,
-) -> Iterator[Mapping[str, Gradients]]:
-    """For every batch, by view and slot, the gradient of its loss as ``(channels, ...)``.
+    consume: Callable[[int, Mapping[str, Gradients]], None],
+) -> int:
+    """Gives ``consume`` for every batch its number and, by view and slot, the loss's gradient as ``(channels, ...)``.
 
     ``.grad`` is neither read nor written, and hooks that run after accumulation (optimizers in the backward pass)
-    stay silent. Only attention parameters take part, so the pass costs less than a full backward pass.
+    stay silent. Only attention parameters take part, so the pass costs less than a full backward pass. Gradients of a
+    batch are gone before the next one runs. Returns the number of batches.
     """
-    slots: dict[tuple[str, str], Slot] = {(v.name, key): slot for v in views for key, slot in v.slots.items()}
+    slots = {(view.name, key): slot for view in views for key, slot in view.slots.items()}
     parameters = list({id(slot.parameter): slot.parameter for slot in slots.values()}.values())
+    count = 0
     with undisturbed(model, parameters):
-        for number, batch in enumerate(batches(data, device_of(model), progress, what)):
-            loss = loss_of(model, batch, loss_fn)
-            if not loss.requires_grad:
-                raise no_gradient(number)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            by_id = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}
-            if all(grad is None for grad in grads):
-                raise no_gradient(number)
-            found: dict[str, dict[str, Tensor]] = {view.name: {} for view in views}
-            for (name, key), slot in slots.items():
-                grad = by_id[id(slot.parameter)]
-                found[name][key] = slot.cut(torch.zeros_like(slot.parameter) if grad is None else grad)
-            yield found
+        for batch in batches(data, device_of(model), progress, what):
+            consume(count, _batch_gradients(loss_of(model, batch, loss_fn), parameters, slots, count))
+            count += 1
+    return count
+
+
+def _batch_gradients(
+    loss: Tensor, parameters: list[nn.Parameter], slots: Mapping[tuple[str, str], Slot], number: int
+) -> Mapping[str, Gradients]:
+    if not loss.requires_grad:
+        raise no_gradient(number)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise no_gradient(number)
+    by_id = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}
+    found: dict[str, dict[str, Tensor]] = {}
+    for (name, key), slot in slots.items():
+        grad = by_id[id(slot.parameter)]
+        found.setdefault(name, {})[key] = slot.cut(torch.zeros_like(slot.parameter) if grad is None else grad)
+    return found
 
 
 def no_gradient(number: int) -> DataError:
@@ -221,14 +241,16 @@ class GradientScorer(Scorer):
         loss_fn: LossFn | None = None,
         progress: bool = True,
     ) -> dict[str, Scores]:
-        totals = {view.name: [torch.zeros(0)] * 3 for view in views}
-        count = 0
-        for count, found in enumerate(gradients(model, views, data, loss_fn, progress, self.name), start=1):
+        totals: dict[str, tuple[Tensor, ...]] = {}
+
+        def add(number: int, found: Mapping[str, Gradients]) -> None:
             for view in views:
                 parts = self.reduce(view, found[view.name])
-                check_finite(view.name, parts[0].sum() + parts[1].sum(), count - 1)
-                old = totals[view.name]
-                totals[view.name] = [new if count == 1 else a + new for a, new in zip(old, parts, strict=True)]
+                check_finite(view.name, parts[0].sum() + parts[1].sum(), number)
+                old = totals.get(view.name)
+                totals[view.name] = parts if old is None else tuple(a + b for a, b in zip(old, parts, strict=True))
+
+        count = gradients(model, views, data, loss_fn, progress, self.name, add)
         return {view.name: self.finish(view, *(total / count for total in totals[view.name])) for view in views}
 
     @abstractmethod

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ScorerError
 from ..scores import Scores
-from ..spec import PROJECTIONS, Kind
+from ..spec import PROJECTIONS, Kind, Projection
 from ..surgery import as_linears
 from ..views import AttentionView
 from .base import LossFn, Scorer
-from .passes import gradients, head_sums
+from .passes import Gradients, gradients, head_sums
 
 
 def is_importance(candidate: object) -> bool:
@@ -53,52 +55,42 @@ class TorchPruning(Scorer):
         loss_fn: LossFn | None = None,
         progress: bool = True,
     ) -> dict[str, Scores]:
-        found: dict[str, dict[str, Tensor]] = {}
         if data is not None:
-            found = self._gradients(model, views, data, loss_fn, progress)
-        with as_linears(views) as linears:
+            grads = self._gradients(model, views, data, loss_fn, progress)
+        else:
+            grads = {view.name: self._held(view) for view in views}
+        with as_linears(views) as linears, torch.random.fork_rng(devices=()):
             return {
-                view.name: self._one(view, {p: self._lend(original, view, p, found) for p in PROJECTIONS})
-                for original, view in zip(views, linears, strict=True)
+                view.name: self._one(view, {p: _lend(view, p, grads[view.name]) for p in PROJECTIONS})
+                for view in linears
             }
+
+    def _held(self, view: AttentionView) -> dict[str, Tensor]:
+        """The gradients that the importance has gathered itself, or that the model holds, as ``(channels, ...)``."""
+        gathered, counts = getattr(self.importance, "_accu_grad", {}), getattr(self.importance, "_counter", {})
+        found = {}
+        for key, slot in view.slots.items():
+            p = slot.parameter
+            grad = gathered[p] / counts[p] if p in gathered else p.grad
+            if grad is not None:
+                found[key] = slot.cut(grad)
+        return found
 
     def _gradients(
         self, model: nn.Module, views: Sequence[AttentionView], data: Any, loss_fn: LossFn | None, progress: bool
     ) -> dict[str, dict[str, Tensor]]:
-        """By view and projection: the mean gradient (or mean squared gradient) over batches."""
+        """By view and slot: the mean gradient (or mean squared gradient) over batches."""
         squared = "Hessian" in type(self.importance).__name__
         total: dict[str, dict[str, Tensor]] = {view.name: {} for view in views}
-        count = 0
-        for batch in gradients(model, views, data, loss_fn, progress, self.name):
-            count += 1
-            for view in views:
-                for key, grad in batch[view.name].items():
-                    value = grad.square() if squared else grad.clone()
-                    old = total[view.name].get(key)
-                    total[view.name][key] = value if old is None else old.add_(value)
-        return {name: {key: value / count for key, value in keys.items()} for name, keys in total.items()}
 
-    @staticmethod
-    def _lend(original: AttentionView, view: AttentionView, p: str, found: dict[str, dict[str, Tensor]]) -> nn.Linear:
-        """A plain Linear over a projection's weights and gradients; the importance may write to its ``.grad``."""
-        slots = {part: view.slots.get(f"{p}.{part}") for part in ("weight", "bias")}
-        weight = slots["weight"]
-        assert weight is not None
-        channels, width = view.weight(p).shape  # type: ignore[arg-type]
-        outputs, inputs = (width, channels) if p == "o" else (channels, width)
-        linear = nn.Linear(inputs, outputs, bias=slots["bias"] is not None, device="meta")
-        for part, slot in slots.items():
-            if slot is None:
-                continue
-            parameter = nn.Parameter(slot.parameter.detach())
-            source = original.slots[f"{p}.{part}"]
-            grad = found.get(view.name, {}).get(f"{p}.{part}")
-            if grad is None and source.parameter.grad is not None:
-                grad = source.cut(source.parameter.grad)
-            if grad is not None:
-                parameter.grad = (grad.movedim(0, 1) if p == "o" and part == "weight" else grad).clone()
-            setattr(linear, part, parameter)
-        return linear
+        def add(number: int, found: Mapping[str, Gradients]) -> None:
+            for name, grads in found.items():
+                for key, grad in grads.items():
+                    value = grad.square() if squared else grad.clone()
+                    total[name][key] = total[name][key].add_(value) if key in total[name] else value
+
+        count = gradients(model, views, data, loss_fn, progress, self.name, add)
+        return {name: {key: value / count for key, value in keys.items()} for name, keys in total.items()}
 
     def _one(self, view: AttentionView, linears: dict[Any, nn.Linear]) -> Scores:
         spec = view.spec
@@ -109,7 +101,10 @@ class TorchPruning(Scorer):
 
     def _ask(self, view: AttentionView, kind: Kind, layers: list[tuple[nn.Linear, str]], channels: int) -> Tensor:
         try:
-            value = self.importance(_group(layers, channels))
+            importance = copy.copy(self.importance)  # one that has gathered gradients writes them to the model
+            if hasattr(importance, "zero_grad"):
+                importance.zero_grad()
+            value = importance(_group(layers, channels))
         except AttributeError as error:
             raise ScorerError(
                 f"{view.name}: {self.name}",
@@ -126,6 +121,22 @@ class TorchPruning(Scorer):
                 "use an importance that scores Linear layers by weight or gradient",
             )
         return value.detach().double().cpu()
+
+
+def _lend(view: AttentionView, projection: Projection, grads: Mapping[str, Tensor]) -> nn.Linear:
+    """A plain Linear over a projection's weights and gradients; the importance may write to its ``.grad``."""
+    channels, width = view.weight(projection).shape
+    across = projection == "o"
+    outputs, inputs = (width, channels) if across else (channels, width)
+    keys = [key for key in (f"{projection}.weight", f"{projection}.bias") if key in view.slots]
+    linear = nn.Linear(inputs, outputs, bias=len(keys) == 2, device="meta")
+    for key in keys:
+        part = key.partition(".")[2]
+        parameter = nn.Parameter(view.slots[key].parameter.detach())
+        if key in grads:
+            parameter.grad = (grads[key].movedim(0, 1) if across and part == "weight" else grads[key]).clone()
+        setattr(linear, part, parameter)
+    return linear
 
 
 def _group(layers: list[tuple[nn.Linear, str]], channels: int) -> Any:

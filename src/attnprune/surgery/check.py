@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..adapters.registry import attention_names
 from ..errors import (
     AttnPruneError,
     MetaTensorError,
@@ -90,6 +91,9 @@ def _not_a_parameter(where: str, slot: Slot) -> AttnPruneError:
         remedy = "remove it first (torch.nn.utils.parametrize.remove_parametrizations, or prune.remove and the like)"
         return ParametrizedError(where, expected, found, remedy)
     found = f"a {type(owner).__module__}.{type(owner).__qualname__}"
+    value = getattr(owner, name, None)
+    if type(value) is Tensor:
+        return WrappedModelError(where, expected, "a plain tensor", "make it an nn.Parameter, or exclude this layer")
     if _quantized(type(owner)):
         return QuantizedError(where, expected, found, "prune first, then quantise")
     return WrappedModelError(where, expected, found, "merge or unwrap it, or exclude this layer")
@@ -122,16 +126,16 @@ def check_expressible(views: Sequence[AttentionView], plan: Plan) -> None:
             )
 
 
-def check_fit(views: Sequence[AttentionView], plan: Plan) -> None:
+def check_fit(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> None:
     """Raises PlanMismatchError unless every attention that the plan names is there, as the plan expects it."""
     found = {view.name: view.spec for view in views}
     for spec in plan.specs:
         if spec.name not in found:
-            names = list(found)
+            names = attention_names(model)
             raise PlanMismatchError(
                 spec.name,
                 "an attention module of this name, as the plan says",
-                f"{', '.join(names[:4])}{' and others' if len(names) > 4 else ''}",
+                f"{', '.join(names[:4]) or 'no attention at all'}{' and others' if len(names) > 4 else ''}",
                 "apply the plan to the model it was made for; were modules renamed or wrapped",
             )
         difference(spec, found[spec.name])

@@ -26,7 +26,7 @@ def removed_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[
 @contextmanager
 def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Iterator[None]:
     """Rows of Q, K, V and columns of O that the plan removes are zero inside the block, and as before after it."""
-    check_fit(views, plan)
+    check_fit(model, views, plan)
     by_name = {view.name: view for view in views}
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])

@@ -161,7 +161,7 @@ class Surgeon:
             NotExpressibleError: an adapter has no forward for the shape that the plan gives.
             WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
         """
-        check_fit(views, plan)
+        check_fit(model, views, plan)
         by_name = {view.name: view for view in views}
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
         check_views(model, [view for view, _ in work])
