@@ -254,7 +254,7 @@ def unit(spec: AttentionSpec, kind: str, rule: Rules) -> int:
     """Weights in one unit of the granularity and rounding; under ``joint`` a head is one, too."""
     dim = max(spec.qk_dims if kind == "qk" else spec.vo_dims)
     step = min(rule.round_to, dim) * (1 if rule.heads == "ragged" else spec.heads)
-    channels_in = {"head": rule.round_to * dim, "channel": step, "joint": max(dim, step)}
+    channels_in = {"head": rule.round_to * dim, "channel": step, "joint": step}
     return channels_in[rule.granularity] * price(spec, kind)
 
 

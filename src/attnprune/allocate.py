@@ -177,13 +177,14 @@ class _Budget:
             self.total[self.key[kind]] += weights
             self.target[self.key[kind]] += weights * wanted[kind]
 
-    def fits(self, move: _Move) -> bool:
-        """Whether the move brings what is freed nearer to what was asked."""
+    def fits(self, move: _Move, nearest: bool) -> bool:
+        """Whether what is freed stays within what was asked; with ``nearest``, or comes nearer to it."""
+        share = 0.5 if nearest else 1.0
         cost: dict[str, int] = {}
         for kind, weights in move.frees.items():
             cost[self.key[kind]] = cost.get(self.key[kind], 0) + weights
         return all(
-            self.freed[key] + weights / 2 <= self.target[key] + _SLACK * self.total[key]
+            self.freed[key] + weights * share <= self.target[key] + _SLACK * self.total[key]
             for key, weights in cost.items()
         )
 
@@ -208,7 +209,8 @@ def _greedy(layers: Sequence[_Layer], budget: _Budget) -> None:
         push(i, layer.sources())
     while heap:
         _, i, _, when, move = heapq.heappop(heap)
-        if when != born[i] or not budget.fits(move):
+        fine = move.kind is not None or layers[i].rules.granularity == "head"  # else finer moves fill what is left
+        if when != born[i] or not budget.fits(move, nearest=fine):
             continue
         layers[i].make(move)
         budget.spend(move)

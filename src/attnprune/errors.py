@@ -95,7 +95,10 @@ class NonFiniteError(AttnPruneError, ValueError):
 
 
 class StateDictError(AttnPruneError, RuntimeError):
-    """A dense state dict is loaded into a pruned module."""
+    """A dense state dict is loaded into a pruned module.
+
+    As always in ``load_state_dict``, modules before this one may have been loaded by then.
+    """
 
 
 class WrappedModelError(AttnPruneError, TypeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,7 +114,8 @@ class LayerPlan:
     @cached_property
     def kept_heads(self) -> tuple[int, ...]:
         """Heads that stay, ascending."""
-        return tuple(head for head in range(self.spec.heads) if head not in set(self.heads))
+        gone = set(self.heads)
+        return tuple(head for head in range(self.spec.heads) if head not in gone)
 
     def kept(self, kind: Kind, head: int) -> tuple[int, ...]:
         """Channels of a kept head that stay, ascending."""
@@ -206,8 +208,8 @@ class Plan:
     """What was asked for; None for plans made by hand."""
 
     def __post_init__(self) -> None:
-        names = [layer.spec.name for layer in self.layers]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(layer.spec.name for layer in self.layers)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise PlanFormatError("plan", "each attention once", f"{twice} more than once", "Merge them with then")
 

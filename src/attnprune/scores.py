@@ -10,6 +10,8 @@ from torch import Tensor
 from .errors import NonFiniteError, ScorerError
 from .spec import KINDS, AttentionSpec, Kind
 
+LARGEST = 1e290  # sums of more would overflow
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -59,12 +61,12 @@ class Scores:
 
     @staticmethod
     def _check_finite(spec: AttentionSpec, key: str, values: Tensor) -> None:
-        bad = int((~values.isfinite()).sum())
+        bad = int((~(values.abs() < LARGEST)).sum())
         if bad:
             raise NonFiniteError(
                 f"{spec.name}: scores.{key}",
                 "finite scores",
-                f"{bad} of {values.numel()} NaN or infinite",
+                f"{bad} of {values.numel()} NaN, infinite or above {LARGEST:g}",
                 "Look for overflow in the loss or in the scorer; bf16 or float32 gradients overflow less than float16",
             )
 

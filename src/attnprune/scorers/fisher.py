@@ -157,7 +157,9 @@ class _Tap:
         self.samples.append(len(self.seen[0][0]))
         x, grad = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
         outer, inner = (grad, x) if self.projection == "o" else (x, grad)
-        self.squares = row_squares(outer.float(), inner.float()).double().sum(0)
+        self.squares = (
+            row_squares(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (outer, inner))).double().sum(0)
+        )
         self.seen = []
 
     def finish(self, number: int) -> list[int]:

@@ -49,6 +49,9 @@ def check_views(model: nn.Module, views: Iterable[AttentionView]) -> None:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 _check_finite(f"{view.name}: {key}", parameter)
+        bias = view.slots["o.weight"].owner._parameters.get("bias")  # not cut, and still part of the attention
+        if bias is not None:
+            _check_finite(f"{view.name}: o.bias", bias)
 
 
 def _quantized(kind: type) -> bool:
