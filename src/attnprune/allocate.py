@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Literal
 
+import torch
+
 from .errors import AllocationError, OptionError, ScorerError
 from .plan import Asked, LayerPlan, Plan, make_layer
 from .ratios import Ratios
@@ -225,8 +227,19 @@ def _groups(specs: Sequence[AttentionSpec], scope: Scope) -> Iterator[list[int]]
     yield from ([i] for i in range(len(specs))) if scope == "local" else [list(range(len(specs)))]
 
 
-def check_request(ratios: Ratios, rules: Rules) -> None:
-    """Raises where ratios and rules contradict one another, before any data are read."""
+def check_request(specs: Sequence[AttentionSpec], ratios: Ratios, rules: Rules) -> None:
+    """Raises where ratios, rules and modules contradict one another, before any data are read."""
+    _check_ratios(ratios, rules)
+    if rules.granularity != "joint":  # what can be reached does not depend on the scores
+        allocate(specs, {spec.name: _no_scores(spec) for spec in specs}, ratios, rules)
+
+
+def _no_scores(spec: AttentionSpec) -> Scores:
+    qk, vo = (torch.zeros(spec.heads, dim) for dim in (spec.qk_dim, spec.vo_dim))
+    return Scores(qk, vo, torch.zeros(spec.heads))
+
+
+def _check_ratios(ratios: Ratios, rules: Rules) -> None:
     if rules.granularity == "head" and rules.split == "fixed" and ratios.qk != ratios.vo:
         raise OptionError(
             "qkvo_ratios",
@@ -270,7 +283,7 @@ def allocate(
     ((0,), (1,))
     """
     rules = rules or Rules()
-    check_request(ratios, rules)
+    _check_ratios(ratios, rules)
     if not isinstance(scores, Mapping):
         raise ScorerError("scores", "a mapping from name to Scores", f"a {type(scores).__name__}", "return a dict")
     wanted: dict[Kind, float] = {"qk": ratios.qk, "vo": ratios.vo}

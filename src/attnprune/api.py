@@ -67,7 +67,6 @@ def make_plan(
     """
     ratios = Ratios.parse(qkvo_ratios)
     rules = Rules(granularity, scope, heads, split, round_to, min_heads, min_channels)
-    check_request(ratios, rules)
     for option, value, allowed in (
         ("basis", basis, ("auto", "channels")),
         ("compensate", compensate, ("auto", False)),
@@ -77,11 +76,14 @@ def make_plan(
     model = _plain(model)
     views = find_views(model, include, exclude)
     check_views(model, views)
+    specs = [view.spec for view in views]
+    if data is not None:
+        check_request(specs, ratios, rules)
     chosen = resolve(scorer, has_data=data is not None, seed=seed)
     if isinstance(scorer, str) and scorer == "auto" and loss_fn is None:
         loss_fn = loss_with_or_without_labels(seed)
     scores = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
-    plan = allocate([view.spec for view in views], scores, ratios, rules, chosen.name)
+    plan = allocate(specs, scores, ratios, rules, chosen.name)
     check_expressible(views, plan)
     return plan
 

@@ -157,9 +157,8 @@ class _Tap:
         self.samples.append(len(self.seen[0][0]))
         x, grad = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
         outer, inner = (grad, x) if self.projection == "o" else (x, grad)
-        self.squares = (
-            row_squares(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in (outer, inner))).double().sum(0)
-        )
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        self.squares = row_squares(outer.to(exact), inner.to(exact)).double().sum(0)
         self.seen = []
 
     def finish(self, number: int) -> list[int]:
