@@ -50,7 +50,7 @@ class HeadLayout:
 
     >>> layout = HeadLayout(qk=(4, 2, 4), vo=(4, 4, 4))
     >>> [bucket.heads for bucket in layout.buckets], layout.order, layout.span("qk", 2)
-    (((0, 2), (1,)), (0, 2, 1), (4, 8))
+    ([(0, 2), (1,)], (0, 2, 1), (4, 8))
     """
 
     qk: tuple[int, ...]
@@ -113,7 +113,7 @@ class AttentionSpec:
     >>> spec.heads, spec.qk_dim, spec.vo_dim, spec.parameters
     (12, 64, 64, 2362368)
     >>> spec.macs(tokens=146) / 1e6  # millions
-    376.944...
+    377.198592
     """
 
     name: str
