@@ -5,11 +5,12 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs bench test-compat test-wheel clean
+.PHONY: help demo test lint types unit docs test-exact bench test-compat test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
 	@echo "make test         lint, types, tests, doctests, documentation"
+	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make bench        benchmarks against peers; prints tables"
 	@echo "make test-compat  the tests of the Hugging Face adapters under transformers 4"
 	@echo "make test-wheel   the built wheel in an empty environment"
@@ -37,9 +38,13 @@ unit: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
+test-exact: $(STAMP)
+	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS)
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pruning_cost.py
 	$(BIN)/python benchmarks/scoring_cost.py
+	$(BIN)/python benchmarks/import_cost.py
 
 COMPAT ?= 4.48.3 4.53.3 4.57.6
 test-compat:
