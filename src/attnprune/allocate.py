@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -57,8 +57,7 @@ class Rules:
                 raise OptionError(key, "a whole number of at least 1", repr(value), "use 1 for no constraint")
 
 
-@dataclass(frozen=True)
-class _Move:
+class _Move(NamedTuple):
     cost: float
     heads: tuple[int, ...]
     """Heads that lose channels, or go whole."""

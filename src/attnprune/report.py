@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -129,6 +128,8 @@ class Report:
         return "\n".join([lines[0], rule, *lines[1:cut], rule, *lines[cut:], *self._totals()])
 
     def _repr_html_(self) -> str:
+        import html  # costs 2 ms, and only notebooks need it
+
         header, *body = self._rows()
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
         heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)

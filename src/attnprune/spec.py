@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from . import fields
 from .errors import AdapterError
@@ -18,8 +18,7 @@ PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
 KIND_OF: Mapping[Projection, Kind] = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """Heads of equal shape that are stored side by side, so that they run as one batched product."""
 
     heads: tuple[int, ...]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from ..spec import Bucket, HeadLayout
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What a decoupled module knows beyond its host's attributes."""
 
     layout: HeadLayout

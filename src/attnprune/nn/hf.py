@@ -8,8 +8,7 @@ the eager function are read from the namespace of the host's own forward.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from ..spec import Bucket
 from .attend import Decoupled, Kernel, attend
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """How a host class names its parts."""
 
     q: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,7 @@ def _parameter(old: nn.Parameter, cut: Any, gain: float) -> nn.Parameter:
     return new
 
 
-@dataclass(frozen=True, eq=False)
-class _Operation:
+class _Operation(NamedTuple):
     view: AttentionView
     layer: LayerPlan
     tensors: Mapping[str, nn.Parameter]
