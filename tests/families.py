@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -27,23 +28,26 @@ def gradient(parameter: Tensor | None) -> Tensor | None:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-class Family:
+class Family(ABC):
     """A tiny model, its inputs, and where an independent oracle finds the weights."""
 
     configs: tuple[dict[str, Any], ...] = ({},)
 
+    @abstractmethod
     def build(self, **config: Any) -> nn.Module:
-        raise NotImplementedError
+        """A dense model in float64."""
 
+    @abstractmethod
     def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """Keyword arguments of one forward pass."""
 
+    @abstractmethod
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """The output to compare."""
 
+    @abstractmethod
     def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
         """Of a dense model: weight and bias of q, k, v, o, or what ``read`` gives for them; live views."""
-        raise NotImplementedError
 
     @classmethod
     def cases(cls) -> tuple[dict[str, Any], ...]:
