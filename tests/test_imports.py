@@ -16,19 +16,27 @@ LAYERS = (
     ("fields",),
     ("spec",),
     ("ratios",),
-    ("scores", "plan"),
+    ("folds",),
+    ("scores", "plan", "moments"),
     ("views",),
     ("nn",),
     ("adapters",),
     ("surgery",),
+    ("passes",),
+    ("calibrate",),
+    ("closed_form",),
     ("scorers",),
     ("allocate",),
+    ("target", "plots"),
+    ("planning",),
     ("report",),
     ("api",),
     ("__init__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
+
+WHEN_CALLED = {"plots": {"matplotlib"}}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -61,7 +69,7 @@ def test_imports_go_down_only() -> None:
         parts = path.relative_to(ROOT).with_suffix("").parts
         here = RANK[parts[0]]
         for name, own in imports(path):
-            assert name.split(".")[0] not in FRAMEWORKS, (path, name)
+            assert name.split(".")[0] not in FRAMEWORKS - WHEN_CALLED.get(parts[0], set()), (path, name)
             if not own:
                 continue
             target = name.split(".")[1:]
@@ -73,7 +81,7 @@ def test_imports_go_down_only() -> None:
 
 def test_siblings_do_not_import_one_another() -> None:
     """In a package of like things, only the shared module is imported."""
-    for package, shared in {"adapters": {"base"}, "scorers": {"base", "passes"}, "nn": {"attend"}}.items():
+    for package, shared in {"adapters": {"base"}, "scorers": {"base", "gradient"}, "nn": {"attend"}}.items():
         for path in (ROOT / package).glob("*.py"):
             if path.stem in ("__init__", "registry"):
                 continue

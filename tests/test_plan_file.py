@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from attnprune import AttentionSpec, LayerPlan, Plan, Ratios
 from attnprune.errors import PlanFormatError, PlanMismatchError
+from attnprune.folds import Fold
 from attnprune.plan import Asked
 
-GOLDEN = Path(__file__).parent / "data" / "plan_v1.json"
-DIGEST = "93c5a8c618ac00b61bcc447f6d4b168288c131471097929a5d31ad5553143cdc"
+GOLDEN = Path(__file__).parent / "data" / "plan_v2.json"
+GOLDEN_1 = Path(__file__).parent / "data" / "plan_v1.json"
+DIGEST = "fc5f7165a8abdbee558de32825f52559f2b3d236979a91946ac517307cbcbf31"
+
+
+def numbers(*shape: int) -> Tensor:
+    """Numbers that float32 holds exactly."""
+    return (torch.arange(math.prod(shape)) - 3.0).reshape(shape) / 8
 
 
 def golden_plan() -> Plan:
+    """The plan of version 1, and a layer whose heads are turned."""
+    plan = golden_plan_1()
+    spec = AttentionSpec.of("encoder.turned", heads=2, head_dim=2, d_model=4)
+    fold = Fold((numbers(1, 2),), (numbers(1, 2),), (numbers(1, 2),), numbers(4, 1), numbers(4))
+    turned = LayerPlan(spec, (1,), qk=((1,), ()), vo=((0,), ()), fold=fold)
+    assert plan.asked is not None
+    asked = replace(plan.asked, basis="rotated", compensate="yes", target_error=0.125)
+    return Plan((*plan.layers, turned), asked)
+
+
+def golden_plan_1() -> Plan:
     """Four layers: the same number of channels from every head, other numbers, whole heads, nothing."""
     uniform = AttentionSpec.of("encoder.layers.0.attention", heads=2, head_dim=4, d_model=8, scale=0.5)
     ragged = AttentionSpec(
@@ -37,7 +59,7 @@ def golden_plan() -> Plan:
     )
     packed = AttentionSpec.of("decoder.été", heads=4, head_dim=2, d_model=8, bias=(False,) * 4, fused=True)
     idle = AttentionSpec.of("", heads=1, head_dim=1, d_model=1)
-    asked = Asked(Ratios(0.25, 0.25, 0.1, 0.1), "joint", "local", "ragged", "fisher", "auto", 2)
+    asked = Asked(Ratios(0.25, 0.25, 0.1, 0.1), "joint", "local", "ragged", "fisher", "auto", round_to=2)
     layers = (
         LayerPlan(uniform, qk=((0,), (3,)), vo=((1, 2), (0, 3))),
         LayerPlan(ragged, (1,), qk=((0, 2), (), (1,)), vo=((), (), (0, 1, 3))),
@@ -114,8 +136,18 @@ def test_golden_bytes_and_digest_have_not_changed() -> None:
     assert Plan.from_json(GOLDEN.read_bytes()).digest == DIGEST
 
 
+def test_golden_of_version_1_reads_as_the_plan_it_was_written_from() -> None:
+    assert Plan.from_json(GOLDEN_1.read_bytes()) == golden_plan_1()
+    raw = json.loads(GOLDEN_1.read_text("utf-8"))
+    assert raw["version"] == 1
+    for broken in ({"layers": 3}, {"layers": [1]}, {"asked": 3}, {"layers": [{}]}, {"asked": {}}):
+        refused(json.dumps({**raw, **broken}))
+
+
 def test_golden_has_every_kind_of_removal() -> None:
-    uniform, ragged, heads, idle = golden_plan()
+    uniform, ragged, heads, idle, turned = golden_plan()
+    assert (turned.after.qk_dims, turned.after.vo_dims, turned.after.heads) == ((1,), (1,), 1)
+    assert turned.fold is not None
     assert (uniform.after.qk_dims, uniform.after.vo_dims) == ((3, 3), (2, 2))
     assert (ragged.after.qk_dims, ragged.after.vo_dims) == ((2, 1), (2, 1))
     assert heads.after.heads == 2
@@ -212,6 +244,7 @@ def put(node: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 TREE = json.loads(GOLDEN.read_text("utf-8"))
 PLACES = sorted(places(TREE), key=str)
+NULLABLE = {(), ("asked",), ("asked", "target_error"), ("layers", 4, "fold")}
 
 
 def refused(text: str | bytes) -> PlanFormatError:
@@ -230,7 +263,7 @@ def test_wrong_values_everywhere() -> None:
     count = 0
     for path in PLACES:
         for wrong in wrong_values(at(TREE, path)):
-            if path == () and wrong is None:
+            if wrong is None and path in NULLABLE:
                 continue
             text = json.dumps(put(TREE, path, wrong))
             try:
@@ -250,7 +283,7 @@ def test_a_softmax_scale_is_positive(key: str, value: float) -> None:
 def test_missing_extra_and_double_keys() -> None:
     text = GOLDEN.read_text("utf-8")
     mappings = [path for path in PLACES if isinstance(at(TREE, path), dict)]
-    assert len(mappings) == 1 + 2 + 4 * 2
+    assert len(mappings) == 1 + 2 + 5 * 2 + 1
     for path in mappings:
         node = at(TREE, path)
         for key in node:
@@ -267,7 +300,7 @@ def test_missing_extra_and_double_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 2),
+        (("version",), 3),
         (("version",), 0),
         (("format",), "attnprune.Plan"),
         (("asked", "ratios", "q"), 1.0),
@@ -289,6 +322,13 @@ def test_missing_extra_and_double_keys() -> None:
         (("layers", 0, "spec", "bias"), [True, True, True]),
         (("layers", 0, "spec", "d_model"), 0),
         (("layers", 0, "spec", "name"), "encoder.layers.1.attention"),  # two layers of one name
+        (("layers", 4, "fold", "dtype"), "float16"),
+        (("layers", 4, "fold", "dtype"), "float64"),  # twice as many bytes
+        (("layers", 4, "fold", "shift"), False),  # fewer numbers
+        (("layers", 4, "fold", "data"), "AADAfw==" * 7),  # not finite
+        (("layers", 4, "fold", "data"), "*" * 76),
+        (("layers", 4, "qk"), [[], []]),  # maps of other shapes
+        (("layers", 4, "heads"), []),
     ],
 )
 def test_values_that_contradict_each_other(path: tuple[Any, ...], value: Any) -> None:

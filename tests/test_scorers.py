@@ -806,8 +806,9 @@ def test_forms_of_data(make: Callable[[], Scorer]) -> None:
 
 def test_auto_takes_the_same_forms_and_touches_no_random_state() -> None:
     x, y = (torch.cat(parts) for parts in zip(*ast_batches(), strict=True))
-    expected = make_plan(ast(), 0.5, data=ast_batches())
-    assert expected == make_plan(ast(), 0.5, data=ast_batches(), scorer=Fisher(per_sample=True))
+    letter: dict[str, Any] = {"basis": "channels", "compensate": False}
+    expected = make_plan(ast(), 0.5, data=ast_batches(), **letter)
+    assert expected == make_plan(ast(), 0.5, data=ast_batches(), scorer=Fisher(per_sample=True), **letter)
     assert expected != make_plan(ast(), 0.5)
     forms: dict[str, Any] = {
         "generator": (batch for batch in ast_batches()),
@@ -816,7 +817,7 @@ def test_auto_takes_the_same_forms_and_touches_no_random_state() -> None:
     }
     for form, data in forms.items():
         before = torch.get_rng_state()
-        assert make_plan(ast(), 0.5, data=data) == expected, form
+        assert make_plan(ast(), 0.5, data=data, **letter) == expected, form
         assert torch.equal(torch.get_rng_state(), before), form
 
 
@@ -831,16 +832,17 @@ def test_auto_reads_every_batch_once() -> None:
                 yield batch
 
     data = Counted()
-    make_plan(ast(), 0.5, data=data)
+    make_plan(ast(), 0.5, data=data, basis="channels", compensate=False)
     assert (data.passes, data.batches) == (1, 3)
 
 
 def test_auto_without_labels_scores_the_output_itself() -> None:
     data = [x for x, _ in ast_batches()]
     before = torch.get_rng_state()
-    plan = make_plan(ast(), 0.5, data=data, seed=1)
-    assert plan == make_plan(ast(), 0.5, data=data, seed=1)
-    assert plan == make_plan(ast(), 0.5, data=[{"input_values": x} for x in data], seed=1)
+    letter: dict[str, Any] = {"basis": "channels", "compensate": False, "seed": 1}
+    plan = make_plan(ast(), 0.5, data=data, **letter)
+    assert plan == make_plan(ast(), 0.5, data=data, **letter)
+    assert plan == make_plan(ast(), 0.5, data=[{"input_values": x} for x in data], **letter)
     assert torch.equal(torch.get_rng_state(), before)
     assert plan.asked is not None
     assert plan.asked.scorer == "fisher-per-sample"

@@ -7,10 +7,12 @@
 torch.Size([32, 64])
 """
 
-from . import adapters, errors, scorers
+from . import adapters, errors, plots, scorers
 from .adapters import Adapter, register_adapter, unregister_adapter
 from .allocate import Rules, allocate
 from .api import apply_plan, find_attention, make_plan, masked, prune_attention, prune_channels, prune_heads
+from .calibrate import calibrate
+from .moments import Calibration
 from .plan import LayerPlan, Plan
 from .ratios import Ratios
 from .report import Report
@@ -18,6 +20,7 @@ from .scorers import Scorer
 from .scores import Scores
 from .spec import AttentionSpec
 from .surgery import ParamMap, Surgeon
+from .target import energy_curves
 from .views import AttentionView, Slot
 
 __version__ = "0.1.0"
@@ -26,6 +29,7 @@ __all__ = [
     "Adapter",
     "AttentionSpec",
     "AttentionView",
+    "Calibration",
     "LayerPlan",
     "ParamMap",
     "Plan",
@@ -39,10 +43,13 @@ __all__ = [
     "adapters",
     "allocate",
     "apply_plan",
+    "calibrate",
+    "energy_curves",
     "errors",
     "find_attention",
     "make_plan",
     "masked",
+    "plots",
     "prune_attention",
     "prune_channels",
     "prune_heads",

@@ -300,7 +300,7 @@ def allocate(
         budget = _Budget([layer.spec for layer in members], wanted, rules.split == "auto")
         _greedy(members, budget)
         _check_reached(members, budget, rules)
-    asked = Asked(ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, rules.round_to)
+    asked = Asked(ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, round_to=rules.round_to)
     return Plan(tuple(layer.plan() for layer in layers), asked)
 
 

@@ -11,15 +11,18 @@ from typing import Any
 from torch import nn
 
 from .adapters import find_views
-from .adapters.registry import all_views
-from .allocate import Granularity, Heads, Rules, Scope, Split, allocate, check_request
+from .adapters.registry import all_views, plain
+from .allocate import Granularity, Heads, Rules, Scope, Split
 from .errors import OptionError, UnknownUnitError
+from .moments import Calibration
 from .plan import Channels, LayerPlan, Plan, make_layer
+from .planning import Basis, Compensate, Method, decide
 from .ratios import Ratios, RatiosLike
 from .report import Report, count_macs, count_parameters
-from .scorers import LossFn, Scorer, loss_with_or_without_labels, resolve
+from .scorers import LossFn, Scorer
 from .spec import KINDS, AttentionSpec, Kind
 from .surgery import ParamMap, Surgeon, check_expressible, check_views, masked_views
+from .target import check_target
 from .views import AttentionView
 
 
@@ -33,21 +36,24 @@ def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
     >>> [spec.name for spec in find_attention(torch.nn.TransformerEncoderLayer(32, 4))]
     ['self_attn']
     """
-    return tuple(view.spec for view in find_views(_plain(model)))
+    return tuple(view.spec for view in find_views(plain(model)))
 
 
 def make_plan(
     model: nn.Module,
-    qkvo_ratios: RatiosLike,
+    qkvo_ratios: RatiosLike | None = None,
     *,
     granularity: Granularity = "channel",
     scope: Scope = "global",
     heads: Heads = "uniform",
     scorer: str | Scorer | Any = "auto",
-    basis: str = "auto",
-    compensate: bool | str = "auto",
+    basis: Basis = "auto",
+    compensate: Compensate = "auto",
     split: Split = "fixed",
+    sequential: bool = False,
+    target_error: float | None = None,
     data: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     loss_fn: LossFn | None = None,
     round_to: int = 1,
     min_heads: int = 1,
@@ -65,25 +71,25 @@ def make_plan(
     >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
-    ratios = Ratios.parse(qkvo_ratios)
     rules = Rules(granularity, scope, heads, split, round_to, min_heads, min_channels)
-    for option, value, allowed in (
-        ("basis", basis, ("auto", "channels")),
-        ("compensate", compensate, ("auto", False)),
-    ):
-        if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
-            raise OptionError(option, f"one of {allowed}", repr(value), "this version removes channels as they stand")
-    model = _plain(model)
+    if target_error is not None:
+        target_error, ratios = check_target(target_error, qkvo_ratios, rules), None
+    else:
+        ratios = Ratios.parse(qkvo_ratios)  # type: ignore[arg-type]
+    if calibration is not None and not isinstance(calibration, Calibration):
+        found = f"a {type(calibration).__name__}"
+        raise OptionError("calibration", "an attnprune.Calibration", found, "pass what attnprune.calibrate gave")
+    has_data = data is not None or calibration is not None
+    method = Method.resolve(basis, compensate, sequential, rules, has_data=has_data)
+    if method.sequential and data is None:
+        raise OptionError("sequential", "data to run layer by layer", "a calibration alone", "pass data=")
+    model = plain(model)
     views = find_views(model, include, exclude)
     check_views(model, views)
-    specs = [view.spec for view in views]
-    if data is not None:
-        check_request(specs, ratios, rules)
-    chosen = resolve(scorer, has_data=data is not None, seed=seed)
-    if isinstance(scorer, str) and scorer == "auto" and loss_fn is None:
-        loss_fn = loss_with_or_without_labels(seed)
-    scores = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
-    plan = allocate(specs, scores, ratios, rules, chosen.name)
+    plan = decide(
+        model, views, ratios, rules, method, scorer=scorer, data=data, calibration=calibration, loss_fn=loss_fn,
+        target_error=target_error, seed=seed, progress=progress,
+    )  # fmt: skip
     check_expressible(views, plan)
     return plan
 
@@ -109,27 +115,40 @@ def apply_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> R
 
 
 def _apply(model: nn.Module, plan: Plan, example_inputs: Any) -> tuple[Report, ParamMap]:
-    model = _plain(model)
-    surgeon = Surgeon.prepare(model, all_views(model, _names(plan)), plan)
+    model = plain(model)
+    views = all_views(model, _names(plan))
+    surgeon = Surgeon.prepare(model, views, plan)
+    notes = _notes(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     changes = surgeon.commit()
     counts = None if macs is None else (macs, count_macs(model, example_inputs))
-    return Report(plan, (before, count_parameters(model)), counts), changes
+    return Report(plan, (before, count_parameters(model)), counts, notes), changes
+
+
+def _notes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
+    """Where a rotated basis was asked for and a family keeps some channels as they stand."""
+    if plan.asked is None or "rotated" not in plan.asked.basis:
+        return ()
+    reasons = dict.fromkeys((kind, why) for view in views for kind, why in view.adapter.fixed(view).items())
+    return tuple(f"{kind} keeps its own channels instead of a rotated basis: {why}" for kind, why in reasons)
 
 
 def prune_attention(
     model: nn.Module,
-    qkvo_ratios: RatiosLike,
+    qkvo_ratios: RatiosLike | None = None,
     *,
     granularity: Granularity = "channel",
     scope: Scope = "global",
     heads: Heads = "uniform",
     scorer: str | Scorer | Any = "auto",
-    basis: str = "auto",
-    compensate: bool | str = "auto",
+    basis: Basis = "auto",
+    compensate: Compensate = "auto",
     split: Split = "fixed",
+    sequential: bool = False,
+    target_error: float | None = None,
     data: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     loss_fn: LossFn | None = None,
     round_to: int = 1,
     min_heads: int = 1,
@@ -151,15 +170,22 @@ def prune_attention(
             ``"joint"`` lets heads and channels compete by score per weight.
         scope: ``"local"`` removes the same fraction in every layer, ``"global"`` lets layers compete.
         heads: ``"uniform"`` every head of a layer keeps as many channels, ``"ragged"`` each its own number.
-        scorer: ``"magnitude"``, ``"taylor"``, ``"fisher"``, ``"random"``, a :class:`Scorer`, an importance of
-            Torch-Pruning, or ``"auto"``: per-sample Fisher where ``data`` are given (of the loss where they have
-            labels, else of the output itself), magnitude where not.
-        basis: ``"channels"`` removes channels as they stand; ``"auto"`` does the same in this version.
-        compensate: ``False`` nothing but removal; ``"auto"`` does the same in this version.
-        split: ``"fixed"`` every projection loses its own ratio; ``"auto"`` the ratios' total is one budget, for which
-            qk and vo compete by score per weight.
+        scorer: ``"magnitude"``, ``"taylor"``, ``"fisher"``, ``"gate"``, ``"random"``, a :class:`Scorer`, an importance
+            of Torch-Pruning, or ``"auto"``: the best for what was given (see :doc:`closed_form`).
+        basis: ``"channels"`` removes channels as they stand. ``"rotated"`` turns every head into the basis in which the
+            fewest directions carry the most, and removes directions; the result is plain Linears all the same.
+            ``"auto"``: rotated if there are ``data`` (or a ``calibration``) and channels are to go, else channels.
+        compensate: ``False`` nothing but removal; ``True`` what stays is refitted in closed form to make up for what
+            went (needs data); ``"auto"``: if there are data.
+        split: ``"fixed"`` every projection loses its own ratio; ``"auto"`` the ratios' total is one budget of attention
+            weights, and the method finds who bears it: qk or vo, which layer, which head.
+        sequential: moments and refits layer by layer, each from what the pruned layers before it hand on; takes a
+            forward pass over the data per layer.
+        target_error: in place of ``qkvo_ratios``: the share of the energy of logits (qk) and outputs (vo) that every
+            layer (with ragged heads every head) may lose, in (0, 1).
         data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
-            tensor is called ``model(x)``.
+            tensor is called ``model(x)``. Labels are needed only by scorers that take the gradient of a loss.
+        calibration: what :func:`attnprune.calibrate` gave for this model, in place of its pass over ``data``.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy
             (integer targets) or square error.
         round_to: channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this.
@@ -185,8 +211,9 @@ def prune_attention(
     """
     plan = make_plan(
         model, qkvo_ratios, granularity=granularity, scope=scope, heads=heads, scorer=scorer, basis=basis,
-        compensate=compensate, split=split, data=data, loss_fn=loss_fn, round_to=round_to, min_heads=min_heads,
-        min_channels=min_channels, include=include, exclude=exclude, seed=seed, progress=progress,
+        compensate=compensate, split=split, sequential=sequential, target_error=target_error, data=data,
+        calibration=calibration, loss_fn=loss_fn, round_to=round_to, min_heads=min_heads, min_channels=min_channels,
+        include=include, exclude=exclude, seed=seed, progress=progress,
     )  # fmt: skip
     return apply_plan(model, plan, example_inputs=example_inputs)
 
@@ -202,7 +229,7 @@ def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     ...     int((model.in_proj_weight == 0).all(dim=1).sum())
     24
     """
-    model = _plain(model)
+    model = plain(model)
     return masked_views(model, all_views(model, _names(plan)), plan)
 
 
@@ -221,7 +248,7 @@ def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> R
     >>> prune_heads(model, {0: [1, 3]}).layers[0].after.heads
     2
     """
-    model = _plain(model)
+    model = plain(model)
     views = find_views(model)
     named = _by_view(views, heads)
     layers = []
@@ -249,7 +276,7 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
     >>> prune_channels(model, {"": {"vo": [[0], [1], [2], [3]]}}).layers[0].after.vo_dims
     (3, 3, 3, 3)
     """
-    model = _plain(model)
+    model = plain(model)
     views = find_views(model)
     named = _by_view(views, channels)
     layers = []
@@ -271,14 +298,6 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
             removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
         layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))
     return apply_plan(model, Plan(tuple(layers)))
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The module inside what torch.compile returned, or the model itself."""
-    if not isinstance(model, nn.Module):
-        raise OptionError("model", "a torch.nn.Module", f"a {type(model).__name__}", "pass the model itself")
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _names(plan: Plan) -> set[str]:

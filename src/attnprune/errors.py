@@ -8,6 +8,7 @@ __all__ = [
     "AdapterError",
     "AllocationError",
     "AttnPruneError",
+    "CalibrationError",
     "DataError",
     "MetaTensorError",
     "NoAttentionError",
@@ -88,6 +89,10 @@ class ScorerError(AttnPruneError, ValueError):
 
 class DataError(AttnPruneError, ValueError):
     """The calibration data are missing, empty, or of a form that the model or the loss cannot take."""
+
+
+class CalibrationError(AttnPruneError, ValueError):
+    """A calibration is of another model, malformed, or lacks what a plan needs."""
 
 
 class NonFiniteError(AttnPruneError, ValueError):

@@ -6,18 +6,22 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from . import fields
 from .errors import AttnPruneError, PlanFormatError, PlanMismatchError, UnknownUnitError
+from .folds import Fold, Shape
 from .ratios import Ratios
 from .spec import KINDS, PROJECTIONS, AttentionSpec, Kind, Projection
 
 FORMAT = "attnprune.plan"
-VERSION = 1
-_WORDS = ("granularity", "scope", "heads", "scorer", "split")
+VERSION = 2
+_WORDS = ("granularity", "scope", "heads", "scorer", "split", "basis", "compensate")
+_SINCE_2: dict[str, Any] = {"basis": "channels", "compensate": "no", "target_error": None}
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -32,7 +36,13 @@ class Asked:
     heads: str = "uniform"
     scorer: str = "magnitude"
     split: str = "fixed"
+    basis: str = "channels"
+    """What was removed: ``"channels"`` as they stand, or directions of a ``"rotated"`` basis."""
+    compensate: str = "no"
+    """Whether what stays was refitted: ``"yes"`` or ``"no"``."""
     round_to: int = 1
+    target_error: float | None = None
+    """The share of energy that may be lost, where that was asked for in place of ratios."""
 
     def then(self, other: Asked) -> Asked:
         """The sum of two requests; settings that differ are joined with a plus sign."""
@@ -40,21 +50,28 @@ class Asked:
         same = {
             name: "+".join(dict.fromkeys(f"{getattr(self, name)}+{getattr(other, name)}".split("+"))) for name in _WORDS
         }
-        return Asked(ratios, round_to=min(self.round_to, other.round_to), **same)
+        errors = [one.target_error for one in (self, other) if one.target_error is not None]
+        return Asked(
+            ratios, round_to=min(self.round_to, other.round_to), target_error=max(errors, default=None), **same
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         words = {name: getattr(self, name) for name in _WORDS}
-        return {"ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, "round_to": self.round_to, **words}
+        numbers = {"round_to": self.round_to, "target_error": self.target_error}
+        return {"ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, **numbers, **words}
 
     @classmethod
     def from_dict(cls, raw: object) -> Asked:
         """Reads :meth:`to_dict`'s mapping, trusting nothing."""
-        found = fields.mapping("asked", raw, {"ratios", "round_to", *_WORDS})
+        found = fields.mapping("asked", raw, {"ratios", "round_to", "target_error", *_WORDS})
         ratios = fields.mapping("asked.ratios", found["ratios"], set(PROJECTIONS))
         numbers = {p: fields.number(f"asked.ratios.{p}", ratios[p]) for p in PROJECTIONS}
         words = {name: fields.string(f"asked.{name}", found[name]) for name in _WORDS}
-        return cls(Ratios(**numbers), round_to=fields.integer("asked.round_to", found["round_to"], low=1), **words)
+        round_to = fields.integer("asked.round_to", found["round_to"], low=1)
+        error = found["target_error"]
+        error = None if error is None else fields.positive("asked.target_error", error)
+        return cls(Ratios(**numbers), round_to=round_to, target_error=error, **words)
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,9 @@ class LayerPlan:
     """Per head, the qk channels removed from it, ascending (empty for heads that go whole)."""
     vo: Channels = ()
     """Per head, the vo channels removed from it, ascending."""
+    fold: Fold | None = None
+    """Maps that turn and refit what stays; None where channels go as they stand. With a fold, the numbers above count
+    the directions of its basis, the one with the most energy first."""
 
     def __post_init__(self) -> None:
         none: Channels = ((),) * self.spec.heads
@@ -87,6 +107,9 @@ class LayerPlan:
                 )
             for head, (channels, dim) in enumerate(zip(removed, self.spec.dims(kind), strict=True)):
                 self._check(f"{kind} channel of head {head}", channels, dim, gone=head in self.heads)
+        if self.fold is not None:
+            qk, vo, o = self.fold_shapes
+            self.fold.check(self.spec.name, [*qk, *qk, *vo, o, *([(o[0],)] if self.fold.shift is not None else [])])
 
     def _check(self, what: str, removed: tuple[int, ...], count: int, gone: bool = False) -> None:
         where = f"{self.spec.name}: {what}"
@@ -124,8 +147,30 @@ class LayerPlan:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing goes."""
-        return not (self.heads or any(self.qk) or any(self.vo))
+        """Whether nothing goes and nothing is turned."""
+        return not (self.heads or any(self.qk) or any(self.vo) or self.fold)
+
+    @property
+    def fold_shapes(self) -> tuple[list[Shape], list[Shape], tuple[int, int]]:
+        """The shapes of a fold's maps: per kept head those of Q and K, per kept head that of V, and that of O."""
+        qk, vo = (
+            [(len(self.kept(kind, head)), self.spec.dims(kind)[head]) for head in self.kept_heads] for kind in KINDS
+        )
+        return list(qk), list(vo), (sum(self.spec.vo_dims), sum(self.after.vo_dims))
+
+    @cached_property
+    def maps(self) -> Fold:
+        """The fold, or for channels removed as they stand the one that picks those that stay."""
+        if self.fold is not None:
+            return self.fold
+        picks = {
+            kind: [torch.eye(self.spec.dims(kind)[head])[list(self.kept(kind, head))] for head in self.kept_heads]
+            for kind in KINDS
+        }
+        starts = [sum(self.spec.vo_dims[:head]) for head in range(self.spec.heads)]
+        rows = [starts[head] + channel for head in self.kept_heads for channel in self.kept("vo", head)]
+        o = torch.eye(sum(self.spec.vo_dims))[:, rows]
+        return Fold(tuple(picks["qk"]), tuple(picks["qk"]), tuple(picks["vo"]), o)
 
     @cached_property
     def after(self) -> AttentionSpec:
@@ -152,7 +197,8 @@ class LayerPlan:
                 kept = self.kept(kind, back[head])
                 removed[back[head]] |= {kept[channel] for channel in gone}
             channels[kind] = tuple(() if head in heads else tuple(sorted(these)) for head, these in enumerate(removed))
-        return LayerPlan(self.spec, tuple(heads), channels["qk"], channels["vo"])
+        fold = self.maps.then(other.maps, other.kept_heads) if self.fold or other.fold else None
+        return LayerPlan(self.spec, tuple(heads), channels["qk"], channels["vo"], fold)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
@@ -161,12 +207,13 @@ class LayerPlan:
             "heads": list(self.heads),
             "qk": [list(channels) for channels in self.qk],
             "vo": [list(channels) for channels in self.vo],
+            "fold": self.fold.to_dict() if self.fold else None,
         }
 
     @classmethod
     def from_dict(cls, raw: object, where: str = "layer") -> LayerPlan:
         """Reads :meth:`to_dict`'s mapping, trusting nothing."""
-        found = fields.mapping(where, raw, {"spec", "heads", "qk", "vo"})
+        found = fields.mapping(where, raw, {"spec", "heads", "qk", "vo", "fold"})
         spec = AttentionSpec.from_dict(found["spec"], f"{where}.spec")
         channels = {
             kind: tuple(
@@ -175,7 +222,10 @@ class LayerPlan:
             )
             for kind in KINDS
         }
-        return cls(spec, fields.integers(f"{where}.heads", found["heads"]), channels["qk"], channels["vo"])
+        plain = cls(spec, fields.integers(f"{where}.heads", found["heads"]), channels["qk"], channels["vo"])
+        if found["fold"] is None:
+            return plain
+        return replace(plain, fold=Fold.from_dict(found["fold"], f"{where}.fold", *plain.fold_shapes))
 
 
 def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
@@ -284,13 +334,14 @@ class Plan:
         found = fields.mapping("file", fields.load(text), {"format", "version", "asked", "layers"})
         if found["format"] != FORMAT:
             fields.fail("format", repr(FORMAT), found["format"])
-        if fields.integer("version", found["version"], low=1) != VERSION:
+        version = fields.integer("version", found["version"], low=1)
+        if version > VERSION:
             raise PlanFormatError(
-                "plan: version",
-                f"{VERSION}, the newest that this attnprune reads",
-                str(found["version"]),
+                "plan: version", f"at most {VERSION}, the newest that this attnprune reads", str(version),
                 "update attnprune",
-            )
+            )  # fmt: skip
+        if version == 1:
+            _from_1(found)
         try:
             layers = fields.array("layers", found["layers"])
             asked = None if found["asked"] is None else Asked.from_dict(found["asked"])
@@ -304,6 +355,15 @@ class Plan:
         layers = sum(not layer.empty for layer in self.layers)
         share = ", ".join(f"{p} {self.fraction(p):.1%}" for p in PROJECTIONS) if self.layers else "nothing"
         return f"Plan({layers} of {len(self.layers)} attention modules change: {share}; digest {self.digest[:12]})"
+
+
+def _from_1(found: dict[str, Any]) -> None:
+    """Adds to a file of version 1 what later versions say."""
+    if isinstance(found["asked"], dict):
+        found["asked"] = {**_SINCE_2, **found["asked"]}
+    for layer in found["layers"] if isinstance(found["layers"], list) else ():
+        if isinstance(layer, dict):
+            layer.setdefault("fold", None)
 
 
 def make_layer(spec: AttentionSpec, heads: set[int], channels: Mapping[Kind, Channels]) -> LayerPlan:

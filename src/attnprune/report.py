@@ -109,8 +109,12 @@ class Report:
         lines = [f"{name}: {a:,} -> {b:,} (x {b / a if a else 1:.3f})" for name, (a, b) in totals.items()]
         asked = self.plan.asked
         if asked is not None:
-            how = f"{asked.granularity}, {asked.scope}, {asked.heads} heads, {asked.scorer}, {asked.split} split"
-            lines.append(f"how: {how}" + (f", rounded to {asked.round_to}" if asked.round_to > 1 else ""))
+            how = [asked.granularity, asked.scope, f"{asked.heads} heads", asked.scorer, f"{asked.split} split"]
+            how += [f"{asked.basis} basis"] * (asked.basis != "channels") + ["refitted"] * (asked.compensate != "no")
+            how += [f"rounded to {asked.round_to}"] * (asked.round_to > 1)
+            if asked.target_error is not None:
+                how.append(f"losing at most {asked.target_error:.2%} of energy")
+            lines.append(f"how: {', '.join(how)}")
         return lines + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:

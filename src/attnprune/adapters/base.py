@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..errors import AdapterError, WrappedModelError
+from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.attend import State
-from ..spec import KIND_OF, PROJECTIONS, AttentionSpec
+from ..spec import KIND_OF, PROJECTIONS, AttentionSpec, Kind
 from ..views import AttentionView, Slot
 
 
@@ -62,6 +64,44 @@ class Adapter(ABC):
     def decoupled_for(self, view: AttentionView) -> type[Decoupled] | None:
         """The class with a forward of ours for this module, or None if there is none."""
         return self.decoupled
+
+    def fixed(self, view: AttentionView) -> Mapping[Kind, str]:
+        """Kinds whose channels may be removed but not mixed, each with the reason; none by default.
+
+        A norm or a rotary embedding between projection and product sets qk channels apart from one another: a rotated
+        basis would change what it does. Such kinds keep their channels, and the report says why.
+        """
+        return {}
+
+    def attended(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Which keys each query may attend to, ``(batch, heads, queries, keys)`` bool, any but the last may be 1.
+
+        Calibration leaves out tokens that nobody attends to. None: all. The default reads ``attention_mask``: bool
+        (True attends), additive, or 0 and 1 per key.
+
+        Args:
+            view: the module whose forward is about to run.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        forward = inspect.signature(inspect.unwrap(host_class(view.module).forward))
+        bound = forward.bind_partial(view.module, *args, **kwargs).arguments
+        mask = bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask"))
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+            found = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise DataError(
+                f"{view.name}: attention_mask",
+                "a tensor (batch, keys) or (batch, heads, queries, keys)",
+                found,
+                'calibrate with the "sdpa" or "eager" attention implementation',
+            )
+        return may_attend(mask)
+
+    def constant_keys(self, view: AttentionView) -> Tensor | None:
+        """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""
+        return None
 
     def recast(self, view: AttentionView, spec: AttentionSpec, kept: tuple[int, ...]) -> None:
         """Gives the module the class that can run the spec: its own, or a subclass of it with a forward of ours."""
@@ -146,3 +186,15 @@ class Adapter(ABC):
             bias,  # type: ignore[arg-type]
         )
         return AttentionView(spec, module, self, slots)
+
+
+def may_attend(mask: Tensor) -> Tensor:
+    """A mask as bool ``(batch, heads, queries, keys)``, True attends; ``(batch, keys)`` serves all queries.
+
+    Floating-point masks are added to the logits: what they lower by half of the dtype's range or more is cut off.
+    """
+    if mask.is_floating_point() and mask.dim() == 4:
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+    else:
+        allowed = mask.bool()
+    return allowed if allowed.dim() == 4 else allowed[:, None, None]

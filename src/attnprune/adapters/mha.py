@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import DecoupledMultiheadAttention, host_class
 from ..nn.mha import GONE
 from ..spec import AttentionSpec, Kind
 from ..views import AttentionView, Slot
-from .base import Adapter
+from .base import Adapter, may_attend
 
 
 class MultiheadAttentionAdapter(Adapter):
@@ -75,10 +77,35 @@ class MultiheadAttentionAdapter(Adapter):
         rest = {key: parameter for key, parameter in tensors.items() if key[:2] not in ("q.", "k.", "v.")}
         super().commit(view, rest, spec)
 
+    def attended(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        module = view.module
+        assert isinstance(module, nn.MultiheadAttention)
+        given = _FORWARD.bind(module, *args, **kwargs).arguments
+        padding, mask, query = given.get("key_padding_mask"), given.get("attn_mask"), given["query"]
+        batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
+        allowed: Tensor | None = None
+        if mask is not None:
+            real = may_attend(mask.reshape(1, -1, *mask.shape[-2:])) if mask.is_floating_point() else ~mask
+            allowed = real.reshape(1 if mask.dim() == 2 else batch, -1, *mask.shape[-2:])
+        if padding is not None:
+            padding = padding if padding.dim() == 2 else padding[None]
+            real = padding > torch.finfo(padding.dtype).min / 2 if padding.is_floating_point() else ~padding
+            allowed = real[:, None, None] if allowed is None else allowed & real[:, None, None]
+        return allowed
+
+    def constant_keys(self, view: AttentionView) -> Tensor | None:
+        module = view.module
+        assert isinstance(module, nn.MultiheadAttention)
+        keys = [] if module.bias_k is None else [module.bias_k.detach().reshape(1, -1)]
+        if module.add_zero_attn:
+            keys.append(view.weight("k").new_zeros(1, sum(view.spec.qk_dims)))
+        return torch.cat(keys) if keys else None
+
     def reshape(self, view: AttentionView, spec: AttentionSpec) -> None:
         view.module.num_heads, view.module.head_dim = spec.heads, spec.qk_dim  # type: ignore[assignment]
 
 
+_FORWARD = inspect.signature(nn.MultiheadAttention.forward)
 _KINDS: dict[str, Kind] = {"bias_k": "qk", "bias_v": "vo"}
 
 

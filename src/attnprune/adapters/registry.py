@@ -147,3 +147,11 @@ def _candidates(model: nn.Module) -> str:
 def _shorten(names: Sequence[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile returned, or the model itself."""
+    if not isinstance(model, nn.Module):
+        raise OptionError("model", "a torch.nn.Module", f"a {type(model).__name__}", "pass the model itself")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

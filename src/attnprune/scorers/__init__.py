@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ScorerError
-from .base import LossFn, Scorer
+from ..passes import LossFn, loss_with_or_without_labels, projection_loss
+from .base import Scorer
 from .fisher import Fisher
+from .gate import Gate
 from .magnitude import Magnitude
-from .passes import loss_with_or_without_labels, projection_loss
 from .random import Random
 from .taylor import Taylor
 from .torch_pruning import TorchPruning, is_importance
 
 __all__ = [
     "Fisher",
+    "Gate",
     "LossFn",
     "Magnitude",
     "Random",
@@ -27,7 +29,13 @@ __all__ = [
     "resolve",
 ]
 
-NAMED: Mapping[str, type[Scorer]] = {"magnitude": Magnitude, "taylor": Taylor, "fisher": Fisher, "random": Random}
+NAMED: Mapping[str, type[Scorer]] = {
+    "magnitude": Magnitude,
+    "taylor": Taylor,
+    "fisher": Fisher,
+    "gate": Gate,
+    "random": Random,
+}
 
 
 def resolve(scorer: Any, *, has_data: bool, seed: int = 0) -> Scorer:

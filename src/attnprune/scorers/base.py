@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..passes import LossFn
 from ..scores import Scores
 from ..views import AttentionView
-
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class Scorer(ABC):

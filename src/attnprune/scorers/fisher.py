@@ -9,22 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
+from ..passes import LossFn, batches, device_of, loss_of, undisturbed
 from ..scores import Scores
 from ..spec import PROJECTIONS, Projection
 from ..surgery import as_linears
 from ..views import AttentionView
-from .base import LossFn
-from .passes import (
-    Gradients,
-    GradientScorer,
-    batches,
-    check_finite,
-    device_of,
-    head_sums,
-    loss_of,
-    no_gradient,
-    undisturbed,
-)
+from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, no_gradient
 
 Sums = dict[str, dict[Projection, Tensor]]
 
@@ -143,8 +133,7 @@ class _Tap:
 
     def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         self.runs += 1
-        tapped: Tensor = _Listen.apply(output, self.switch, inputs[0].detach(), self)  # type: ignore[no-untyped-call]
-        return tapped
+        return listen(output, self.switch, inputs[0].detach(), self)
 
     def receive(self, x: Tensor, grad: Tensor) -> None:
         samples = len(x)
@@ -169,20 +158,6 @@ class _Tap:
             self.total += check_finite(self.where, self.squares, number)
         samples, self.samples, self.squares, self.runs = self.samples, [], None, 0
         return samples
-
-
-class _Listen(torch.autograd.Function):
-    """The identity; on the way back it tells its tap the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, switch: Tensor, x: Tensor, tap: _Tap) -> Tensor:
-        ctx.x, ctx.tap = x, tap
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        ctx.tap.receive(ctx.x, grad)
-        return grad, grad.new_zeros(()), None, None
 
 
 def row_squares(outer: Tensor, inner: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..passes import LossFn
 from ..scores import Scores
 from ..spec import KIND_OF, PROJECTIONS, Projection
 from ..views import AttentionView
-from .base import LossFn, Scorer
+from .base import Scorer
 
 
 class Magnitude(Scorer):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..passes import LossFn
 from ..scores import Scores
 from ..views import AttentionView
-from .base import LossFn, Scorer
+from .base import Scorer
 
 
 class Random(Scorer):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..spec import Kind
 from ..views import AttentionView
-from .passes import Gradients, GradientScorer, head_sums
+from .gradient import Gradients, GradientScorer, head_sums
 
 
 class Taylor(GradientScorer):

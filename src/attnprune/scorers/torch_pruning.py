@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ScorerError
+from ..passes import LossFn
 from ..scores import Scores
 from ..spec import PROJECTIONS, Kind, Projection
 from ..surgery import as_linears
 from ..views import AttentionView
-from .base import LossFn, Scorer
-from .passes import Gradients, gradients, head_sums
+from .base import Scorer
+from .gradient import Gradients, gradients, head_sums
 
 
 def is_importance(candidate: object) -> bool:

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import TiedWeightsError
 from ..plan import LayerPlan, Plan
 from ..spec import Kind
 from ..views import AttentionView
 from .check import check_fit, check_views
+from .maps import channel_maps
+from .patch import mean_output
 
 
 def removed_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
@@ -25,23 +28,69 @@ def removed_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[
 
 @contextmanager
 def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Iterator[None]:
-    """Rows of Q, K, V and columns of O that the plan removes are zero inside the block, and as before after it."""
+    """Rows of Q, K, V and columns of O that the plan removes are zero inside the block, and as before after it.
+
+    Where a plan turns heads, the directions that stay take a head's first places, and the rest are zero.
+    """
     check_fit(model, views, plan)
     by_name = {view.name: view for view in views}
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])
-    saved = []
+    _check_shared(work)
+    saved: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for view, layer in work:
-                rows = {kind: removed_channels(view, layer, kind) for kind in ("qk", "vo")}
-                for key, slot in view.slots.items():
-                    channels = slot.cut(slot.parameter.detach())
-                    index = torch.tensor(rows[view.kinds[key]], dtype=torch.long, device=channels.device)
-                    saved.append((channels, index, channels.index_select(0, index)))
-                    channels.index_fill_(0, index, 0)
+                for channels, values in _masked(view, layer):
+                    saved.append((channels, channels.clone()))
+                    channels.copy_(values)
         yield
     finally:
         with torch.no_grad():
-            for channels, index, values in reversed(saved):
-                channels.index_copy_(0, index, values)
+            for channels, values in reversed(saved):
+                channels.copy_(values)
+
+
+def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
+    """The channels of every parameter of a view (in place), and what they are inside the block."""
+    maps = channel_maps(view, layer)
+    bias = view.slots["o.weight"].owner._parameters.get("bias")
+    if layer.fold is not None and layer.fold.shift is not None and bias is not None:
+        gained = mean_output(view, layer.fold.shift)  # before O changes
+        yield bias.detach(), (bias.detach().double() + gained).to(bias.dtype)
+    for key, slot in view.slots.items():
+        channels = slot.cut(slot.parameter.detach())
+        if layer.fold is None:
+            values = channels.clone()
+            rows = removed_channels(view, layer, view.kinds[key])
+            yield channels, values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
+        else:
+            places = torch.tensor(first_places(view, layer, view.kinds[key]), device=channels.device)
+            yield channels, torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
+
+
+def first_places(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
+    """For every channel that stays, in the order in which it will be stored, a place in its head's dense channels."""
+    places: list[int] = []
+    for position in layer.after.layout.order:
+        start, _ = view.spec.layout.span(kind, layer.kept_heads[position])
+        places += range(start, start + layer.after.dims(kind)[position])
+    return places
+
+
+def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
+    """Raises if a parameter that is turned serves two projections: it would be turned twice."""
+    users: dict[int, str] = {}
+    for view, layer in work:
+        for key, slot in view.slots.items():
+            if layer.fold is None:
+                continue
+            place = id(slot.parameter) if slot.whole else hash((id(slot.parameter), slot.start))
+            other = users.setdefault(place, f"{view.name}: {key}")
+            if other != f"{view.name}: {key}":
+                raise TiedWeightsError(
+                    f"{view.name}: {key}",
+                    "projections of their own to turn",
+                    f"a parameter that {other} uses too",
+                    'untie the weights (assign a clone), or pass basis="channels" and compensate=False',
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,23 +12,53 @@ from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
 from ..plan import LayerPlan, Plan
-from ..spec import Kind
 from ..views import AttentionView, Slot
 from .check import check_expressible, check_fit, check_views
+from .maps import ChannelMap, Pick, channel_maps, logical_channels
 
 
 @dataclass(frozen=True, eq=False)
 class ParamChange:
-    """What became of a parameter: ``new = gain * old.index_select(axis, index)``."""
+    """What became of a parameter: ``new = gain * map(old)``, along one axis.
+
+    Channels that stay as they are were picked, ``new = gain * old.index_select(axis, index)``; those of a plan with
+    folds were mixed (:attr:`index` is then None), and O's bias gained a vector.
+    """
 
     old: nn.Parameter
     new: nn.Parameter
     axis: int
     """The dimension that was cut."""
-    index: Tensor
-    """``(kept,)`` int64: places along the axis of the old parameter, in the order of the new one."""
+    index: Tensor | None
+    """``(kept,)`` int64: places along the axis of the old parameter, in the order of the new one; None if mixed."""
     gain: float = 1.0
     """What the values were multiplied with; 1 unless a softmax scale was folded into Q."""
+    map: ChannelMap | None = None
+    """How channels change, given those of the slot first; None for O's bias, whose entries are no channels."""
+    start: int = 0
+    size: int = 0
+    """The slot's channels in the old parameter: ``size`` of them from ``start``."""
+
+    def carry(self, tensor: Tensor) -> Tensor:
+        """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
+
+        Exact where channels were picked, or turned at full rank: the chain rule.
+
+        Args:
+            tensor: shaped like the old parameter.
+
+        Returns:
+            Shaped like the new one.
+        """
+        if self.map is None:
+            return tensor.clone()
+        return _along(tensor, self.axis, self.start, self.size, self.map.dual) / self.gain
+
+
+def _along(tensor: Tensor, axis: int, start: int, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A run of channels of a tensor, changed; owned and contiguous."""
+    channels = tensor.narrow(axis, start, size).movedim(axis, 0)
+    return change(channels).movedim(0, axis).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +77,6 @@ class ParamMap:
         return len(self.changes)
 
 
-def kept_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
-    """The stored channels that stay, in the order in which they will be stored."""
-    layout, back = view.spec.layout, layer.kept_heads
-    rows: list[int] = []
-    for position in layer.after.layout.order:
-        head = back[position]
-        start, _ = layout.span(kind, head)
-        rows += [start + channel for channel in layer.kept(kind, head)]
-    return rows
-
-
 class _Tensors:
     """Builds new parameters; what was one parameter in two places stays one."""
 
@@ -65,14 +84,14 @@ class _Tensors:
         self.changes: dict[int, list[tuple[ParamChange, Slot]]] = {}
         self.users: dict[int, set[tuple[int, str]]] = {}
 
-    def cut(self, where: str, slot: Slot, rows: list[int], gain: float) -> nn.Parameter:
+    def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float) -> nn.Parameter:
+        """The successor of the channels of a slot."""
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
-        index = torch.tensor([slot.start + row for row in rows], device=old.device)
-        for change, other in self.changes.get(id(old), []):
+        for known, other in self.changes.get(id(old), []):
             same = (slot.axis, slot.start, slot.size) == (other.axis, other.start, other.size)
-            if same and change.gain == gain and torch.equal(change.index, index):
-                return change.new
+            if same and known.gain == gain and known.map is not None and change.same(known.map):
+                return known.new
             if same or max(slot.start, other.start) < min(slot.start + slot.size, other.start + other.size):
                 raise TiedWeightsError(
                     where,
@@ -80,11 +99,36 @@ class _Tensors:
                     "a plan that takes others from each",
                     "untie the weights, or prune by hand with equal channels (prune_channels)",
                 )
-        if slot.whole and rows == list(range(slot.size)) and gain == 1.0:
+        index = None
+        if isinstance(change, Pick):
+            index = torch.tensor([slot.start + row for row in change.rows], device=old.device)
+        if slot.whole and gain == 1.0 and isinstance(change, Pick) and change.rows == tuple(range(slot.size)):
             new = old
         else:
-            new = _parameter(old, lambda x: x.index_select(slot.axis, index), gain)
-        self.changes.setdefault(id(old), []).append((ParamChange(old, new, slot.axis, index, gain), slot))
+            new = _parameter(
+                old,
+                _along(old.detach(), slot.axis, slot.start, slot.size, change),
+                lambda grad: _along(grad, slot.axis, slot.start, slot.size, change.dual),
+                gain,
+            )
+        found = ParamChange(old, new, slot.axis, index, gain, change, slot.start, slot.size)
+        self.changes.setdefault(id(old), []).append((found, slot))
+        return new
+
+    def shift(self, where: str, view: AttentionView, shift: Tensor) -> nn.Parameter:
+        """The successor of O's bias: it gains ``O s``."""
+        owner = view.slots["o.weight"].owner
+        old = owner._parameters["bias"]
+        assert old is not None, "the plan's spec says that O has a bias"
+        if id(old) in self.changes:
+            raise TiedWeightsError(
+                where, "a bias of its own", "one that another projection uses too", "untie the biases (assign a clone)"
+            )
+        self.users.setdefault(id(old), set()).add((id(owner), "bias"))
+        gained = mean_output(view, shift)
+        new = _parameter(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
+        slot = Slot(owner, "bias", len(old))
+        self.changes[id(old)] = [(ParamChange(old, new, 0, None, size=len(old)), slot)]
         return new
 
     def check_ties(self, model: nn.Module) -> None:
@@ -120,10 +164,16 @@ class _Tensors:
         return ParamMap(tuple(change for change in entries if change.new is not change.old))
 
 
-def _parameter(old: nn.Parameter, cut: Any, gain: float) -> nn.Parameter:
-    """A part of a parameter with its own storage; gradient, hooks, flags and attributes come along."""
+def mean_output(view: AttentionView, shift: Tensor) -> Tensor:
+    """``(d_model,)`` float64: what O makes of a constant context, (sum of vo_dims,) in logical order of heads."""
+    stored = shift[logical_channels(view.spec.layout, "vo")]
+    weight = view.weight("o").double()
+    return stored.to(weight) @ weight
+
+
+def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
+    """A parameter with other values and storage of its own; gradient, hooks, flags and attributes come along."""
     with torch.no_grad():
-        data = cut(old.detach())
         new = nn.Parameter(data.mul_(gain) if gain != 1.0 else data, requires_grad=old.requires_grad)
         if old.grad is not None:
             grad = cut(old.grad.detach())
@@ -141,7 +191,11 @@ class _Operation(NamedTuple):
     tensors: Mapping[str, nn.Parameter]
 
     def run(self) -> None:
-        self.view.adapter.commit(self.view, self.tensors, self.layer.after)
+        tensors = dict(self.tensors)
+        bias = tensors.pop("o.bias", None)  # not a slot: it has no channels of heads
+        self.view.adapter.commit(self.view, tensors, self.layer.after)
+        if bias is not None:
+            self.view.slots["o.weight"].owner.bias = bias
         self.view.adapter.recast(self.view, self.layer.after, self.layer.kept_heads)
 
 
@@ -167,12 +221,14 @@ class Surgeon:
         check_expressible(views, plan)
         tensors, operations = _Tensors(), []
         for view, layer in work:
-            rows = {kind: kept_channels(view, layer, kind) for kind in ("qk", "vo")}
+            maps = channel_maps(view, layer)
             gain = view.adapter.query_gain(view, layer.after)
             new = {
-                key: tensors.cut(f"{view.name}: {key}", slot, rows[view.kinds[key]], gain if key[0] == "q" else 1.0)
+                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
                 for key, slot in view.slots.items()
             }
+            if layer.fold is not None and layer.fold.shift is not None:
+                new["o.bias"] = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
             operations.append(_Operation(view, layer, new))
         tensors.check_ties(model)
         return cls(operations, tensors.map)

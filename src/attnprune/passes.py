@@ -1,10 +1,9 @@
-"""Passes over data that leave no trace on the model, and the scorers that add up something for every batch."""
+"""Passes over data that leave no trace on the model."""
 
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..errors import DataError, NonFiniteError
-from ..scores import Scores
-from ..spec import Kind
-from ..views import AttentionView, Slot
-from .base import LossFn, Scorer
+from .errors import DataError, OptionError
 
-Gradients = Mapping[str, Tensor]
+LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
@@ -81,21 +76,39 @@ def labelled(batch: Any) -> bool:
     return isinstance(batch, (tuple, list)) and len(batch) == 2
 
 
-def projection_loss(seed: int = 0) -> LossFn:
+def projection_loss(seed: int = 0, metric: str = "output") -> LossFn:
     """A loss without labels: ``v . output`` with v standard normal, its mean over samples.
 
     The mean square of its derivatives is the diagonal of the Gauss-Newton matrix of the output's own distortion.
     Takes batches as :func:`forward` does; the output is a tensor, or carries ``logits`` or ``last_hidden_state``.
+    Tokens that a mapping's ``attention_mask`` (batch, tokens) leaves out do not count.
+
+    Args:
+        seed: for the directions.
+        metric: how distortion is measured: ``"output"`` by the square of the difference; ``"kl"`` by the
+            Kullback-Leibler divergence between the softmax of the outputs (last dimension), whose Gauss-Newton matrix
+            is the Fisher information; ``"auto"``: ``"kl"`` for outputs that carry ``logits`` of two or more classes.
     """
+    if metric not in ("output", "kl", "auto"):
+        raise OptionError("metric", 'one of "output", "kl", "auto"', repr(metric), "pick one of them")
     generator = torch.Generator().manual_seed(seed)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         found = forward(model, batch)
+        logits = getattr(found, "logits", None)
+        kl = metric == "kl" or (metric == "auto" and isinstance(logits, Tensor) and logits.shape[-1] > 1)
         for key in ("logits", "last_hidden_state"):
             found = getattr(found, key, found)
         if not isinstance(found, Tensor):
             raise DataError("data", "a model that returns a tensor", f"a {type(found).__name__}", "pass loss_fn")
         direction = torch.randn(found.shape, generator=generator).to(device=found.device, dtype=found.dtype)
+        if kl:
+            chances = found.detach().float().softmax(-1)
+            direction = chances.sqrt() * direction.float()
+            direction = (direction - chances * direction.sum(-1, keepdim=True)).to(found.dtype)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and found.dim() == 3 and mask.shape == found.shape[:2]:
+            direction = direction * (mask != 0)[..., None]
         return (found * direction).sum() / len(found)
 
     return loss
@@ -143,12 +156,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, gradients on and for ``trainable`` alone; modes, flags and random state restored afterwards."""
+    """Evaluation mode, gradients on and for ``trainable`` alone; modes, flags and random state restored afterwards.
+
+    PyTorch's fused inference paths, which go around the modules that a pass listens to, are off meanwhile.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = {id(parameter) for parameter in trainable}
     devices = sorted({p.device.index or 0 for p, _ in flags if p.device.type == "cuda"})
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             for module, _ in modes:
                 module.training = False
@@ -156,6 +174,7 @@ def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator
                 parameter.requires_grad_(id(parameter) in chosen)
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
@@ -165,102 +184,3 @@ def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's inputs go: the device of its first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def gradients(
-    model: nn.Module,
-    views: Sequence[AttentionView],
-    data: Iterable[Any] | None,
-    loss_fn: LossFn | None,
-    progress: bool,
-    what: str,
-    consume: Callable[[int, Mapping[str, Gradients]], None],
-) -> int:
-    """Gives ``consume`` for every batch its number and, by view and slot, the loss's gradient as ``(channels, ...)``.
-
-    ``.grad`` is neither read nor written, and hooks that run after accumulation (optimizers in the backward pass)
-    stay silent. Only attention parameters take part, so the pass costs less than a full backward pass. Gradients of a
-    batch are gone before the next one runs. Returns the number of batches.
-    """
-    slots = {(view.name, key): slot for view in views for key, slot in view.slots.items()}
-    parameters = list({id(slot.parameter): slot.parameter for slot in slots.values()}.values())
-    count = 0
-    with undisturbed(model, parameters):
-        for batch in batches(data, device_of(model), progress, what):
-            consume(count, _batch_gradients(loss_of(model, batch, loss_fn), parameters, slots, count))
-            count += 1
-    return count
-
-
-def _batch_gradients(
-    loss: Tensor, parameters: list[nn.Parameter], slots: Mapping[tuple[str, str], Slot], number: int
-) -> Mapping[str, Gradients]:
-    if not loss.requires_grad:
-        raise no_gradient(number)
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    if all(grad is None for grad in grads):
-        raise no_gradient(number)
-    by_id = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}
-    found: dict[str, dict[str, Tensor]] = {}
-    for (name, key), slot in slots.items():
-        grad = by_id[id(slot.parameter)]
-        found.setdefault(name, {})[key] = slot.cut(torch.zeros_like(slot.parameter) if grad is None else grad)
-    return found
-
-
-def no_gradient(number: int) -> DataError:
-    """The error for a batch whose loss does not depend on the attention modules."""
-    return DataError(
-        f"data, batch {number}",
-        "a loss that depends on the attention modules",
-        "no gradient",
-        "let loss_fn return a loss without detach or no_grad; with checkpointing use use_reentrant=False",
-    )
-
-
-def check_finite(where: str, values: Tensor, number: int) -> Tensor:
-    """The values, or an error that says which batch gave NaN or infinity."""
-    if not bool(values.isfinite().all()):
-        raise NonFiniteError(
-            f"{where}, batch {number}", "finite gradients", "NaN or infinite ones", "score in float32 or bfloat16"
-        )
-    return values
-
-
-class GradientScorer(Scorer):
-    """Adds up one number per unit and batch: memory is O(heads x channels), whatever the number of batches."""
-
-    needs_data = True
-
-    def score(
-        self,
-        model: nn.Module,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
-    ) -> dict[str, Scores]:
-        totals: dict[str, tuple[Tensor, ...]] = {}
-
-        def add(number: int, found: Mapping[str, Gradients]) -> None:
-            for view in views:
-                parts = self.reduce(view, found[view.name])
-                check_finite(view.name, parts[0].sum() + parts[1].sum(), number)
-                old = totals.get(view.name)
-                totals[view.name] = parts if old is None else tuple(a + b for a, b in zip(old, parts, strict=True))
-
-        count = gradients(model, views, data, loss_fn, progress, self.name, add)
-        return {view.name: self.finish(view, *(total / count for total in totals[view.name])) for view in views}
-
-    @abstractmethod
-    def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-        """For one batch: qk ``(channels,)`` and vo ``(channels,)`` in stored order, head ``(heads,)``; float64."""
-
-    def finish(self, view: AttentionView, qk: Tensor, vo: Tensor, head: Tensor) -> Scores:
-        return Scores(view.by_head(qk, "qk").cpu(), view.by_head(vo, "vo").cpu(), head.cpu())
-
-
-def head_sums(view: AttentionView, kind: Kind, values: Tensor) -> Tensor:
-    """``(heads,)`` sums over each head's channels of ``(channels,)`` in stored order."""
-    return torch.stack([values[slice(*span)].sum() for span in view.spans(kind)])

@@ -1,0 +1,134 @@
+"""What pruning costs in accuracy, without any fine-tuning: the paper's ways and the closed forms, side by side.
+
+    python benchmarks/accuracy.py keywords
+    python benchmarks/byte_lm.py WORKDIR && python benchmarks/accuracy.py bytes --workdir WORKDIR
+
+``keywords`` is the shipped Audio Spectrogram Transformer (accuracy on voices never heard in training); ``bytes`` is the
+byte-level language model that ``byte_lm.py`` trains (bits per byte on files never read in training). Calibration
+samples come from the training split, a new one for every seed; nothing was tuned on the test split (choices were made
+by looking at ``--split validation``). Figures are medians over seeds of the change against the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import attnprune
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "examples")]
+
+Options = dict[str, Any]
+LETTER = {"basis": "channels", "compensate": False}
+FREE = {"split": "auto", "heads": "ragged"}
+WAYS: tuple[tuple[str, Options], ...] = (
+    *(
+        (
+            f"paper: {scheme}-{scope[0].upper()}-{score}",
+            {"granularity": granularity, "scope": scope, "scorer": scorer, **LETTER},
+        )
+        for scheme, granularity in (("EH", "head"), ("PH", "channel"))
+        for scope in ("local", "global")
+        for score, scorer in (("MAG", "magnitude"), ("FI", "fisher"))
+    ),
+    ("channels by gates, uncompensated", {"scorer": "gate", **LETTER, **FREE}),
+    ("channels by gates, compensated", {"scorer": "gate", "basis": "channels", **FREE}),
+    ("rotated, local", {"scope": "local"}),
+    ("rotated (the default with data)", {}),
+    ("rotated, uniform, split found", {"split": "auto"}),
+    ("rotated, ragged, split found", {**FREE}),
+    ("rotated, ragged, split found, sequential", {"sequential": True, **FREE}),
+)
+
+
+class Task(NamedTuple):
+    """A model, how good it is, and what to calibrate it with."""
+
+    model: nn.Module
+    quality: Callable[[nn.Module], float]
+    sample: Callable[[int], list[Any]]
+    unit: str
+    ratios: tuple[float, ...]
+
+
+def keywords(split: str, count: int, workdir: Path | None) -> Task:
+    from keywords import data
+
+    x, y, _ = data.load_split("train")
+    xs, ys, _ = data.load_split(split)
+
+    def sample(seed: int) -> list[Any]:
+        chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[: count or 512]
+        pairs = zip(x[chosen].split(32), y[chosen].split(32), strict=True)
+        return [{"input_values": features, "labels": labels} for features, labels in pairs]
+
+    return Task(data.load_model(), lambda m: data.accuracy(m, xs, ys), sample, "% accuracy", (0.5, 0.75, 0.85))
+
+
+def byte_language_model(split: str, count: int, workdir: Path | None) -> Task:
+    import byte_lm
+
+    if workdir is None or not (workdir / "byte_lm.safetensors").exists():
+        raise SystemExit("train the model first: python benchmarks/byte_lm.py WORKDIR, then pass --workdir WORKDIR")
+    text = byte_lm.corpus()
+    measured = byte_lm.windows(text[split], 256, 1_000)
+
+    def sample(seed: int) -> list[tuple[Tensor, Tensor]]:
+        pieces = byte_lm.windows(text["train"], count or 256, 10_000 + seed)
+        return [(piece[:, :-1], piece[:, 1:].contiguous()) for piece in pieces.split(16)]
+
+    model = byte_lm.load(workdir)
+    return Task(model, lambda m: byte_lm.bits_per_byte(m, measured), sample, "bits per byte", (0.25, 0.5, 0.75))
+
+
+TASKS = {"keywords": keywords, "bytes": byte_language_model}
+
+
+def change(task: Task, dense: float, data: list[Any], ratio: float, options: Options) -> float:
+    """Quality after pruning minus the dense model's."""
+    model = copy.deepcopy(task.model)
+    given = None if options.get("scorer") == "magnitude" else data
+    attnprune.prune_attention(model, ratio, data=given, progress=False, **options)
+    return task.quality(model) - dense
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--split", default="test", choices=("test", "validation"))
+    parser.add_argument("--seeds", type=int, default=3, help="calibration samples per way (3)")
+    parser.add_argument("--count", type=int, default=0, help="clips (512) or pieces of text (256) to calibrate with")
+    parser.add_argument("--workdir", type=Path, default=None, help="holds byte_lm.safetensors")
+    parser.add_argument("--only", default="", help="only the ways whose name contains this")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    task = TASKS[args.task](args.split, args.count, args.workdir)
+    dense = task.quality(task.model)
+    samples = [task.sample(seed) for seed in range(args.seeds)]
+    print(f"{args.task}, {args.split} split: dense {dense:.3f} {task.unit}; {args.seeds} calibration samples")
+    head = f"{'way':<42}" + "".join(f"{f'{ratio:.0%} removed':>16}" for ratio in task.ratios) + f"{'seconds':>10}"
+    print(head, "-" * len(head), sep="\n")
+    for name, options in WAYS:
+        if args.only not in name:
+            continue
+        start, cells = time.perf_counter(), []
+        for ratio in task.ratios:
+            if options.get("granularity") == "head" and ratio > 1 - 1 / attnprune.find_attention(task.model)[0].heads:
+                cells.append(f"{'-':>16}")  # one head of every layer has to stay
+                continue
+            used = samples[:1] if options.get("scorer") == "magnitude" else samples
+            cells.append(f"{statistics.median(change(task, dense, data, ratio, options) for data in used):>+16.3f}")
+        print(f"{name:<42}{''.join(cells)}{time.perf_counter() - start:>10.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

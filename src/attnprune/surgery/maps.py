@@ -1,0 +1,137 @@
+"""How the channels of a parameter become those of its successor: some are picked, or all are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..plan import LayerPlan
+from ..spec import PROJECTIONS, HeadLayout, Kind, Projection
+from ..views import AttentionView
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """Channels that stay as they are: ``new = old[rows]``."""
+
+    rows: tuple[int, ...]
+
+    def __call__(self, channels: Tensor) -> Tensor:
+        return channels.index_select(0, torch.tensor(self.rows, device=channels.device))
+
+    dual = __call__
+
+    def same(self, other: ChannelMap) -> bool:
+        return isinstance(other, Pick) and self.rows == other.rows
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """Channels that are mixed, run by run: ``new = concatenate(matrix @ old[start:stop])``."""
+
+    blocks: tuple[tuple[int, int, Tensor], ...]
+    duals: tuple[tuple[int, int, Tensor], ...]
+    """What carries gradients over: the maps of the projection on the other side of the product."""
+
+    def __call__(self, channels: Tensor) -> Tensor:
+        return _mix(self.blocks, channels)
+
+    def dual(self, channels: Tensor) -> Tensor:
+        return _mix(self.duals, channels)
+
+    def same(self, other: ChannelMap) -> bool:
+        if not isinstance(other, Mix) or len(self.blocks) != len(other.blocks):
+            return False
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in pairs)
+
+
+ChannelMap = Pick | Mix
+
+
+def _mix(blocks: Sequence[tuple[int, int, Tensor]], channels: Tensor) -> Tensor:
+    """In float64, whatever the parameter's own precision."""
+    flat = channels.reshape(len(channels), -1).double()
+    parts = [matrix.to(flat) @ flat[start:stop] for start, stop, matrix in blocks]
+    return torch.cat(parts).to(channels.dtype).reshape(-1, *channels.shape[1:])
+
+
+def kept_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
+    """The stored channels that stay, in the order in which they will be stored."""
+    layout, back = view.spec.layout, layer.kept_heads
+    rows: list[int] = []
+    for position in layer.after.layout.order:
+        head = back[position]
+        start, _ = layout.span(kind, head)
+        rows += [start + channel for channel in layer.kept(kind, head)]
+    return rows
+
+
+def side(key: str, kind: Kind) -> Projection:
+    """Whose map a slot follows: its projection's; what lies along qk or vo channels besides follows K or V."""
+    own: dict[str, Projection] = {p: p for p in PROJECTIONS}
+    return own.get(key.split(".")[0], "k" if kind == "qk" else "v")
+
+
+def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, ChannelMap]:
+    """For every slot of a view, how its channels (in stored order) change."""
+    if layer.fold is None:
+        picks = {kind: Pick(tuple(kept_channels(view, layer, kind))) for kind in ("qk", "vo")}
+        return {key: picks[kind] for key, kind in view.kinds.items() if key in view.slots}
+    blocks: dict[Projection, tuple[tuple[int, int, Tensor], ...]] = {
+        "q": _by_head(view, layer, "qk", layer.fold.q),
+        "k": _by_head(view, layer, "qk", layer.fold.k),
+        "v": _by_head(view, layer, "vo", layer.fold.v),
+    }
+    before, after = logical_channels(view.spec.layout, "vo"), logical_channels(layer.after.layout, "vo")
+    o = layer.fold.o[before][:, after].T.contiguous()
+    width = len(before)
+    values = torch.zeros_like(o)
+    back, row = _own_blocks(layer), 0
+    for start, stop, matrix in blocks["v"]:
+        values[row : row + len(matrix), start:stop] = matrix.to(values)
+        row += len(matrix)
+    own = tuple((start, stop, one) for (start, stop, _), one in zip(blocks["v"], back, strict=True))
+    mixes: dict[Projection, Mix] = {
+        "q": Mix(blocks["q"], blocks["k"]),
+        "k": Mix(blocks["k"], blocks["q"]),
+        "v": Mix(blocks["v"], own),
+        "o": Mix(((0, width, o),), ((0, width, values),)),
+    }
+    return {key: mixes[side(key, view.kinds[key])] for key in view.slots}
+
+
+def _by_head(
+    view: AttentionView, layer: LayerPlan, kind: Kind, matrices: Sequence[Tensor]
+) -> tuple[tuple[int, int, Tensor], ...]:
+    """One block per kept head, in the order in which they will be stored."""
+    layout, back = view.spec.layout, layer.kept_heads
+    return tuple((*layout.span(kind, back[i]), matrices[i]) for i in layer.after.layout.order)
+
+
+def _own_blocks(layer: LayerPlan) -> list[Tensor]:
+    """Per kept head, in the order in which they will be stored, what O's map takes from its own channels."""
+    assert layer.fold is not None
+    rows, columns = (_starts(dims) for dims in (layer.spec.vo_dims, layer.after.vo_dims))
+    found = []
+    for position in layer.after.layout.order:
+        head = layer.kept_heads[position]
+        inside = layer.fold.o[rows[head] : rows[head + 1], columns[position] : columns[position + 1]]
+        found.append(inside.T.contiguous())
+    return found
+
+
+def _starts(dims: Sequence[int]) -> list[int]:
+    starts = [0]
+    for dim in dims:
+        starts.append(starts[-1] + dim)
+    return starts
+
+
+def logical_channels(layout: HeadLayout, kind: Kind) -> list[int]:
+    """For every stored channel, its number when heads are counted in logical order."""
+    starts = _starts(layout.dims(kind))
+    return [channel for head in layout.order for channel in range(starts[head], starts[head + 1])]
