@@ -52,6 +52,7 @@ from attnprune.errors import (
     NoAttentionError,
     NonFiniteError,
     NotExpressibleError,
+    OptimizerStateError,
     OptionError,
     ParametrizedError,
     PlanFormatError,
@@ -434,6 +435,9 @@ CASES: dict[str, Case] = {
     "calibration of another type": wrong(OptionError, "calibration|dict|calibrate", calibration={}),
     "calibration of another model": wrong(
         CalibrationError, "layers.0.attention|none|calibrate", calibration=Calibration({})
+    ),
+    "optimizer of another type": wrong(
+        OptimizerStateError, "optimizer|int|itself", lambda m: apply_plan(m, make_plan(m, 0.5), optimizer=3)
     ),
     "gate: samples": wrong(OptionError, "samples|at least 1|0", lambda m: scorers.Gate(samples=0)),
     "gate: metric": wrong(OptionError, "metric|kl|'l2'", lambda m: scorers.Gate(metric="l2")),

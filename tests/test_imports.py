@@ -31,6 +31,7 @@ LAYERS = (
     ("planning",),
     ("report",),
     ("api",),
+    ("pruner",),
     ("__init__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

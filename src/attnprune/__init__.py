@@ -14,6 +14,7 @@ from .api import apply_plan, find_attention, make_plan, masked, prune_attention,
 from .calibrate import calibrate
 from .moments import Calibration
 from .plan import LayerPlan, Plan
+from .pruner import AttentionPruner
 from .ratios import Ratios
 from .report import Report
 from .scorers import Scorer
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AttentionPruner",
     "AttentionSpec",
     "AttentionView",
     "Calibration",

@@ -9,6 +9,7 @@ from operator import index
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from .adapters import find_views
 from .adapters.registry import all_views, plain
@@ -21,7 +22,7 @@ from .ratios import Ratios, RatiosLike
 from .report import Report, count_macs, count_parameters
 from .scorers import LossFn, Scorer
 from .spec import KINDS, AttentionSpec, Kind
-from .surgery import ParamMap, Surgeon, check_expressible, check_views, masked_views
+from .surgery import OptimizerPatch, Surgeon, check_expressible, check_views, commit_all, masked_views
 from .target import check_target
 from .views import AttentionView
 
@@ -94,16 +95,28 @@ def make_plan(
     return plan
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> Report:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any = None,
+    optimizer: Any = None,
+    averages: Iterable[nn.Module] = (),
+) -> Report:
     """Applies a plan in place: everything that it says, or nothing.
 
     Args:
         model: the model that the plan was made for.
         plan: from :func:`make_plan` or :meth:`Plan.from_json`.
         example_inputs: where given, the report counts multiply-adds of a forward pass over them.
+        optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's; training goes on
+            as it was.
+        averages: moving averages of the model (``torch.optim.swa_utils.AveragedModel``, or plain copies), changed by
+            the same plan.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
+        OptimizerStateError: the optimizer has state that cannot follow.
         WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
 
     >>> import torch
@@ -111,19 +124,24 @@ def apply_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> R
     >>> apply_plan(model, make_plan(model, 0.5)).achieved["v"]
     0.5
     """
-    return _apply(model, plan, example_inputs)[0]
-
-
-def _apply(model: nn.Module, plan: Plan, example_inputs: Any) -> tuple[Report, ParamMap]:
     model = plain(model)
     views = all_views(model, _names(plan))
     surgeon = Surgeon.prepare(model, views, plan)
+    copies = [plain(_averaged(one)) for one in averages]
+    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
+    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers]
     notes = _notes(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
-    changes = surgeon.commit()
+    commit_all([*steps, *patches])
     counts = None if macs is None else (macs, count_macs(model, example_inputs))
-    return Report(plan, (before, count_parameters(model)), counts, notes), changes
+    return Report(plan, (before, count_parameters(model)), counts, notes)
+
+
+def _averaged(model: nn.Module) -> nn.Module:
+    """The model inside an AveragedModel."""
+    return model.module if isinstance(model, AveragedModel) else model
 
 
 def _notes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:

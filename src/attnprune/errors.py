@@ -14,6 +14,7 @@ __all__ = [
     "NoAttentionError",
     "NonFiniteError",
     "NotExpressibleError",
+    "OptimizerStateError",
     "OptionError",
     "ParametrizedError",
     "PlanFormatError",
@@ -97,6 +98,10 @@ class CalibrationError(AttnPruneError, ValueError):
 
 class NonFiniteError(AttnPruneError, ValueError):
     """A weight, gradient or score is NaN or infinite."""
+
+
+class OptimizerStateError(AttnPruneError, ValueError):
+    """An optimizer's state cannot follow its parameters."""
 
 
 class StateDictError(AttnPruneError, RuntimeError):

@@ -2,9 +2,11 @@
 
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
+from .optimizer import OptimizerPatch, commit_all
 from .patch import ParamChange, ParamMap, Surgeon, as_linears
 
 __all__ = [
+    "OptimizerPatch",
     "ParamChange",
     "ParamMap",
     "Surgeon",
@@ -12,5 +14,6 @@ __all__ = [
     "check_expressible",
     "check_fit",
     "check_views",
+    "commit_all",
     "masked_views",
 ]

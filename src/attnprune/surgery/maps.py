@@ -22,7 +22,7 @@ class Pick:
     def __call__(self, channels: Tensor) -> Tensor:
         return channels.index_select(0, torch.tensor(self.rows, device=channels.device))
 
-    dual = __call__
+    dual = squared = __call__
 
     def same(self, other: ChannelMap) -> bool:
         return isinstance(other, Pick) and self.rows == other.rows
@@ -41,6 +41,9 @@ class Mix:
 
     def dual(self, channels: Tensor) -> Tensor:
         return _mix(self.duals, channels)
+
+    def squared(self, channels: Tensor) -> Tensor:
+        return _mix([(start, stop, matrix.square()) for start, stop, matrix in self.duals], channels)
 
     def same(self, other: ChannelMap) -> bool:
         if not isinstance(other, Mix) or len(self.blocks) != len(other.blocks):

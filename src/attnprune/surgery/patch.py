@@ -39,20 +39,23 @@ class ParamChange:
     size: int = 0
     """The slot's channels in the old parameter: ``size`` of them from ``start``."""
 
-    def carry(self, tensor: Tensor) -> Tensor:
+    def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
         """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
 
         Exact where channels were picked, or turned at full rank: the chain rule.
 
         Args:
             tensor: shaped like the old parameter.
+            squared: the tensor holds (running means of) squares; where channels are mixed, they are mixed by the
+                squares of the map, as if gradients of different channels did not correlate.
 
         Returns:
             Shaped like the new one.
         """
         if self.map is None:
             return tensor.clone()
-        return _along(tensor, self.axis, self.start, self.size, self.map.dual) / self.gain
+        change = self.map.squared if squared else self.map.dual
+        return _along(tensor, self.axis, self.start, self.size, change) / (self.gain**2 if squared else self.gain)
 
 
 def _along(tensor: Tensor, axis: int, start: int, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -203,7 +206,8 @@ class Surgeon:
     """Applies a plan: :meth:`prepare` builds every new tensor and changes nothing, :meth:`commit` swaps them in."""
 
     def __init__(self, operations: Sequence[_Operation], parameters: ParamMap) -> None:
-        self._operations, self._parameters = operations, parameters
+        self._operations, self.changes = operations, parameters
+        self._before: _Snapshot | None = None
 
     @classmethod
     def prepare(cls, model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Surgeon:
@@ -235,14 +239,19 @@ class Surgeon:
 
     def commit(self) -> ParamMap:
         """Swaps the new tensors in. If anything fails midway, everything is put back bitwise and the error goes on."""
-        before = _Snapshot(operation.view for operation in self._operations)
+        self._before = _Snapshot(operation.view for operation in self._operations)
         try:
             for operation in self._operations:
                 operation.run()
-            return self._parameters
+            return self.changes
         except BaseException:
-            before.restore()
+            self.undo()
             raise
+
+    def undo(self) -> None:
+        """The model as it was before :meth:`commit`."""
+        if self._before is not None:
+            self._before.restore()
 
 
 class _Snapshot:

@@ -1,0 +1,325 @@
+"""Pruning as a step in somebody's training loop: :class:`AttentionPruner`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.registry import find_views, plain
+from .api import apply_plan, make_plan
+from .errors import DataError, OptionError, PlanMismatchError
+from .plan import LayerPlan, Plan
+from .ratios import Ratios, RatiosLike
+from .report import Report, count_parameters
+from .scorers import Fisher, Scorer, Taylor
+from .scorers.gradient import GradientScorer
+from .scores import Scores
+from .spec import KIND_OF, PROJECTIONS, AttentionSpec, Projection
+from .views import AttentionView
+
+Schedule = str | Callable[[float], float]
+SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
+    "one-shot": lambda share, t: share,
+    "linear": lambda share, t: share * t,
+    "cubic": lambda share, t: share * (1 - (1 - t) ** 3),
+    "geometric": lambda share, t: 1 - (1 - share) ** t,
+}
+"""By name: the share removed when the fraction t of all steps is done, for a final share."""
+_OPTIONS = frozenset(inspect.signature(make_plan).parameters) - {"model", "qkvo_ratios", "target_error", "calibration"}
+
+
+class AttentionPruner:
+    """Removes attention step by step while a model trains; the one stateful thing in attnprune.
+
+    After ``steps`` calls of :meth:`step` the model has lost ``qkvo_ratios`` of the weights that it had when the pruner
+    was made. Every call removes what is due by the schedule, measured against that model, so rounding does not add up.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> pruner = AttentionPruner(model, 0.5, steps=2, scope="local", scorer="fisher")
+    >>> x = torch.randn(8, 5, 32)
+    >>> while not pruner.done:
+    ...     for _ in range(3):
+    ...         optimizer.zero_grad()
+    ...         model(x).square().mean().backward()
+    ...         pruner.observe()  # after backward, before the optimizer's step
+    ...         optimizer.step()
+    ...     report = pruner.step(optimizer)  # parameters and moments are cut along; no new optimizer
+    >>> pruner.report.achieved["q"], model.layers[0].self_attn.q_proj.weight.shape
+    (0.5, torch.Size([16, 32]))
+
+    Args:
+        model: any module with attention of a known family, pruned in place.
+        qkvo_ratios: the fraction of each projection's weights that is gone in the end, as in
+            :func:`attnprune.prune_attention`.
+        schedule: ``"geometric"`` removes the same fraction of what is left every time (the paper's rounds),
+            ``"linear"`` the same number of weights, ``"cubic"`` most of them early (Zhu and Gupta 2017,
+            arXiv 1710.01878), ``"one-shot"`` all at the first step; or a function from the fraction of steps done,
+            in (0, 1], to the fraction of the ratios that is gone by then.
+        steps: number of calls of :meth:`step`, 1 for ``"one-shot"``.
+        options: everything else that :func:`attnprune.prune_attention` takes. With ``data``, every step plans by them;
+            without, ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) use the gradients that :meth:`observe`
+            saw.
+
+    Raises:
+        OptionError: an unknown schedule or option, or steps below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        qkvo_ratios: RatiosLike,
+        *,
+        schedule: Schedule = "geometric",
+        steps: int = 10,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(options.keys() - _OPTIONS)
+        if unknown:
+            raise OptionError("AttentionPruner", f"options of {sorted(_OPTIONS)}", str(unknown), "check the spelling")
+        if not callable(schedule) and schedule not in SCHEDULES:
+            found = repr(schedule)
+            raise OptionError("schedule", f"one of {', '.join(SCHEDULES)}, or a function", found, "pick one of them")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError("steps", "a whole number of at least 1", repr(steps), "use 1 for one-shot pruning")
+        self.model = plain(model)
+        self.ratios, self.schedule, self.options = Ratios.parse(qkvo_ratios), schedule, options
+        self.steps = 1 if schedule == "one-shot" else steps
+        self.steps_done = 0
+        views = self._views()
+        self._dense = tuple(view.spec for view in views)
+        self._plan = Plan(tuple(LayerPlan(spec) for spec in self._dense))
+        self._before = count_parameters(self.model)
+        self._seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._observations = 0
+        self._due(1)  # a schedule that gives nonsense says so now
+        make_plan(self.model, 0.0, **{**options, "data": None, "scorer": "random", "compensate": "auto",
+                                      "sequential": False})  # fmt: skip
+
+    def _views(self) -> list[AttentionView]:
+        return find_views(self.model, self.options.get("include"), self.options.get("exclude"))
+
+    @property
+    def _together(self) -> bool:
+        """Whether qk and vo share one budget, or units hold both."""
+        together: bool = self.options.get("split") == "auto" or self.options.get("granularity") == "head"
+        return together
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.steps_done >= self.steps
+
+    @property
+    def plan(self) -> Plan:
+        """All steps so far as one plan for the model as it was in the beginning."""
+        return self._plan
+
+    @property
+    def report(self) -> Report:
+        """What was asked and achieved so far, against the model as it was in the beginning."""
+        return Report(self._plan, (self._before, count_parameters(self.model)))
+
+    # observing
+
+    def observe(self, *, scaler: Any = None) -> None:
+        """Adds the gradients that the loop has just computed to the scores; costs no pass of its own.
+
+        Call it after ``loss.backward()`` (after the last one, where gradients of several are accumulated) and before
+        gradients are clipped or zeroed. With ``torch.amp.GradScaler``, pass it: gradients are divided by its scale
+        (call before ``scaler.unscale_``), and observations that overflowed are left out, as the optimizer leaves out
+        the step.
+
+        Raises:
+            DataError: no gradient, or (without a scaler) one that is not finite.
+            OptionError: the scorer cannot use gradients.
+        """
+        scorer = self._observer()
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        views = self._views()
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for view in views:
+            grads = {}
+            for key, slot in view.slots.items():
+                grad = slot.parameter.grad
+                if grad is not None:
+                    grads[key] = slot.cut(grad.detach()).float() / scale
+            missing = [p for p in PROJECTIONS if f"{p}.weight" not in grads]
+            if missing:
+                raise DataError(
+                    f"{view.name}: {missing[0]}.weight.grad", "a gradient", "None",
+                    "call observe after loss.backward() and before zero_grad; attention weights must require gradients",
+                )  # fmt: skip
+            with torch.no_grad():
+                found[view.name] = scorer.reduce(view, grads)
+        if not all(bool(part.isfinite().all()) for parts in found.values() for part in parts):
+            if scaler is not None:
+                return
+            raise DataError(
+                "observe", "finite gradients", "NaN or infinite ones", "pass scaler=, or look for overflow in the loss"
+            )
+        for name, parts in found.items():
+            old = self._seen.get(name)
+            new = tuple(part.double().cpu() for part in parts)
+            self._seen[name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
+        self._observations += 1
+
+    def _observer(self) -> GradientScorer:
+        scorer = self.options.get("scorer", "auto")
+        if self.options.get("data") is not None:
+            raise OptionError("observe", "a pruner without data", "data", "give one of the two")
+        if self.options.get("basis") == "rotated":
+            found = 'basis="rotated"'
+            raise OptionError("observe", 'basis="channels"', found, "bases are found from data=")
+        if scorer in ("auto", "fisher"):
+            return Fisher()
+        if scorer == "taylor":
+            return Taylor()
+        if isinstance(scorer, GradientScorer) and not getattr(scorer, "per_sample", False):
+            return scorer
+        found = repr(scorer)
+        raise OptionError("observe", 'scorer="taylor" or "fisher"', found, "scores of other scorers need data=")
+
+    # pruning
+
+    def step(self, optimizer: Any = None, *, averages: Iterable[nn.Module] = (), example_inputs: Any = None) -> Report:
+        """Removes what is due; model, optimizer and averages change together or not at all.
+
+        Args:
+            optimizer: an optimizer (or several, in a list) whose parameters and state are cut along. Learning rate
+                schedulers need nothing: groups stay the same objects.
+            averages: moving averages of the model to prune by the same plan.
+            example_inputs: where given, the report counts multiply-adds.
+
+        Returns:
+            The report of this step; :attr:`report` has that of all of them.
+
+        Raises:
+            OptionError: all steps have been taken.
+            DataError: the scorer needs gradients, and none were observed since the last step.
+        """
+        if self.done:
+            raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
+        due = self._due(self.steps_done + 1)
+        options = dict(self.options)
+        observed = options.get("data") is None and options.get("scorer", "auto") in ("auto", "fisher", "taylor")
+        observed = observed or (self._observations > 0 and isinstance(options.get("scorer"), GradientScorer))
+        if observed and options.get("scorer", "auto") == "auto" and not self._observations:
+            observed = False  # as prune_attention without data: by magnitude
+        if observed:
+            if not self._observations:
+                raise DataError(
+                    "step", "gradients to score by", "none", "call observe() after loss.backward(), or give data"
+                )
+            options["scorer"] = _Observed(self._observer(), self._seen, self._observations)
+        plan = make_plan(self.model, due, **options)
+        report = apply_plan(self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs)
+        self._plan = self._plan.then(plan) if self.steps_done else plan
+        self.steps_done += 1
+        self._seen, self._observations = {}, 0
+        return report
+
+    def _due(self, number: int) -> Ratios:
+        """What step ``number`` is to remove of what is left."""
+        t = number / self.steps
+        now = tuple(view.spec for view in self._views())
+        found: dict[Projection, float] = {}
+        for p in PROJECTIONS:
+            share = self.ratios.of(p)
+            if callable(self.schedule):
+                fraction = self.schedule(t)
+                if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+                    raise OptionError("schedule", "a function that gives numbers in [0, 1]", repr(fraction), "check it")
+                gone = share * fraction
+            else:
+                gone = SCHEDULES[self.schedule](share, t)
+            found[p] = gone
+        return _of_what_is_left(found, self._dense, now, self._together)
+
+    # checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on in another process, beside the model's and the optimizer's own: plain values."""
+        bare = Plan(tuple(LayerPlan(one.spec, one.heads, one.qk, one.vo) for one in self._plan), self._plan.asked)
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "steps_done": self.steps_done,
+            "ratios": {p: self.ratios.of(p) for p in PROJECTIONS},
+            "plan": bare.to_json(),
+            "parameters": self._before,
+            "observations": self._observations,
+            "seen": {name: list(parts) for name, parts in self._seen.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        A model as it was in the beginning is given the shapes that it had then; load its weights, and the state of an
+        optimizer made for it, afterwards.
+
+        Raises:
+            OptionError: the state of a pruner with other ratios or steps.
+            PlanMismatchError: the state of another model.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            raise OptionError("state", "a mapping that state_dict gave", repr(state)[:60], "save pruner.state_dict()")
+        mine = {"steps": self.steps, "ratios": {p: self.ratios.of(p) for p in PROJECTIONS}}
+        theirs = {key: state[key] for key in mine}
+        if mine != theirs:
+            raise OptionError("state", str(mine), str(theirs), "make the pruner with the options that it had")
+        plan = Plan.from_json(state["plan"])
+        now = {view.name: view.spec for view in self._views()}
+        shapes = {spec.name: (spec.qk_dims, spec.vo_dims) for spec in now.values()}
+        if shapes != {spec.name: (spec.qk_dims, spec.vo_dims) for spec in plan.after}:
+            if {spec.name for spec in plan.specs} != set(now):
+                raise PlanMismatchError(
+                    "state", f"attention modules {sorted(now)[:4]}", f"{sorted(s.name for s in plan.specs)[:4]}",
+                    "load it into a pruner of the model it was saved from",
+                )  # fmt: skip
+            apply_plan(self.model, plan)
+        self._plan, self._dense = plan, plan.specs
+        self._before = int(state["parameters"])
+        self.steps_done, self._observations = int(state["steps_done"]), int(state["observations"])
+        self._seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}
+
+
+class _Observed(Scorer):
+    """Scores that a training loop's own gradients gave."""
+
+    def __init__(
+        self, scorer: GradientScorer, seen: Mapping[str, tuple[Tensor, Tensor, Tensor]], observations: int
+    ) -> None:
+        self.scorer, self.seen, self.observations = scorer, seen, observations
+
+    @property
+    def name(self) -> str:
+        return self.scorer.name
+
+    def score(self, model: nn.Module, views: Sequence[AttentionView], **_: Any) -> dict[str, Scores]:
+        return {
+            view.name: self.scorer.finish(view, *(part / self.observations for part in self.seen[view.name]))
+            for view in views
+        }
+
+
+def _of_what_is_left(
+    gone: Mapping[Projection, float], dense: Sequence[AttentionSpec], now: Sequence[AttentionSpec], together: bool
+) -> Ratios:
+    """Shares of what is left, from shares of the dense model that are to be gone."""
+
+    def weights(specs: Sequence[AttentionSpec], p: Projection) -> int:
+        return sum(spec.weights(p) for spec in specs)
+
+    left: dict[Projection, float] = {}
+    for p in PROJECTIONS:
+        pool = PROJECTIONS if together else tuple(one for one in PROJECTIONS if KIND_OF[one] == KIND_OF[p])
+        wanted = sum((1 - gone[one]) * weights(dense, one) for one in pool)
+        share = 1 - wanted / sum(weights(now, one) for one in pool)
+        left[p] = min(max(share, 0.0), 1 - 1e-9)
+    return Ratios(**left)
