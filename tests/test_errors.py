@@ -33,6 +33,7 @@ from attnprune import (
     apply_plan,
     errors,
     find_attention,
+    load_pruned,
     make_plan,
     masked,
     prune_attention,
@@ -47,6 +48,7 @@ from attnprune.errors import (
     AllocationError,
     AttnPruneError,
     CalibrationError,
+    CheckpointError,
     DataError,
     MetaTensorError,
     NoAttentionError,
@@ -436,6 +438,7 @@ CASES: dict[str, Case] = {
     "calibration of another model": wrong(
         CalibrationError, "layers.0.attention|none|calibrate", calibration=Calibration({})
     ),
+    "no saved model": wrong(CheckpointError, "attnprune.json|none|save", lambda m: load_pruned("/nowhere", m)),
     "optimizer of another type": wrong(
         OptimizerStateError, "optimizer|int|itself", lambda m: apply_plan(m, make_plan(m, 0.5), optimizer=3)
     ),

@@ -29,7 +29,7 @@ LAYERS = (
     ("allocate",),
     ("target", "plots"),
     ("planning",),
-    ("report",),
+    ("report", "io"),
     ("api",),
     ("pruner",),
     ("__init__",),
@@ -37,7 +37,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
 
-WHEN_CALLED = {"plots": {"matplotlib"}}
+WHEN_CALLED = {"plots": {"matplotlib"}, "io": {"transformers"}}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

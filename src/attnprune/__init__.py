@@ -12,6 +12,7 @@ from .adapters import Adapter, register_adapter, unregister_adapter
 from .allocate import Rules, allocate
 from .api import apply_plan, find_attention, make_plan, masked, prune_attention, prune_channels, prune_heads
 from .calibrate import calibrate
+from .io import export_stock, load_pruned, save_pruned
 from .moments import Calibration
 from .plan import LayerPlan, Plan
 from .pruner import AttentionPruner
@@ -48,7 +49,9 @@ __all__ = [
     "calibrate",
     "energy_curves",
     "errors",
+    "export_stock",
     "find_attention",
+    "load_pruned",
     "make_plan",
     "masked",
     "plots",
@@ -56,6 +59,7 @@ __all__ = [
     "prune_channels",
     "prune_heads",
     "register_adapter",
+    "save_pruned",
     "scorers",
     "unregister_adapter",
 ]

@@ -9,6 +9,7 @@ __all__ = [
     "AllocationError",
     "AttnPruneError",
     "CalibrationError",
+    "CheckpointError",
     "DataError",
     "MetaTensorError",
     "NoAttentionError",
@@ -90,6 +91,10 @@ class ScorerError(AttnPruneError, ValueError):
 
 class DataError(AttnPruneError, ValueError):
     """The calibration data are missing, empty, or of a form that the model or the loss cannot take."""
+
+
+class CheckpointError(AttnPruneError, ValueError):
+    """A saved model is missing, malformed, altered, or does not fit the model it is loaded into."""
 
 
 class CalibrationError(AttnPruneError, ValueError):
