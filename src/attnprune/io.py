@@ -234,7 +234,9 @@ def _from_config(folder: Path) -> nn.Module:
     if not inspect.isclass(cls) or not issubclass(cls, transformers.PreTrainedModel):
         _refuse(CONFIG, "an architecture of transformers", repr(names)[:60])
     try:
-        built: nn.Module = cls(cls.config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"}))
+        architecture: Any = cls
+        config = architecture.config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"})
+        built: nn.Module = architecture(config)
     except Exception as error:
         raise CheckpointError(CONFIG, f"a config of {name}", str(error)[:80], remedy) from error
     return built
