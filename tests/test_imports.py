@@ -23,7 +23,7 @@ LAYERS = (
     ("adapters",),
     ("surgery",),
     ("passes",),
-    ("calibrate",),
+    ("calibration",),
     ("closed_form",),
     ("scorers",),
     ("allocate",),

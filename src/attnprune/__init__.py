@@ -7,23 +7,29 @@
 torch.Size([32, 64])
 """
 
-from . import adapters, errors, plots, scorers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import adapters, errors, scorers
 from .adapters import Adapter, register_adapter, unregister_adapter
 from .allocate import Rules, allocate
 from .api import apply_plan, find_attention, make_plan, masked, prune_attention, prune_channels, prune_heads
-from .calibrate import calibrate
-from .io import export_stock, load_pruned, save_pruned
-from .moments import Calibration
 from .plan import LayerPlan, Plan
-from .pruner import AttentionPruner
 from .ratios import Ratios
 from .report import Report
 from .scorers import Scorer
 from .scores import Scores
 from .spec import AttentionSpec
 from .surgery import ParamMap, Surgeon
-from .target import energy_curves
 from .views import AttentionView, Slot
+
+if TYPE_CHECKING:
+    from . import plots
+    from .calibration import calibrate
+    from .io import export_stock, load_pruned, save_pruned
+    from .moments import Calibration
+    from .pruner import AttentionPruner
+    from .target import energy_curves
 
 __version__ = "0.1.0"
 
@@ -63,3 +69,25 @@ __all__ = [
     "scorers",
     "unregister_adapter",
 ]
+
+_LATER = {  # loaded when asked for
+    "AttentionPruner": "pruner",
+    "Calibration": "moments",
+    "calibrate": "calibration",
+    "energy_curves": "target",
+    "export_stock": "io",
+    "load_pruned": "io",
+    "save_pruned": "io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    if name in ("calibration", "closed_form", "io", "moments", "planning", "plots", "pruner", "target"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -15,16 +15,17 @@ from .adapters import find_views
 from .adapters.registry import all_views, plain
 from .allocate import Granularity, Heads, Rules, Scope, Split
 from .errors import OptionError, UnknownUnitError
-from .moments import Calibration
 from .plan import Channels, LayerPlan, Plan, make_layer
-from .planning import Basis, Compensate, Method, decide
 from .ratios import Ratios, RatiosLike
 from .report import Report, count_macs, count_parameters
 from .scorers import LossFn, Scorer
 from .spec import KINDS, AttentionSpec, Kind
 from .surgery import OptimizerPatch, Surgeon, check_expressible, check_views, commit_all, masked_views
-from .target import check_target
 from .views import AttentionView
+
+if TYPE_CHECKING:
+    from .moments import Calibration
+    from .planning import Basis, Compensate
 
 
 def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
@@ -72,6 +73,10 @@ def make_plan(
     >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
+    from .moments import Calibration  # what only planning needs is loaded when there is something to plan
+    from .planning import Method, decide
+    from .target import check_target
+
     rules = Rules(granularity, scope, heads, split, round_to, min_heads, min_channels)
     if target_error is not None:
         target_error, ratios = check_target(target_error, qkvo_ratios, rules), None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .allocate import Rules, allocate, check_request
-from .calibrate import check_calibration, moments_of
+from .calibration import check_calibration, moments_of
 from .closed_form import Turn, turn, white_moments, with_fold
 from .errors import OptionError
 from .moments import Calibration, LayerMoments

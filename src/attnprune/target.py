@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapters.registry import find_views, plain
 from .allocate import Rules
-from .calibrate import check_calibration
+from .calibration import check_calibration
 from .closed_form import Turn, turn, white_moments
 from .errors import OptionError
 from .moments import Calibration

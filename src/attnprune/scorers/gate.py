@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..closed_form import Turn
 from ..errors import DataError, OptionError
 from ..passes import LossFn, batches, device_of, loss_of, projection_loss, undisturbed
 from ..scores import Scores
@@ -18,6 +17,9 @@ from ..surgery import as_linears
 from ..views import AttentionView
 from .base import Scorer
 from .gradient import check_finite, listen, no_gradient
+
+if TYPE_CHECKING:
+    from ..closed_form import Turn
 
 
 class Gate(Scorer):

@@ -44,7 +44,7 @@ class OptimizerPatch:
 
     Args:
         optimizer: a ``torch.optim.Optimizer``, or a wrapper that has one as ``.optimizer``.
-        changes: what :attr:`attnprune.Surgeon.changes` says.
+        changes: what became of the model's parameters: a surgeon's ``changes``.
         model: the model; groups that follow the order of its parameters still do afterwards.
 
     Raises:
