@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .nn.attend import unpadded
 from .plan import LayerPlan, Plan
 from .spec import PROJECTIONS, Projection
 
@@ -157,6 +158,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-adds of one forward pass, half of what ``torch.utils.flop_counter`` counts.
 
+    Zeros that a decoupled forward pads heads with for a kernel's sake are not counted.
+
     Args:
         model: any module; run in evaluation mode without gradients, and left as found.
         example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
@@ -181,12 +184,15 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 @contextmanager
 def _countable() -> Iterator[None]:
-    """Plain matrix products instead of fused kernels, which the counter does not know on every device."""
+    """Plain matrix products instead of fused kernels, which the counter does not know on every device; no padding."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         kernel = torch.nn.attention
-        with kernel.sdpa_kernel(kernel.SDPBackend.MATH) if hasattr(kernel, "sdpa_kernel") else nullcontext():
+        with (
+            unpadded(),
+            kernel.sdpa_kernel(kernel.SDPBackend.MATH) if hasattr(kernel, "sdpa_kernel") else nullcontext(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
