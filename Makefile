@@ -45,6 +45,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/pruning_cost.py
 	$(BIN)/python benchmarks/scoring_cost.py
 	$(BIN)/python benchmarks/import_cost.py
+	$(BIN)/python benchmarks/closed_form_cost.py --clips 64
+	$(BIN)/python benchmarks/decoupled_latency.py
+	$(BIN)/python benchmarks/accuracy.py keywords
 
 COMPAT ?= 4.48.3 4.53.3 4.57.6
 test-compat:
