@@ -3,7 +3,7 @@
     python benchmarks/closed_form_cost.py [--clips 512] [--repeats 1]
 
 Prints, for each way of asking, the time as a multiple of the forward passes, in one run side by side, and by how much
-the peak of resident memory rose above what the model and its forward passes take.
+the peak of resident memory rose above what the model and its forward passes (and the ways before it) take.
 """
 
 from __future__ import annotations

@@ -321,6 +321,13 @@ def test_gates_are_derivatives_with_respect_to_gates() -> None:
     torch.testing.assert_close(scores.head, torch.stack(squares["head"]).mean(0)[:, 0])
 
 
+def test_without_a_bias_of_o_gates_close_the_mean_too() -> None:
+    model = Alone(attention(bias=False))
+    data = [torch.randn(4, 5, 12, dtype=torch.float64) + 1]
+    found, plain = (Gate(centred=on).score(model, find_views(model), data=data)["inner"] for on in (True, False))
+    torch.testing.assert_close(found.vo, plain.vo, rtol=0, atol=0)
+
+
 def test_gates_of_directions_are_gates_of_the_turned_model() -> None:
     model = fresh("Bert", 1)
     data = batches("Bert", 1)

@@ -148,7 +148,8 @@ class AttentionPruner:
             for key, slot in view.slots.items():
                 grad = slot.parameter.grad
                 if grad is not None:
-                    grads[key] = slot.cut(grad.detach()).float() / scale
+                    exact = torch.promote_types(grad.dtype, torch.float32)
+                    grads[key] = slot.cut(grad.detach()).to(exact) / scale
             missing = [p for p in PROJECTIONS if f"{p}.weight" not in grads]
             if missing:
                 raise DataError(
@@ -207,16 +208,11 @@ class AttentionPruner:
             raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
         due = self._due(self.steps_done + 1)
         options = dict(self.options)
-        observed = options.get("data") is None and options.get("scorer", "auto") in ("auto", "fisher", "taylor")
-        observed = observed or (self._observations > 0 and isinstance(options.get("scorer"), GradientScorer))
-        if observed and options.get("scorer", "auto") == "auto" and not self._observations:
-            observed = False  # as prune_attention without data: by magnitude
-        if observed:
-            if not self._observations:
-                raise DataError(
-                    "step", "gradients to score by", "none", "call observe() after loss.backward(), or give data"
-                )
+        if self._observations:
             options["scorer"] = _Observed(self._observer(), self._seen, self._observations)
+        elif options.get("data") is None and options.get("scorer") in ("fisher", "taylor"):
+            remedy = "call observe() after loss.backward(), or give data"
+            raise DataError("step", "gradients to score by", "none", remedy)
         plan = make_plan(self.model, due, **options)
         report = apply_plan(self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs)
         self._plan = self._plan.then(plan) if self.steps_done else plan

@@ -37,7 +37,7 @@ class Gate(Scorer):
         samples: at most about this many samples, spread evenly over the data; None for all. Scores settle fast.
         metric: ``"output"``, ``"kl"`` or ``"auto"``, see :func:`attnprune.scorers.projection_loss`.
         seed: for the projections.
-        centred: whether vo gates act on deviations from the mean, as they do where the mean is kept.
+        centred: whether vo gates act on deviations from the mean, which O's bias keeps; where O has none they do not.
         turns: by name, a basis for every head (:class:`attnprune.closed_form.Turn`) whose directions to score instead
             of the channels.
     """
@@ -210,7 +210,8 @@ class _Gates:
         return samples
 
     def scores(self, count: int, centred: bool) -> Scores:
-        m = self.total / max(self.tokens, 1) if centred else torch.zeros_like(self.total)
+        kept = centred and self.view.spec.bias[3]  # without a bias of O, the mean goes with the channel
+        m = self.total / max(self.tokens, 1) if kept else torch.zeros_like(self.total)
         m, _ = self._turned("vo", m, m)
         vo = (self.products - 2 * m * self.crossed + m * m * self.plain).clamp_min(0) / count
         heads = []
