@@ -22,7 +22,7 @@ LAYERS = (
     ("nn",),
     ("adapters",),
     ("surgery",),
-    ("passes",),
+    ("passes", "rounding"),
     ("calibration",),
     ("closed_form",),
     ("scorers",),
@@ -31,7 +31,7 @@ LAYERS = (
     ("planning",),
     ("report", "io"),
     ("api",),
-    ("pruner",),
+    ("pruner", "by_hand"),
     ("__init__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

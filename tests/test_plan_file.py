@@ -20,10 +20,11 @@ from attnprune import AttentionSpec, LayerPlan, Plan, Ratios
 from attnprune.errors import PlanFormatError, PlanMismatchError
 from attnprune.folds import Fold
 from attnprune.plan import Asked
+from attnprune.ratios import Budget
 
-GOLDEN = Path(__file__).parent / "data" / "plan_v2.json"
-GOLDEN_1 = Path(__file__).parent / "data" / "plan_v1.json"
-DIGEST = "fc5f7165a8abdbee558de32825f52559f2b3d236979a91946ac517307cbcbf31"
+DATA = Path(__file__).parent / "data"
+GOLDEN, GOLDEN_2, GOLDEN_1 = (DATA / f"plan_v{version}.json" for version in (3, 2, 1))
+DIGEST = "47836c8c69be5eb21825898f5a639ae88d2c36bf26aff7485ec42843e0f1e942"
 
 
 def numbers(*shape: int) -> Tensor:
@@ -32,6 +33,13 @@ def numbers(*shape: int) -> Tensor:
 
 
 def golden_plan() -> Plan:
+    """The plan of version 2 with a budget and matched dims."""
+    plan = golden_plan_2()
+    assert plan.asked is not None
+    return replace(plan, asked=replace(plan.asked, match_dims=True, budget=Budget("macs", 0.75, 0.74609375)))
+
+
+def golden_plan_2() -> Plan:
     """The plan of version 1, and a layer whose heads are turned."""
     plan = golden_plan_1()
     spec = AttentionSpec.of("encoder.turned", heads=2, head_dim=2, d_model=4)
@@ -96,8 +104,16 @@ def specs(draw: st.DrawFn, name: str) -> AttentionSpec:
 
 names = st.lists(st.text(max_size=6), max_size=3, unique=True)
 shares = st.floats(0, 1, exclude_max=True)
+open_shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+budgets = st.none() | st.builds(
+    Budget, st.sampled_from(["latency", "macs", "params"]), open_shares, st.none() | st.floats(1e-3, 2)
+)
 requests = st.none() | st.builds(
-    Asked, st.builds(Ratios, shares, shares, shares, shares), st.sampled_from(["head", "channel", "joint"])
+    Asked,
+    st.builds(Ratios, shares, shares, shares, shares),
+    st.sampled_from(["head", "channel", "joint"]),
+    match_dims=st.booleans(),
+    budget=budgets,
 )
 
 
@@ -141,6 +157,14 @@ def test_golden_of_version_1_reads_as_the_plan_it_was_written_from() -> None:
     raw = json.loads(GOLDEN_1.read_text("utf-8"))
     assert raw["version"] == 1
     for broken in ({"layers": 3}, {"layers": [1]}, {"asked": 3}, {"layers": [{}]}, {"asked": {}}):
+        refused(json.dumps({**raw, **broken}))
+
+
+def test_golden_of_version_2_reads_as_the_plan_it_was_written_from() -> None:
+    assert Plan.from_json(GOLDEN_2.read_bytes()) == golden_plan_2()
+    raw = json.loads(GOLDEN_2.read_text("utf-8"))
+    assert raw["version"] == 2
+    for broken in ({"layers": 3}, {"asked": 3}, {"asked": {}}):
         refused(json.dumps({**raw, **broken}))
 
 
@@ -244,7 +268,8 @@ def put(node: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 TREE = json.loads(GOLDEN.read_text("utf-8"))
 PLACES = sorted(places(TREE), key=str)
-NULLABLE = {(), ("asked",), ("asked", "target_error"), ("layers", 4, "fold")}
+ASKED = [("asked", "target_error"), ("asked", "budget"), ("asked", "budget", "promised")]
+NULLABLE = {(), ("asked",), *ASKED, ("layers", 4, "fold")}
 
 
 def refused(text: str | bytes) -> PlanFormatError:
@@ -283,7 +308,7 @@ def test_a_softmax_scale_is_positive(key: str, value: float) -> None:
 def test_missing_extra_and_double_keys() -> None:
     text = GOLDEN.read_text("utf-8")
     mappings = [path for path in PLACES if isinstance(at(TREE, path), dict)]
-    assert len(mappings) == 1 + 2 + 5 * 2 + 1
+    assert len(mappings) == 1 + 3 + 5 * 2 + 1
     for path in mappings:
         node = at(TREE, path)
         for key in node:
@@ -300,11 +325,14 @@ def test_missing_extra_and_double_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 3),
+        (("version",), 4),
         (("version",), 0),
         (("format",), "attnprune.Plan"),
         (("asked", "ratios", "q"), 1.0),
         (("asked", "round_to"), 0),
+        (("asked", "budget", "resource"), "joules"),
+        (("asked", "budget", "share"), 1.0),
+        (("asked", "budget", "promised"), 0.0),
         (("layers", 0, "heads"), [0, 1]),
         (("layers", 0, "heads"), [1, 0]),
         (("layers", 0, "heads"), [0]),  # the head's channels are listed too

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from . import adapters, errors, scorers
 from .adapters import Adapter, register_adapter, unregister_adapter
 from .allocate import Rules, allocate
-from .api import apply_plan, find_attention, make_plan, masked, prune_attention, prune_channels, prune_heads
+from .api import apply_plan, find_attention, make_plan, masked, prune_attention
+from .by_hand import prune_channels, prune_heads
 from .plan import LayerPlan, Plan
 from .ratios import Ratios
 from .report import Report

@@ -1,8 +1,9 @@
 """Who goes: :func:`allocate` turns scores and ratios into a plan; ties go by (score, model order, unit).
 
-One greedy loop serves every mode. A *move* removes one unit: a head, one channel of one head (ragged), or one channel
-of every head of a layer (uniform; the paper's PH-G). The cheapest move that fits its budget is made, until none fits.
-Modes differ only in which moves there are, and in what a budget spans: one layer (local) or all of them (global).
+One greedy loop serves every mode. A *move* removes one unit: a head, one channel of one head (ragged), one channel of
+every head of a layer (uniform; the paper's PH-G), or a qk and a vo channel together (matched dims). The cheapest move
+that fits its budget is made, until none fits. Modes differ only in which moves there are, and in what a budget spans:
+one layer (local) or all of them (global).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Rules:
     round_to: int = 1
     min_heads: int = 1
     min_channels: int = 1
+    match_dims: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in OPTIONS.items():
@@ -55,24 +57,38 @@ class Rules:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(key, "a whole number of at least 1", repr(value), "use 1 for no constraint")
+        if not isinstance(self.match_dims, bool):
+            raise OptionError("match_dims", "True or False", repr(self.match_dims), "pick one of them")
+
+
+def unmatched(spec: AttentionSpec) -> OptionError:
+    """The error of a layer whose dims cannot be kept equal, as they are not."""
+    remedy = "exclude this layer, or leave match_dims off"
+    return OptionError(f"{spec.name}: match_dims", "as many qk as vo channels in every head", spec.describe(), remedy)
 
 
 class _Move(NamedTuple):
     cost: float
     heads: tuple[int, ...]
     """Heads that lose channels, or go whole."""
-    kind: Kind | None
-    """Whose channels go; None for whole heads."""
+    kinds: tuple[Kind, ...]
+    """Whose channels go; none for whole heads."""
     channels: int
     """How many channels each of the heads loses."""
     frees: Mapping[Kind, int]
     """Weights freed."""
 
 
+_SOURCES: Mapping[str, tuple[Kind, ...]] = {"qk": ("qk",), "vo": ("vo",), "pair": KINDS, "head": ()}
+"""By name of a source, whose channels its moves take."""
+
+
 class _Layer:
     """One attention while the greedy loop takes units away."""
 
     def __init__(self, spec: AttentionSpec, scores: Scores, rules: Rules) -> None:
+        if rules.match_dims and spec.qk_dims != spec.vo_dims:
+            raise unmatched(spec)
         self.spec, self.rules = spec, rules
         self.alive = list(range(spec.heads))
         self.head_scores: list[float] = scores.head.tolist()
@@ -90,9 +106,9 @@ class _Layer:
         """Names of the places from which moves come; each offers one move at a time."""
         found: list[tuple[str, tuple[int, ...]]] = []
         if self.rules.granularity != "head":
-            for kind in KINDS:
+            for name in ("pair",) if self.rules.match_dims else KINDS:
                 groups = [(h,) for h in self.alive] if self.rules.heads == "ragged" else [tuple(self.alive)]
-                found += [(kind, heads) for heads in groups]
+                found += [(name, heads) for heads in groups]
         if self.rules.granularity == "joint":
             found += [("head", (h,)) for h in self.alive]
         if self.rules.granularity == "head":
@@ -102,15 +118,15 @@ class _Layer:
     def offer(self, source: tuple[str, tuple[int, ...]]) -> _Move | None:
         """The next move of a source, or None at its floor."""
         name, heads = source
-        return self._drop(heads) if name == "head" else self._thin("qk" if name == "qk" else "vo", heads)
+        return self._drop(heads) if name == "head" else self._thin(_SOURCES[name], heads)
 
     def left(self, kind: Kind, head: int) -> int:
         return self.spec.dims(kind)[head] - self.gone[kind][head]
 
-    def _thin(self, kind: Kind, heads: tuple[int, ...]) -> _Move | None:
+    def _thin(self, kinds: tuple[Kind, ...], heads: tuple[int, ...]) -> _Move | None:
         """Removes the cheapest channels of these heads, down to the next multiple of ``round_to``."""
         step, floor = self.rules.round_to, self.rules.min_channels
-        counts = {self.left(kind, head) for head in heads}
+        counts = {self.left(kind, head) for kind in kinds for head in heads}
         if len(counts) != 1:
             raise OptionError(
                 self.spec.name,
@@ -123,10 +139,10 @@ class _Layer:
         if target < max(floor, 1):
             return None
         channels = count - target
-        gone = self.gone[kind]
-        cost = fsum(fsum(self.values[kind][h][gone[h] : gone[h] + channels]) for h in heads)
-        freed = {kind: channels * len(heads) * self.spec.per_channel(kind)}
-        return _Move(self._price(cost, freed, channels), heads, kind, channels, freed)
+        parts = ((self.values[kind][h], self.gone[kind][h]) for kind in kinds for h in heads)
+        cost = fsum(fsum(values[gone : gone + channels]) for values, gone in parts)
+        freed = {kind: channels * len(heads) * self.spec.per_channel(kind) for kind in kinds}
+        return _Move(self._price(cost, freed, channels), heads, kinds, channels, freed)
 
     def _drop(self, heads: tuple[int, ...]) -> _Move | None:
         """Removes a whole head; with head granularity the cheapest ones, down to the next multiple of ``round_to``."""
@@ -143,17 +159,17 @@ class _Layer:
         freed: dict[Kind, int] = {
             kind: sum(self.left(kind, h) for h in heads) * self.spec.per_channel(kind) for kind in KINDS
         }
-        return _Move(self._price(cost, freed, len(heads)), heads, None, 0, freed)
+        return _Move(self._price(cost, freed, len(heads)), heads, (), 0, freed)
 
     def _price(self, cost: float, freed: Mapping[Kind, int], units: int) -> float:
         return cost / sum(freed.values()) if self.per_weight else cost / units
 
     def make(self, move: _Move) -> None:
-        if move.kind is None:
+        if not move.kinds:
             self.alive = [h for h in self.alive if h not in move.heads]
-        else:
+        for kind in move.kinds:
             for head in move.heads:
-                self.gone[move.kind][head] += move.channels
+                self.gone[kind][head] += move.channels
 
     def plan(self) -> LayerPlan:
         heads = set(range(self.spec.heads)) - set(self.alive)
@@ -196,27 +212,27 @@ class _Budget:
 
 def _greedy(layers: Sequence[_Layer], budget: _Budget) -> None:
     """Makes the cheapest move that fits, until none fits. ``born`` marks offers that a later move has outdated."""
-    heap: list[tuple[float, int, int, int, _Move]] = []
+    heap: list[tuple[float, int, int, int, str, _Move]] = []
     born = [0] * len(layers)
 
     def push(i: int, sources: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         for name, heads in sources:
             move = layers[i].offer((name, heads))
             if move is not None:
-                rank = ("qk", "vo", "head").index(name) * layers[i].spec.heads + heads[0]
-                heapq.heappush(heap, (move.cost, i, rank, born[i], move))
+                rank = list(_SOURCES).index(name) * layers[i].spec.heads + heads[0]
+                heapq.heappush(heap, (move.cost, i, rank, born[i], name, move))
 
     for i, layer in enumerate(layers):
         push(i, layer.sources())
     while heap:
-        _, i, _, when, move = heapq.heappop(heap)
-        fine = move.kind is not None or layers[i].rules.granularity == "head"  # else finer moves fill what is left
+        _, i, _, when, name, move = heapq.heappop(heap)
+        fine = bool(move.kinds) or layers[i].rules.granularity == "head"  # else finer moves fill what is left
         if when != born[i] or not budget.fits(move, nearest=fine):
             continue
         layers[i].make(move)
         budget.spend(move)
-        if layers[i].rules.granularity == "channel" and move.kind is not None:
-            push(i, [(move.kind, move.heads)])  # channels of one kind outdate no other offer
+        if layers[i].rules.granularity == "channel":
+            push(i, [(name, move.heads)])  # channels of one source outdate no other offer
         else:
             born[i] += 1
             push(i, layers[i].sources())
@@ -246,6 +262,11 @@ def _check_ratios(ratios: Ratios, rules: Rules) -> None:
             f"qk={ratios.qk:g} and vo={ratios.vo:g}",
             'use granularity="channel" or "joint" for different ratios',
         )
+    if rules.match_dims and rules.split == "fixed" and ratios.qk != ratios.vo:
+        raise OptionError(
+            "match_dims", "one ratio for qk and vo, which lose as many channels", f"qk={ratios.qk:g}, vo={ratios.vo:g}",
+            'give one ratio for both, or use split="auto"',
+        )  # fmt: skip
     _ = ratios.qk, ratios.vo  # unequal ratios inside a pair raise
 
 
@@ -297,10 +318,13 @@ def allocate(
     layers = [_Layer(spec, scores[spec.name], rules) for spec in specs]
     for group in _groups(specs, rules.scope):
         members = [layers[i] for i in group]
-        budget = _Budget([layer.spec for layer in members], wanted, rules.split == "auto")
+        budget = _Budget([layer.spec for layer in members], wanted, rules.split == "auto" or rules.match_dims)
         _greedy(members, budget)
         _check_reached(members, budget, rules)
-    asked = Asked(ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, round_to=rules.round_to)
+    asked = Asked(
+        ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, round_to=rules.round_to,
+        match_dims=rules.match_dims,
+    )  # fmt: skip
     return Plan(tuple(layer.plan() for layer in layers), asked)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
-from operator import index
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -14,12 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from .adapters import find_views
 from .adapters.registry import all_views, plain
 from .allocate import Granularity, Heads, Rules, Scope, Split
-from .errors import OptionError, UnknownUnitError
-from .plan import Channels, LayerPlan, Plan, make_layer
+from .errors import OptionError
+from .plan import Plan
 from .ratios import Ratios, RatiosLike
 from .report import Report, count_macs, count_parameters
+from .rounding import auto_rounding, check_rounding
 from .scorers import LossFn, Scorer
-from .spec import KINDS, AttentionSpec, Kind
+from .spec import AttentionSpec
 from .surgery import OptimizerPatch, Surgeon, check_expressible, check_views, commit_all, masked_views
 from .views import AttentionView
 
@@ -57,7 +57,8 @@ def make_plan(
     data: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
     loss_fn: LossFn | None = None,
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
+    match_dims: bool = False,
     min_heads: int = 1,
     min_channels: int = 1,
     include: str | Sequence[str] | None = None,
@@ -77,7 +78,9 @@ def make_plan(
     from .planning import Method, decide
     from .target import check_target
 
-    rules = Rules(granularity, scope, heads, split, round_to, min_heads, min_channels)
+    check_rounding(round_to)
+    step = 1 if round_to == "auto" else round_to
+    rules = Rules(granularity, scope, heads, split, step, min_heads, min_channels, match_dims)
     if target_error is not None:
         target_error, ratios = check_target(target_error, qkvo_ratios, rules), None
     else:
@@ -92,6 +95,8 @@ def make_plan(
     model = plain(model)
     views = find_views(model, include, exclude)
     check_views(model, views)
+    if round_to == "auto":
+        rules = replace(rules, round_to=auto_rounding(views, granularity))
     plan = decide(
         model, views, ratios, rules, method, scorer=scorer, data=data, calibration=calibration, loss_fn=loss_fn,
         target_error=target_error, seed=seed, progress=progress,
@@ -173,7 +178,8 @@ def prune_attention(
     data: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
     loss_fn: LossFn | None = None,
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
+    match_dims: bool = False,
     min_heads: int = 1,
     min_channels: int = 1,
     include: str | Sequence[str] | None = None,
@@ -211,7 +217,10 @@ def prune_attention(
         calibration: what :func:`attnprune.calibrate` gave for this model, in place of its pass over ``data``.
         loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy
             (integer targets) or square error.
-        round_to: channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this.
+        round_to: channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this;
+            ``"auto"``: of what the model's device likes (:func:`attnprune.rounding.rounding`), 1 for whole heads.
+        match_dims: every head keeps as many qk as vo channels, so that layers with uniform heads keep their own
+            forward and fused kernels; layers still differ. Needs one ratio for both, or ``split="auto"``.
         min_heads: heads that every layer keeps at least.
         min_channels: qk and vo channels that every head keeps at least.
         include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
@@ -235,8 +244,8 @@ def prune_attention(
     plan = make_plan(
         model, qkvo_ratios, granularity=granularity, scope=scope, heads=heads, scorer=scorer, basis=basis,
         compensate=compensate, split=split, sequential=sequential, target_error=target_error, data=data,
-        calibration=calibration, loss_fn=loss_fn, round_to=round_to, min_heads=min_heads, min_channels=min_channels,
-        include=include, exclude=exclude, seed=seed, progress=progress,
+        calibration=calibration, loss_fn=loss_fn, round_to=round_to, match_dims=match_dims, min_heads=min_heads,
+        min_channels=min_channels, include=include, exclude=exclude, seed=seed, progress=progress,
     )  # fmt: skip
     return apply_plan(model, plan, example_inputs=example_inputs)
 
@@ -256,117 +265,9 @@ def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     return masked_views(model, all_views(model, _names(plan)), plan)
 
 
-def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> Report:
-    """Removes the heads named, as ``model.prune_heads`` did in transformers 4.
-
-    Args:
-        model: any module with attention of a known family.
-        heads: heads to remove, by layer number (the place in :func:`find_attention`) or by name.
-
-    Raises:
-        UnknownUnitError: no such layer or head, or all heads of a layer.
-
-    >>> import torch
-    >>> model = torch.nn.TransformerEncoderLayer(32, 4)
-    >>> prune_heads(model, {0: [1, 3]}).layers[0].after.heads
-    2
-    """
-    model = plain(model)
-    views = find_views(model)
-    named = _by_view(views, heads)
-    layers = []
-    for view in views:
-        gone = _numbers(f"{view.name}: heads", named.get(view.name, ()))
-        nothing: Channels = ((),) * view.spec.heads
-        _refuse_all(view.name, gone, view.spec.heads)
-        layers.append(make_layer(view.spec, gone, {"qk": nothing, "vo": nothing}))
-    return apply_plan(model, Plan(tuple(layers)))
-
-
-def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, Sequence[Iterable[int]]]]) -> Report:
-    """Removes the channels named.
-
-    Args:
-        model: any module with attention of a known family.
-        channels: by layer number or name, a mapping with ``"qk"`` and ``"vo"`` (either may be missing), each one list
-            per head of the channels to remove from it.
-
-    Raises:
-        UnknownUnitError: no such layer, head or channel, or all channels of a head.
-
-    >>> import torch
-    >>> model = torch.nn.MultiheadAttention(16, 4)
-    >>> prune_channels(model, {"": {"vo": [[0], [1], [2], [3]]}}).layers[0].after.vo_dims
-    (3, 3, 3, 3)
-    """
-    model = plain(model)
-    views = find_views(model)
-    named = _by_view(views, channels)
-    layers = []
-    for view in views:
-        wanted = named.get(view.name, {})
-        if not isinstance(wanted, Mapping) or not set(wanted) <= set(KINDS):
-            raise UnknownUnitError(
-                f"{view.name}: channels", 'a mapping with keys "qk" and "vo"', repr(wanted)[:60], "give lists per head"
-            )
-        removed: dict[Kind, Channels] = {}
-        for kind in KINDS:
-            lists: Any = wanted.get(kind, ((),) * view.spec.heads)
-            if not isinstance(lists, Sequence) or isinstance(lists, (str, bytes)):
-                where, found = f"{view.name}: {kind}", repr(lists)[:60]
-                raise UnknownUnitError(where, "a list of channels for every head", found, "write [[0, 3], [], ...]")
-            if len(lists) != view.spec.heads:
-                expected = f"one list for each of {view.spec.heads} heads"
-                raise UnknownUnitError(f"{view.name}: {kind}", expected, f"{len(lists)} lists", "give empty ones too")
-            removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
-        layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))
-    return apply_plan(model, Plan(tuple(layers)))
-
-
 def _names(plan: Plan) -> set[str]:
     """The attention modules that a plan is about."""
     if not isinstance(plan, Plan):
         remedy = "make one with make_plan, or read one with Plan.from_json"
         raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", remedy)
     return {spec.name for spec in plan.specs}
-
-
-def _by_view(views: Sequence[AttentionView], given: Mapping[int | str, Any]) -> dict[str, Any]:
-    """What was given, by the attention's name."""
-    if not isinstance(given, Mapping):
-        raise UnknownUnitError("layers", "a mapping from layer to units", repr(given)[:60], "write {0: [1, 5]}")
-    names = [view.name for view in views]
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < len(names):
-            name = names[key]
-        elif isinstance(key, str) and key in names:
-            name = key
-        else:
-            near = get_close_matches(str(key), names, n=3, cutoff=0.0)
-            raise UnknownUnitError(
-                "layers", f"a number in [0, {len(names)}) or a name", repr(key), f"names here are like {near}"
-            )
-        if name in found:
-            raise UnknownUnitError(name, "each layer once", "both its number and its name", "merge the two")
-        found[name] = value
-    return found
-
-
-def _numbers(where: str, units: Any) -> set[int]:
-    if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
-        raise UnknownUnitError(where, "a list of numbers", repr(units), "write [0, 3]")
-    found = list(units)
-    try:
-        if any(isinstance(unit, bool) for unit in found):
-            raise TypeError("bool")
-        return {index(unit) for unit in found}
-    except TypeError as error:
-        raise UnknownUnitError(where, "whole numbers", repr(found)[:60], "write [0, 3]") from error
-
-
-def _refuse_all(name: str, gone: set[int], heads: int) -> None:
-    if len(gone) >= heads and set(range(heads)) <= gone:
-        raise UnknownUnitError(
-            f"{name}: heads", f"at most {heads - 1} of {heads} removed", "all", "keep one, or edit the model"
-        )

@@ -15,13 +15,14 @@ import torch
 from . import fields
 from .errors import AttnPruneError, PlanFormatError, PlanMismatchError, UnknownUnitError
 from .folds import Fold, Shape
-from .ratios import Ratios
+from .ratios import RESOURCES, Budget, Ratios
 from .spec import KINDS, PROJECTIONS, AttentionSpec, Kind, Projection
 
 FORMAT = "attnprune.plan"
-VERSION = 2
+VERSION = 3
 _WORDS = ("granularity", "scope", "heads", "scorer", "split", "basis", "compensate")
 _SINCE_2: dict[str, Any] = {"basis": "channels", "compensate": "no", "target_error": None}
+_SINCE_3: dict[str, Any] = {"match_dims": False, "budget": None}
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -43,6 +44,10 @@ class Asked:
     round_to: int = 1
     target_error: float | None = None
     """The share of energy that may be lost, where that was asked for in place of ratios."""
+    match_dims: bool = False
+    """Whether every head was to keep as many qk as vo channels."""
+    budget: Budget | None = None
+    """What the whole model may cost, where that was asked for in place of ratios."""
 
     def then(self, other: Asked) -> Asked:
         """The sum of two requests; settings that differ are joined with a plus sign."""
@@ -52,26 +57,50 @@ class Asked:
         }
         errors = [one.target_error for one in (self, other) if one.target_error is not None]
         return Asked(
-            ratios, round_to=min(self.round_to, other.round_to), target_error=max(errors, default=None), **same
+            ratios,
+            round_to=min(self.round_to, other.round_to),
+            target_error=max(errors, default=None),
+            match_dims=self.match_dims and other.match_dims,
+            budget=self.budget.then(other.budget) if self.budget else None,
+            **same,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         words = {name: getattr(self, name) for name in _WORDS}
-        numbers = {"round_to": self.round_to, "target_error": self.target_error}
-        return {"ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, **numbers, **words}
+        numbers = {"round_to": self.round_to, "target_error": self.target_error, "match_dims": self.match_dims}
+        budget = None if self.budget is None else vars(self.budget)
+        return {"ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, **numbers, **words, "budget": budget}
 
     @classmethod
     def from_dict(cls, raw: object) -> Asked:
         """Reads :meth:`to_dict`'s mapping, trusting nothing."""
-        found = fields.mapping("asked", raw, {"ratios", "round_to", "target_error", *_WORDS})
+        found = fields.mapping("asked", raw, {"ratios", "round_to", "target_error", "match_dims", "budget", *_WORDS})
         ratios = fields.mapping("asked.ratios", found["ratios"], set(PROJECTIONS))
         numbers = {p: fields.number(f"asked.ratios.{p}", ratios[p]) for p in PROJECTIONS}
         words = {name: fields.string(f"asked.{name}", found[name]) for name in _WORDS}
         round_to = fields.integer("asked.round_to", found["round_to"], low=1)
         error = found["target_error"]
         error = None if error is None else fields.positive("asked.target_error", error)
-        return cls(Ratios(**numbers), round_to=round_to, target_error=error, **words)
+        return cls(
+            Ratios(**numbers),
+            round_to=round_to,
+            target_error=error,
+            match_dims=fields.boolean("asked.match_dims", found["match_dims"]),
+            budget=None if found["budget"] is None else _budget(found["budget"]),
+            **words,
+        )
+
+
+def _budget(raw: object) -> Budget:
+    found = fields.mapping("asked.budget", raw, {"resource", "share", "promised"})
+    resource = next((one for one in RESOURCES if one == found["resource"]), None)
+    if resource is None:
+        fields.fail("asked.budget.resource", f"one of {', '.join(RESOURCES)}", found["resource"])
+    promised = found["promised"]
+    if promised is not None:
+        promised = fields.positive("asked.budget.promised", promised)
+    return Budget(resource, fields.positive("asked.budget.share", found["share"]), promised)
 
 
 @dataclass(frozen=True)
@@ -340,8 +369,8 @@ class Plan:
                 "plan: version", f"at most {VERSION}, the newest that this attnprune reads", str(version),
                 "update attnprune",
             )  # fmt: skip
-        if version == 1:
-            _from_1(found)
+        if version < VERSION:
+            _from_older(found, version)
         try:
             layers = fields.array("layers", found["layers"])
             asked = None if found["asked"] is None else Asked.from_dict(found["asked"])
@@ -357,12 +386,12 @@ class Plan:
         return f"Plan({layers} of {len(self.layers)} attention modules change: {share}; digest {self.digest[:12]})"
 
 
-def _from_1(found: dict[str, Any]) -> None:
-    """Adds to a file of version 1 what later versions say."""
+def _from_older(found: dict[str, Any], version: int) -> None:
+    """Adds to a file of an older version what later versions say."""
     if isinstance(found["asked"], dict):
-        found["asked"] = {**_SINCE_2, **found["asked"]}
+        found["asked"] = {**(_SINCE_2 if version < 2 else {}), **_SINCE_3, **found["asked"]}
     for layer in found["layers"] if isinstance(found["layers"], list) else ():
-        if isinstance(layer, dict):
+        if isinstance(layer, dict) and version < 2:
             layer.setdefault("fold", None)
 
 

@@ -15,6 +15,7 @@ from .errors import DataError, OptionError, PlanMismatchError
 from .plan import LayerPlan, Plan
 from .ratios import Ratios, RatiosLike
 from .report import Report, count_parameters
+from .rounding import auto_rounding
 from .scorers import Fisher, Scorer, Taylor
 from .scorers.gradient import GradientScorer
 from .scores import Scores
@@ -97,6 +98,8 @@ class AttentionPruner:
         self._before = count_parameters(self.model)
         self._seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._observations = 0
+        if options.get("round_to") == "auto":  # what is left later would be rounded finer
+            options["round_to"] = auto_rounding(views, options.get("granularity", "channel"))
         self._due(1)  # a schedule that gives nonsense says so now
         make_plan(self.model, 0.0, **{**options, "data": None, "scorer": "random", "compensate": "auto",
                                       "sequential": False})  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.registry import find_views, plain
-from .allocate import Rules
+from .allocate import Rules, unmatched
 from .calibration import check_calibration
 from .closed_form import Turn, turn, white_moments
 from .errors import OptionError
@@ -100,7 +100,10 @@ def allocate_error(
     """
     layers = []
     for spec in specs:
+        if rules.match_dims and spec.qk_dims != spec.vo_dims:
+            raise unmatched(spec)
         removed: dict[Kind, tuple[tuple[int, ...], ...]] = {}
+        counts: dict[Kind, list[int]] = {}
         for kind in KINDS:
             energies = [basis.energy for basis in turns[spec.name].bases[kind]]
             if rules.heads == "ragged":
@@ -112,15 +115,18 @@ def allocate_error(
                     )
                 together = torch.stack([one.double().sort(descending=True).values for one in energies]).sum(0)
                 keep = [_enough(lost_energy(together), target_error)] * spec.heads
-            removed[kind] = tuple(
-                _cheapest(one, _rounded(count, len(one), rules)) for one, count in zip(energies, keep, strict=True)
-            )
+            counts[kind] = [_rounded(count, len(one), rules) for one, count in zip(energies, keep, strict=True)]
+        if rules.match_dims:
+            counts = {kind: list(map(max, *counts.values())) for kind in KINDS}
+        for kind in KINDS:
+            bases = turns[spec.name].bases[kind]
+            removed[kind] = tuple(_cheapest(one.energy, n) for one, n in zip(bases, counts[kind], strict=True))
         layers.append(make_layer(spec, set(), removed))
     plan = Plan(tuple(layers))
     ratios = Ratios(*(max(plan.fraction(p), 0.0) for p in ("q", "k", "v", "o")))
     asked = Asked(
         ratios, rules.granularity, "local", rules.heads, "energy", "auto", round_to=rules.round_to,
-        target_error=target_error,
+        target_error=target_error, match_dims=rules.match_dims,
     )  # fmt: skip
     return Plan(plan.layers, asked)
 
