@@ -27,6 +27,7 @@ from .views import AttentionView, Slot
 if TYPE_CHECKING:
     from . import plots
     from .calibration import calibrate
+    from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .io import export_stock, load_pruned, save_pruned
     from .moments import Calibration
     from .pruner import AttentionPruner
@@ -54,10 +55,13 @@ __all__ = [
     "allocate",
     "apply_plan",
     "calibrate",
+    "capture",
+    "distillation_loss",
     "energy_curves",
     "errors",
     "export_stock",
     "find_attention",
+    "hidden_loss",
     "load_pruned",
     "make_plan",
     "masked",
@@ -68,6 +72,7 @@ __all__ = [
     "register_adapter",
     "save_pruned",
     "scorers",
+    "teacher_loss",
     "unregister_adapter",
 ]
 
@@ -75,17 +80,25 @@ _LATER = {  # loaded when asked for
     "AttentionPruner": "pruner",
     "Calibration": "moments",
     "calibrate": "calibration",
+    "capture": "distillation",
+    "distillation_loss": "distillation",
     "energy_curves": "target",
     "export_stock": "io",
+    "hidden_loss": "distillation",
     "load_pruned": "io",
     "save_pruned": "io",
+    "teacher_loss": "distillation",
 }
+_MODULES = {
+    "blocks", "calibration", "closed_form", "distillation", "integrations", "io", "moments", "planning", "plots",
+    "pruner", "target",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(f".{_LATER[name]}", __name__), name)
-    if name in ("calibration", "closed_form", "io", "moments", "planning", "plots", "pruner", "target"):
+    if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -61,6 +61,9 @@ def _quantized(kind: type) -> bool:
 
 def _check_owner(where: str, slot: Slot) -> None:
     owner, kind = slot.owner, type(slot.owner)
+    if any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__):  # PEFT's: LoRA and its kind
+        found = f"a {kind.__module__}.{kind.__qualname__} whose adapters are not merged"
+        raise WrappedModelError(where, "a plain nn.Linear", found, "merge them first: model = model.merge_and_unload()")
     changed = isinstance(owner, nn.Linear) and kind.forward is not nn.Linear.forward
     if not changed and "forward" not in owner.__dict__ and isinstance(owner, nn.Module):
         return
