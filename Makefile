@@ -5,11 +5,12 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs test-exact bench test-compat test-wheel clean
+.PHONY: help demo test lint types unit docs pictures test-exact bench test-compat test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
 	@echo "make test         lint, types, tests, doctests, documentation"
+	@echo "make pictures     draws the pictures of the documentation anew"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make bench        benchmarks against peers; prints tables"
 	@echo "make test-compat  the tests of the Hugging Face adapters under transformers 4"
@@ -37,6 +38,9 @@ unit: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+pictures: $(STAMP)
+	$(BIN)/python examples/pictures.py
 
 test-exact: $(STAMP)
 	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .io import export_stock, load_pruned, save_pruned
     from .moments import Calibration
     from .pruner import AttentionPruner
+    from .scoring import score_attention
     from .target import energy_curves
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ __all__ = [
     "prune_heads",
     "register_adapter",
     "save_pruned",
+    "score_attention",
     "scorers",
     "teacher_loss",
     "unregister_adapter",
@@ -87,11 +89,12 @@ _LATER = {  # loaded when asked for
     "hidden_loss": "distillation",
     "load_pruned": "io",
     "save_pruned": "io",
+    "score_attention": "scoring",
     "teacher_loss": "distillation",
 }
 _MODULES = {
     "blocks", "calibration", "closed_form", "distillation", "integrations", "io", "moments", "planning", "plots",
-    "pruner", "target",
+    "pruner", "scoring", "target",
 }  # fmt: skip
 
 

@@ -86,24 +86,14 @@ def decide(
     specs = [view.spec for view in views]
     if ratios is not None and (data is not None or calibration is not None):
         check_request(specs, ratios, rules)
-    auto = isinstance(scorer, str) and scorer == "auto"
-    if data is not None and method.folds and isinstance(data, Iterator):
-        data = list(data)  # it is read more than once
-    moments: Mapping[str, LayerMoments] = {}
-    if method.folds or target_error is not None:
-        if calibration is not None:
-            check_calibration(calibration, views, method.refit)
-            moments = calibration
-        elif data is not None:
-            moments = moments_of(model, views, data, loss_fn, method.refit, progress)
-        else:
-            moments = {view.name: white_moments(view) for view in views}
-    turns = {view.name: turn(view, moments[view.name], method.rotated) for view in views if moments}
+    data, moments, turns = _turns(
+        model, views, method, data, calibration, loss_fn, progress, needed=target_error is not None
+    )
     if target_error is not None:
         plan = allocate_error(specs, turns, target_error, rules)
     else:
         assert ratios is not None
-        chosen, scores = _scores(model, views, turns, method, rules, scorer, auto, data, loss_fn, seed, progress)
+        chosen, scores = _scores(model, views, turns, method, rules, scorer, data, loss_fn, seed, progress)
         plan = allocate(specs, scores, ratios, rules, chosen)
     assert plan.asked is not None
     basis, compensate = "rotated" if method.rotated else "channels", "yes" if method.refit else "no"
@@ -116,6 +106,49 @@ def decide(
     return _folded(plan, views, turns, moments, method.refit)
 
 
+def scored(
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    rules: Rules,
+    method: Method,
+    *,
+    scorer: Any,
+    data: Iterable[Any] | None,
+    calibration: Calibration | None,
+    loss_fn: LossFn | None,
+    seed: int,
+    progress: bool,
+) -> dict[str, Scores]:
+    """The scores that :func:`decide` goes by."""
+    data, _, turns = _turns(model, views, method, data, calibration, loss_fn, progress)
+    return _scores(model, views, turns, method, rules, scorer, data, loss_fn, seed, progress)[1]
+
+
+def _turns(
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    method: Method,
+    data: Iterable[Any] | None,
+    calibration: Calibration | None,
+    loss_fn: LossFn | None,
+    progress: bool,
+    needed: bool = False,
+) -> tuple[Iterable[Any] | None, Mapping[str, LayerMoments], dict[str, Turn]]:
+    """The data, fit to be read again, their moments and the bases that these give; nothing where nothing folds."""
+    if data is not None and method.folds and isinstance(data, Iterator):
+        data = list(data)  # it is read more than once
+    moments: Mapping[str, LayerMoments] = {}
+    if method.folds or needed:
+        if calibration is not None:
+            check_calibration(calibration, views, method.refit)
+            moments = calibration
+        elif data is not None:
+            moments = moments_of(model, views, data, loss_fn, method.refit, progress)
+        else:
+            moments = {view.name: white_moments(view) for view in views}
+    return data, moments, {view.name: turn(view, moments[view.name], method.rotated) for view in views if moments}
+
+
 def _scores(
     model: nn.Module,
     views: Sequence[AttentionView],
@@ -123,13 +156,13 @@ def _scores(
     method: Method,
     rules: Rules,
     scorer: Any,
-    auto: bool,
     data: Iterable[Any] | None,
     loss_fn: LossFn | None,
     seed: int,
     progress: bool,
 ) -> tuple[str, dict[str, Scores]]:
     """The scorer's name and its scores, in the coordinates of the turns."""
+    auto = isinstance(scorer, str) and scorer == "auto"
     if auto and method.folds and data is None:
         return "energy", {view.name: energy_scores(turns[view.name]) for view in views}
     if auto and method.folds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -85,6 +86,19 @@ class Report:
                 for layer in self.layers
             ],
         }
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """A picture: qk and vo channels kept by layer and head, and the share that each layer lost. Needs matplotlib.
+
+        Args:
+            path: also written there; the suffix says in which format (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+        """
+        from . import plots
+
+        return plots.kept(self.plan, path=path)
 
     def _rows(self) -> list[list[str]]:
         rows = [["attention", "heads", "qk", "vo", *PROJECTIONS]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,22 @@ class Scores:
     def of(self, kind: Kind) -> Tensor:
         """The channel scores of ``"qk"`` or ``"vo"``."""
         return self.qk if kind == "qk" else self.vo
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, name: str = "") -> Any:
+        """A picture of every channel, a row per head. Needs matplotlib.
+
+        :func:`attnprune.plots.scores` draws those of a whole model.
+
+        Args:
+            path: also written there; the suffix says in which format (``.png``, ``.svg``, ``.pdf``).
+            name: the attention's, for the title.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+        """
+        from . import plots
+
+        return plots.channels(self, name=name, path=path)
 
     def check(self, spec: AttentionSpec) -> None:
         """Shapes as the spec has them, every score finite.
