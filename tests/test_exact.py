@@ -9,17 +9,21 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attnprune import find_attention
-from attnprune.nn import attend
-from attnprune.nn.attend import arrange
-from attnprune.spec import HeadLayout
+from attnprune.errors import OptionError
+from attnprune.nn import Plain, attend, execution, layouts, products
+from attnprune.nn.layouts import arrange
+from attnprune.spec import KINDS, Bucket, HeadLayout
 
 from .conformance import check_exact, family, fresh, inputs, random_plan
 from .families import FAMILIES
@@ -69,36 +73,129 @@ def test_exact_in_float32(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["one call", "a call per bucket"])
-@pytest.mark.parametrize("gather", [True, False], ids=["gathered", "part by part"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_exact_however_heads_are_arranged(
-    name: str, together: bool, gather: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every arrangement computes the same, forced one by one."""
-    monkeypatch.setattr(attend_module, "CALL", 1 << 60 if together else -1)
-    monkeypatch.setattr(attend_module, "FEW", 1 << 60 if gather else 0)
+LAYOUTS = ("separate", "buckets", "groups", "padded", "products")
 
-    @settings(max_examples=15)
-    @given(seed=seeds, qk=ratios, vo=ratios, case=st.integers(0, len(family(name).cases()) - 1), train=st.booleans())
-    def check(seed: int, qk: float, vo: float, case: int, train: bool) -> None:
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exact_in_every_layout(name: str, layout: str) -> None:
+    """Every execution layout computes the same, forced one by one, forward and gradient."""
+
+    @settings(max_examples=12)
+    @given(
+        seed=seeds, qk=ratios, vo=ratios, heads=st.sampled_from(["uniform", "ragged"]), train=st.booleans(),
+        case=st.integers(0, len(family(name).cases()) - 1), gather=st.booleans(),
+        call=st.sampled_from([0, 300, 1 << 60]),
+        whole=st.sampled_from([0, 1 << 60]), piece=st.sampled_from([1, 20, 60, 1 << 20]),
+    )  # fmt: skip
+    def check(
+        seed: int, qk: float, vo: float, heads: str, train: bool, case: int, gather: bool, call: int, whole: int,
+        piece: int,
+    ) -> None:  # fmt: skip
         model = fresh(name, case, train=train)
-        plan = random_plan(model, seed, qkvo_ratios={"qk": qk, "vo": vo}, heads="ragged")
-        check_exact(name, model, inputs(name, case, seed), plan, 1e-10)
+        plan = random_plan(model, seed, qkvo_ratios={"qk": qk, "vo": vo}, heads=heads)
+        with pytest.MonkeyPatch.context() as patch, execution(layout):
+            patch.setattr(attend_module, "FEW", 1 << 60 if gather else 0)
+            patch.setitem(layouts.CALL, "cpu", call)
+            patch.setattr(products, "WHOLE", whole)
+            patch.setattr(products, "PIECE", piece)
+            patch.setattr(products, "CAUSAL", 2)
+            check_exact(name, model, inputs(name, case, seed), plan, 1e-10)
 
     check()
 
 
-def test_arrangements(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(1, 8, 22)
-    near, far = HeadLayout(qk=(4, 2, 4), vo=(3, 3, 3)), HeadLayout(qk=(18, 2, 2), vo=(2, 2, 2))
+def head_by_head(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, **options: Any) -> Tensor:
+    """Context in stored order: every head by the fused kernel on its own."""
+    contexts = []
+    for head in layout.order:
+        qk, vo = (slice(*layout.span(kind, head)) for kind in KINDS)
+        contexts.append(F.scaled_dot_product_attention(q[..., qk], k[..., qk], v[..., vo], scale=0.3, **options))
+    return torch.cat(contexts, dim=-1)
+
+
+@settings(max_examples=150)
+@given(
+    seed=seeds, dims=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    batch=st.integers(1, 3), queries=st.integers(1, 7), keys=st.integers(1, 7), whole=st.sampled_from([0, 1 << 60]),
+    piece=st.sampled_from([1, 9, 25, 70, 1 << 20]), mask=st.sampled_from(["none", "bool", "additive", "causal"]),
+    single=st.booleans(),
+)  # fmt: skip
+def test_products(
+    seed: int, dims: list[tuple[int, int]], batch: int, queries: int, keys: int, whole: int, piece: int, mask: str,
+    single: bool,
+) -> None:  # fmt: skip
+    """Whole or in pieces of any size: what the fused kernel gives, with queries that may attend to nothing."""
+    g = torch.Generator().manual_seed(seed)
+    layout = HeadLayout(*map(tuple, zip(*dims, strict=True)))
+    q, k, v = (
+        torch.randn(batch, tokens, sum(width), generator=g, dtype=torch.float64)
+        for tokens, width in ((queries, layout.qk), (keys, layout.qk), (keys, layout.vo))
+    )
+    allowed = torch.rand(1 if single else batch, 1, queries, keys, generator=g) > 0.4
+    given = {"none": None, "causal": None, "bool": allowed, "additive": torch.zeros(allowed.shape, dtype=q.dtype)}[mask]
+    if mask == "additive":
+        given = torch.randn(allowed.shape, generator=g, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
+    causal = mask == "causal"
+    one = None if given is None else given[:, 0]
+    expected = head_by_head(q, k, v, layout, attn_mask=one, is_causal=causal).nan_to_num(0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "WHOLE", whole)
+        patch.setattr(products, "PIECE", piece)
+        patch.setattr(products, "CAUSAL", 3)
+        found = products.products(q, k, v, layout, Plain(0.3, given, causal, lambda rows, _: rows))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60)
+@given(
+    dims=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=6), pairs=st.integers(1, 50),
+    call=st.integers(0, 2000),
+)  # fmt: skip
+def test_groups_cost_the_least(dims: list[tuple[int, int]], pairs: int, call: int) -> None:
+    """Against every partition of the buckets."""
+
+    def cost(parts: Sequence[Sequence[Bucket]]) -> int:
+        return sum(
+            call + 2 * pairs * sum(len(b.heads) for b in part) * max(max(b.qk_dim, b.vo_dim) for b in part)
+            for part in parts
+        )
+
+    buckets = HeadLayout(*map(tuple, zip(*dims, strict=True))).buckets
+    found = layouts.partition(buckets, pairs, call)
+    assert sorted(part for group in found for part in group.parts) == sorted(buckets)
+    assert cost([group.parts for group in found]) == min(map(cost, partitions(list(buckets))))
+
+
+def partitions(items: list[Bucket]) -> Iterator[list[list[Bucket]]]:
+    if not items:
+        yield []
+        return
+    for rest in partitions(items[1:]):
+        yield [[items[0]], *rest]
+        for i in range(len(rest)):
+            yield [*rest[:i], [items[0], *rest[i]], *rest[i + 1 :]]
+
+
+def test_the_layout_that_shapes_suggest(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = HeadLayout(qk=(4, 2, 4), vo=(3, 3, 3))
+    x = torch.zeros(1, 8, 10)
+    assert products.pays(near, x, x, x)
+    assert not products.pays(near, x.half(), x.half(), x.half())
+    assert not products.pays(near, x.requires_grad_(), x, x)
+    even = HeadLayout(qk=(5, 5), vo=(5, 5))
+    x = torch.zeros(1, 8, 10)
+    assert products.pays(even, x, x, x)
+    monkeypatch.setattr(products, "EQUAL", 0)
+    assert not products.pays(even, x, x, x)
+    monkeypatch.setitem(layouts.CALL, "cpu", 1 << 60)
     assert [group.bucket[:3] for group in arrange(near, x, x)] == [((0, 2, 1), 4, 4)]
-    assert [group.bucket[:3] for group in arrange(far, x, x)] == [((0, 1, 2), 18, 18)]  # few tokens
-    monkeypatch.setattr(attend_module, "CALL", -1)
-    assert [group.bucket[:3] for group in arrange(near, x, x)] == [((0, 2, 1), 4, 4)]  # little more work
-    assert [group.bucket[:3] for group in arrange(far, x, x)] == [((0,), 18, 18), ((1, 2), 2, 2)]
-    even = HeadLayout(qk=(4, 4), vo=(4, 4))
-    assert [group.bucket for group in arrange(even, x, x)] == list(even.buckets)
+    monkeypatch.setitem(layouts.CALL, "cpu", 0)
+    assert [group.bucket[:3] for group in arrange(near, x, x)] == [((1,), 3, 3), ((0, 2), 4, 4)]
+    with execution("separate"):
+        assert [group.bucket for group in arrange(near, x, x)] == list(near.buckets)
+    with pytest.raises(OptionError, match="one of auto"), execution("fast"):  # type: ignore[arg-type]
+        pass
 
 
 def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .nn.attend import unpadded
+from .nn import execution
 from .plan import LayerPlan, Plan
 from .spec import PROJECTIONS, Projection
 
@@ -204,7 +204,7 @@ def _countable() -> Iterator[None]:
     try:
         kernel = torch.nn.attention
         with (
-            unpadded(),
+            execution("separate"),
             kernel.sdpa_kernel(kernel.SDPBackend.MATH) if hasattr(kernel, "sdpa_kernel") else nullcontext(),
         ):
             yield

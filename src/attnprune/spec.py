@@ -38,6 +38,10 @@ class Bucket(NamedTuple):
     def vo_stop(self) -> int:
         return self.vo_start + len(self.heads) * self.vo_dim
 
+    def width(self, kind: Kind) -> int:
+        """Channels of all its heads."""
+        return len(self.heads) * (self.qk_dim if kind == "qk" else self.vo_dim)
+
 
 @dataclass(frozen=True)
 class HeadLayout:

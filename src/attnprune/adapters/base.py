@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, DataError, WrappedModelError
-from ..nn import Decoupled, decoupled_class, host_class
-from ..nn.attend import State
+from ..nn import Decoupled, State, decoupled_class, host_class
 from ..spec import KIND_OF, PROJECTIONS, AttentionSpec, Kind
 from ..views import AttentionView, Slot
 

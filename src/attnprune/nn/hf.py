@@ -8,13 +8,16 @@ the eager function are read from the namespace of the host's own forward.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spec import Bucket
-from .attend import Decoupled, Kernel, attend
+from .attend import Kernel, attend
+from .decoupled import Decoupled
+from .products import Plain
 
 
 class Host(NamedTuple):
@@ -115,10 +118,28 @@ class HFAttention(Decoupled):
             context, weights = function(self, q, k, v, rows, dropout=dropout, scaling=state.scale, **kwargs)
             return context.transpose(1, 2), weights
 
-        return self._finish(q, k, v, kernel)
+        plain = None
+        if (
+            dropout == 0
+            and implementation == "sdpa"
+            and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
+        ):
+            plain = self._plain(function, q, mask, kwargs)
+        return self._finish(q, k, v, kernel, plain)
 
-    def _finish(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
-        context, weights = attend(q, k, v, self.attnprune_state.layout, kernel)
+    def _plain(self, function: Any, q: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Plain | None:
+        """What transformers' own fused attention function computes for these arguments, where it is nothing else."""
+        extra = any(kwargs.get(key) is not None for key in ("position_bias", "cache", "softcap"))
+        if extra or getattr(function, "__module__", "") != "transformers.integrations.sdpa_attention":
+            return None
+        causal = kwargs.get("is_causal")
+        causal = getattr(self, "is_causal", True) if causal is None else causal
+        return Plain(self.attnprune_state.scale, mask, bool(causal and mask is None and q.shape[1] > 1), self.head_rows)
+
+    def _finish(
+        self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, plain: Plain | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = attend(q, k, v, self.attnprune_state.layout, kernel, plain)
         o = self._parts.o
         return (context if o is None else getattr(self, o)(context)), weights
 
@@ -193,5 +214,6 @@ class HFEagerSelfAttention(HFAttention):
                 weights = weights * self.head_rows(head_mask, bucket)
             return weights @ v, weights
 
-        context, weights = self._finish(q, k, v, kernel)
+        plain = Plain(scale, None, False, self.head_rows) if fused and dropout == 0 else None
+        context, weights = self._finish(q, k, v, kernel, plain)
         return (context, weights) if output_attentions else (context,)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import StateDictError
 from ..spec import Bucket
-from .attend import Decoupled, attend
+from .attend import attend
+from .decoupled import Decoupled
+from .products import Plain
 
 GONE = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -118,7 +120,8 @@ class DecoupledMultiheadAttention(Decoupled):
             weights = F.dropout((logits if rows is None else logits + rows).softmax(-1), dropout)
             return weights @ v, weights
 
-        context, weights = attend(q, k, v, state.layout, kernel)
+        plain = None if need_weights or dropout else Plain(state.scale, mask, is_causal, self.head_rows)
+        context, weights = attend(q, k, v, state.layout, kernel, plain)
         return self.out_proj(context), weights
 
     def _merge(

@@ -1,0 +1,82 @@
+"""Classes that pruned modules get: a forward of ours in front of the host's own class."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..spec import Bucket, HeadLayout
+
+
+class State(NamedTuple):
+    """What a decoupled module knows beyond its host's attributes."""
+
+    layout: HeadLayout
+    """Channels per head, and where they are stored."""
+    scale: float
+    """The dense model's softmax scale."""
+    dense_heads: int
+    """Number of heads before any pruning."""
+    kept: tuple[int, ...]
+    """For every head, its number before any pruning: picks the rows of masks made for the dense model."""
+
+
+class Decoupled(nn.Module):
+    """Base of the classes that pruned modules get: a forward of ours in front of the host's own class.
+
+    The module object stays the same; ``isinstance`` with the host class stays true; copies and pickles work.
+    """
+
+    attnprune_state: State
+
+    @classmethod
+    def facts(cls, host: type[Any]) -> dict[str, Any]:
+        """Class attributes that the forward needs to know about the host class."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin, host = type(self).__bases__
+        return _blank, (mixin, host), self.__dict__
+
+    def head_rows(self, mask: Tensor, bucket: Bucket) -> Tensor:
+        """The rows of a mask ``(batch, heads, queries, keys)`` that belong to a bucket's heads.
+
+        One row serves all heads; a mask may have a row for every present head or for every head of the dense model.
+        """
+        state = self.attnprune_state
+        rows = mask.shape[1]
+        if rows == 1:
+            return mask
+        if rows == len(state.kept):
+            heads = bucket.heads
+        elif rows == state.dense_heads:
+            heads = tuple(state.kept[head] for head in bucket.heads)
+        else:
+            raise RuntimeError(
+                f"The mask has rows for {rows} heads, but should have 1, {len(state.kept)} (the heads that are left) "
+                f"or {state.dense_heads} (the heads before pruning)."
+            )
+        return mask if heads == tuple(range(rows)) else mask[:, list(heads)]
+
+
+def _blank(mixin: type[Decoupled], host: type[nn.Module]) -> Any:
+    cls: Any = decoupled_class(mixin, host)
+    return cls.__new__(cls)
+
+
+_CLASSES: dict[tuple[type[Any], type[Any]], type[Any]] = {}
+
+
+def decoupled_class(mixin: type[Decoupled], host: type[nn.Module]) -> type[Any]:
+    """The host class with the mixin's forward in front of its own; one and the same for the same two."""
+    key = (mixin, host)
+    if key not in _CLASSES:
+        space = {"__module__": host.__module__, "__doc__": host.__doc__, **mixin.facts(host)}
+        _CLASSES[key] = type(f"Pruned{host.__name__}", (mixin, host), space)
+    return _CLASSES[key]
+
+
+def host_class(module: nn.Module) -> type[Any]:
+    """The class that a module had before it was pruned."""
+    return type(module).__bases__[1] if isinstance(module, Decoupled) else type(module)

@@ -1,0 +1,127 @@
+"""How heads of different dims run: which layouts there are, and which heads share a call of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..spec import Bucket, HeadLayout, Kind
+
+Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
+"""``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk and vo
+padded to the larger. ``"groups"``: heads of like dims share a padded call. ``"padded"``: all heads in one call.
+``"products"``: plain matrix products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: as pays."""
+
+CALL = {"cpu": 3_000_000, "cuda": 1_000_000_000}
+"""Multiply-adds that one more call of an attention kernel is worth: what its overhead takes, by kind of device."""
+NOMINAL = 512 * 512
+"""Pairs of tokens that compiled and exported models are arranged for, so that their number may vary."""
+
+_FORCED: list[Execution] = ["auto"]
+
+
+@contextmanager
+def execution(how: Execution) -> Iterator[None]:
+    """Inside the block, decoupled modules run in this layout instead of the one that shapes suggest.
+
+    Every layout computes the same. ``"products"`` is for kernels that are plain scaled dot-product attention; where
+    attention weights are asked for, or a mask of another kind, modules run as with ``"auto"``.
+
+    >>> from torch import nn
+    >>> import attnprune
+    >>> model, x = nn.TransformerEncoderLayer(32, 4, batch_first=True).eval(), torch.randn(2, 5, 32)
+    >>> report = attnprune.prune_attention(model, {"qk": 0.5})
+    >>> with execution("products"):
+    ...     y = model(x)
+    >>> torch.allclose(y, model(x), atol=1e-6)
+    True
+
+    Raises:
+        OptionError: no such layout.
+    """
+    if how not in get_args(Execution):
+        raise OptionError("execution", f"one of {', '.join(get_args(Execution))}", repr(how), "pick one of them")
+    _FORCED.append(how)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+def forced() -> Execution:
+    """The layout of the innermost :func:`execution`."""
+    return _FORCED[-1]
+
+
+class Group(NamedTuple):
+    """Buckets that run as one product, their heads padded with zeros to common dims."""
+
+    parts: tuple[Bucket, ...]
+    """In stored order."""
+    bucket: Bucket
+    """All heads of the parts; its dims are the padded ones."""
+
+    def dims(self, kind: Kind) -> tuple[tuple[int, int, int], ...]:
+        """Of every part: where its channels start, its number of heads, and their dim."""
+        if kind == "qk":
+            return tuple((part.qk_start, len(part.heads), part.qk_dim) for part in self.parts)
+        return tuple((part.vo_start, len(part.heads), part.vo_dim) for part in self.parts)
+
+
+def group(parts: Sequence[Bucket]) -> Group:
+    """Buckets padded to the widest of their dims."""
+    stored = tuple(sorted(parts, key=lambda part: part.qk_start))
+    width = max(map(_width, stored))
+    heads = tuple(head for part in stored for head in part.heads)
+    return Group(stored, Bucket(heads, width, width, stored[0].qk_start, stored[0].vo_start))
+
+
+def _width(part: Bucket) -> int:
+    return max(part.qk_dim, part.vo_dim)
+
+
+def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
+    """Which buckets of heads share a call of a fused kernel, and padded to what.
+
+    Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
+    choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims.
+    Buckets share a call where that saves more than padding costs. Compiled and exported models choose without regard to
+    the number of tokens, so that it may vary.
+    """
+    buckets, how = layout.buckets, forced()
+    if how == "separate":
+        return [Group((bucket,), bucket) for bucket in buckets]
+    if how == "buckets" or len(buckets) == 1:
+        return [group((bucket,)) for bucket in buckets]
+    if how == "padded":
+        return [group(buckets)]
+    pairs = NOMINAL if torch.compiler.is_compiling() else q.shape[0] * q.shape[1] * k.shape[1]
+    return partition(buckets, pairs, CALL.get(q.device.type, CALL["cuda"]))
+
+
+def partition(buckets: Sequence[Bucket], pairs: int, call: int) -> list[Group]:
+    """The groups of least cost: ``call`` for each, and the padded multiply-adds of ``pairs`` of tokens.
+
+    Sorted by width, groups of an optimum are runs; the best first run is found for every rest, from the end
+    (quadratic in the number of buckets).
+    """
+    ordered = sorted(buckets, key=lambda part: (_width(part), part.qk_start))
+    count = len(ordered)
+    best: list[tuple[int, int]] = [(0, count)] * (count + 1)  # cost of what starts here, and where its first run ends
+    for start in range(count - 1, -1, -1):
+        heads, found = 0, []
+        for stop in range(start + 1, count + 1):
+            heads += len(ordered[stop - 1].heads)
+            found.append((call + 2 * heads * _width(ordered[stop - 1]) * pairs + best[stop][0], stop))
+        best[start] = min(found)
+    groups, start = [], 0
+    while start < count:
+        stop = best[start][1]
+        groups.append(group(ordered[start:stop]))
+        start = stop
+    return groups

@@ -1,0 +1,179 @@
+"""Attention by plain matrix products, every head at its own dims.
+
+On a CPU a fused kernel wants equal qk and vo dims, and what it pads for ragged or decoupled heads costs more than what
+it saves. Plain products take any dims. Where the scores of all heads fit a cache, they are made at once; else a head,
+and a run of its queries, at a time in one buffer that stays there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec import KINDS, Bucket, HeadLayout
+from .layouts import forced
+
+WHOLE = 1 << 20
+"""Scores (batch x heads x queries x keys) up to which several heads are one batched product."""
+PIECE = 1 << 22
+"""Scores of one head that are worked on at a time: 16 MB in float32."""
+EQUAL = 1 << 18
+"""Scores up to which products also beat a fused kernel on equal dims."""
+THREADS = 8
+"""Threads up to which a head at a time keeps them busy."""
+CAUSAL = 256
+"""Queries of a piece under a causal mask: keys after the last of them are left out."""
+
+
+class Plain(NamedTuple):
+    """What a kernel computes where that is ``softmax(scale q k^T + mask) v`` and nothing else."""
+
+    scale: float
+    mask: Tensor | None
+    """``(batch, rows, queries, keys)``, any but the last may be 1; bool (True attends) or added to the logits."""
+    causal: bool
+    """Whether query i attends to keys up to i; there is no mask then."""
+    rows: Callable[[Tensor, Bucket], Tensor]
+    """The rows of the mask that belong to a bucket's heads."""
+
+
+def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether products are the layout to run: what is forced, or on a CPU in float32 or float64, for inference.
+
+    Training keeps the kernels' memory, compiled models what their compiler makes of the kernels.
+    """
+    how = forced()
+    if how != "auto":
+        return how == "products"
+    if (
+        torch.compiler.is_compiling()
+        or type(q) is not Tensor
+        or q.device.type != "cpu"
+        or q.dtype not in (torch.float32, torch.float64)
+        or torch.get_num_threads() > THREADS
+        or torch._C._get_tracing_state() is not None
+        or not _in_place(q, k, v)
+    ):
+        return False
+    first = layout.buckets[0]
+    even = layout.uniform and first.qk_dim == first.vo_dim
+    return not even or q.shape[0] * len(first.heads) * q.shape[1] * k.shape[1] <= EQUAL
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether results may be written into buffers: nobody differentiates, vectorises or casts them."""
+    return not (
+        (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or torch.is_autocast_enabled(q.device.type)
+        or torch._C._functorch.is_functorch_wrapped_tensor(q)
+        or torch.compiler.is_compiling()
+    )
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) -> Tensor:
+    """Context ``(batch, queries, sum of vo_dims)``, in stored order; arguments as in :func:`attnprune.nn.attend`."""
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):  # scores of a fused kernel have more digits
+        with torch.autocast(q.device.type, enabled=False):
+            return products(q.float(), k.float(), v.float(), layout, plain).to(dtype)
+    mask, dead = _mask(plain.mask)
+    pairs = q.shape[0] * q.shape[1] * k.shape[1]
+    in_place = _in_place(q, k, v)
+    pieces = in_place and pairs * max(len(bucket.heads) for bucket in layout.buckets) > WHOLE
+    qk, vo = ([bucket.width(kind) for bucket in layout.buckets] for kind in KINDS)
+    qs, ks, vs = torch.split(q * plain.scale, qk, -1), torch.split(k, qk, -1), torch.split(v, vo, -1)
+    context = q.new_empty(*q.shape[:2], v.shape[-1]) if pieces else None
+    buffer = q.new_empty(max(PIECE, k.shape[1])) if pieces else None
+    contexts = []
+    for bucket, *part in zip(layout.buckets, qs, ks, vs, strict=True):
+        rows = None if mask is None else plain.rows(mask, bucket)
+        gone = None if dead is None else plain.rows(dead, bucket)
+        if context is None or buffer is None:
+            contexts.append(_whole(*part, len(bucket.heads), rows, gone, plain.causal, in_place))
+        else:
+            out = _split(context[..., bucket.vo_start : bucket.vo_stop], len(bucket.heads))
+            _pieces(*part, rows, plain.causal, buffer, out)
+            if gone is not None:
+                out.masked_fill_(gone, 0)
+    if context is not None:
+        return context
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=-1)
+
+
+def _mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask, and which queries attend to nothing (None if none): they attend to all, and their context is zeroed."""
+    if mask is None:
+        return None, None
+    dead = ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else (mask == -torch.inf).all(-1, keepdim=True)
+    if not torch.compiler.is_compiling() and not bool(dead.any()):
+        return mask, None
+    return mask.masked_fill(dead, True if mask.dtype == torch.bool else 0.0), dead
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """``(batch, heads, tokens, dim)``, a view of ``(batch, tokens, heads x dim)``."""
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)
+
+
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, gone: Tensor | None, causal: bool, in_place: bool
+) -> Tensor:
+    """Context of a bucket at once."""
+    later = _later(q, k) if causal else None
+    if heads > 1:
+        q, k, v = (_split(x, heads) for x in (q, k, v))
+    else:  # three dimensions do, and a call less for each tensor
+        mask, gone = (None if x is None else x.squeeze(1) for x in (mask, gone))
+    logits = q @ k.mT
+    _hide(logits, mask, later)
+    weights = torch.softmax(logits, -1, out=logits) if in_place else logits.softmax(-1)
+    context = weights @ v
+    context = context if gone is None else context.masked_fill(gone, 0)
+    return context.transpose(1, 2).flatten(2) if heads > 1 else context
+
+
+def _pieces(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, buffer: Tensor, context: Tensor
+) -> None:
+    """Fills ``context`` ``(batch, heads, queries, dim)``: a run of a head's queries at a time, or a few whole heads."""
+    heads, dim, queries, keys = context.shape[1], context.shape[3], q.shape[1], k.shape[1]
+    together = max(1, min(heads, WHOLE // (queries * keys)))
+    run = min(queries, max(1, PIECE // (together * keys)), CAUSAL if causal else queries)
+    later = _later(q, k) if causal else None
+    q, k = _split(q, heads), _split(k, heads).mT
+    v = F.pad(_split(v, heads), (0, -dim % 8))  # products of other widths are slow
+    mask = None if mask is None else mask.expand(len(q), heads, queries, keys)
+    product = torch.bmm if together > 1 else torch.mm
+    for item in range(len(q)):
+        for first in range(0, heads, together):
+            some = (item, slice(first, first + together) if together > 1 else first)
+            for start in range(0, queries, run):
+                stop = min(start + run, queries)
+                last = min(stop, keys) if causal else keys
+                left, right = q[some][..., start:stop, :], k[some][..., :last]
+                shape = torch.Size((*left.shape[:-1], last))
+                scores = buffer[: shape.numel()].view(shape)
+                product(left, right, out=scores)
+                rows = None if mask is None else mask[some][..., start:stop, :]
+                _hide(scores, rows, None if later is None else later[start:stop, :last])
+                torch.softmax(scores, -1, out=scores)
+                context[some][..., start:stop, :] = product(scores, v[some][..., :last, :])[..., :dim]
+
+
+def _later(q: Tensor, k: Tensor) -> Tensor:
+    """``(queries, keys)`` bool: keys after the query, for q, k ``(batch, tokens, channels)``."""
+    return torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+
+
+def _hide(logits: Tensor, mask: Tensor | None, later: Tensor | None) -> None:
+    """Adds the mask, in place."""
+    if mask is not None and mask.dtype == torch.bool:
+        logits.masked_fill_(~mask, -torch.inf)
+    elif mask is not None:
+        logits.add_(mask)
+    if later is not None:
+        logits.masked_fill_(later, -torch.inf)
