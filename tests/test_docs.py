@@ -2,6 +2,8 @@
 
 import inspect
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,9 @@ def _exists(path):
     for part in path.split(".")[1:]:
         if part in getattr(found, "__dataclass_fields__", {}) or part in getattr(found, "__annotations__", {}):
             return True
+        if inspect.ismodule(found) and find_spec(f"{found.__name__}.{part}") is not None:
+            found = import_module(f"{found.__name__}.{part}")  # integrations are imported when asked for
+            continue
         if not hasattr(found, part):
             return False
         found = getattr(found, part)

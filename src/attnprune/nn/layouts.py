@@ -13,9 +13,12 @@ from ..errors import OptionError
 from ..spec import Bucket, HeadLayout, Kind
 
 Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
-"""``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk and vo
-padded to the larger. ``"groups"``: heads of like dims share a padded call. ``"padded"``: all heads in one call.
-``"products"``: plain matrix products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: as pays."""
+"""Ways to run heads of any dims.
+
+``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk and vo padded.
+``"groups"``: heads of like dims share a padded call. ``"padded"``: all heads in one call. ``"products"``: plain matrix
+products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: what pays for the shapes.
+"""
 
 CALL = {"cpu": 3_000_000, "cuda": 1_000_000_000}
 """Multiply-adds that one more call of an attention kernel is worth: what its overhead takes, by kind of device."""

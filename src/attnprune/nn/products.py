@@ -89,14 +89,14 @@ def products(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) 
     context = q.new_empty(*q.shape[:2], v.shape[-1]) if pieces else None
     buffer = q.new_empty(max(PIECE, k.shape[1])) if pieces else None
     contexts = []
-    for bucket, *part in zip(layout.buckets, qs, ks, vs, strict=True):
+    for bucket, q, k, v in zip(layout.buckets, qs, ks, vs, strict=True):
         rows = None if mask is None else plain.rows(mask, bucket)
         gone = None if dead is None else plain.rows(dead, bucket)
         if context is None or buffer is None:
-            contexts.append(_whole(*part, len(bucket.heads), rows, gone, plain.causal, in_place))
+            contexts.append(_whole(q, k, v, len(bucket.heads), rows, gone, plain.causal, in_place))
         else:
             out = _split(context[..., bucket.vo_start : bucket.vo_stop], len(bucket.heads))
-            _pieces(*part, rows, plain.causal, buffer, out)
+            _pieces(q, k, v, rows, plain.causal, buffer, out)
             if gone is not None:
                 out.masked_fill_(gone, 0)
     if context is not None:
