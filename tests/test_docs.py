@@ -34,7 +34,7 @@ def _exists(path):
     for part in path.split(".")[1:]:
         if part in getattr(found, "__dataclass_fields__", {}) or part in getattr(found, "__annotations__", {}):
             return True
-        if inspect.ismodule(found) and find_spec(f"{found.__name__}.{part}") is not None:
+        if hasattr(found, "__path__") and find_spec(f"{found.__name__}.{part}") is not None:
             found = import_module(f"{found.__name__}.{part}")  # integrations are imported when asked for
             continue
         if not hasattr(found, part):

@@ -15,7 +15,7 @@ from ..spec import Bucket, HeadLayout, Kind
 Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
 """Ways to run heads of any dims.
 
-``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk and vo padded.
+``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk, vo padded.
 ``"groups"``: heads of like dims share a padded call. ``"padded"``: all heads in one call. ``"products"``: plain matrix
 products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: what pays for the shapes.
 """
