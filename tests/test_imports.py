@@ -31,7 +31,7 @@ LAYERS = (
     ("allocate",),
     ("target",),
     ("planning",),
-    ("report", "io", "scoring"),
+    ("report", "io", "scoring", "export"),
     ("api",),
     ("pruner", "by_hand"),
     ("integrations",),

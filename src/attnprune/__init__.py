@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from . import plots
     from .calibration import calibrate
     from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
+    from .export import export_onnx
     from .io import export_stock, load_pruned, save_pruned
     from .moments import Calibration
     from .pruner import AttentionPruner
@@ -60,6 +61,7 @@ __all__ = [
     "distillation_loss",
     "energy_curves",
     "errors",
+    "export_onnx",
     "export_stock",
     "find_attention",
     "hidden_loss",
@@ -85,6 +87,7 @@ _LATER = {  # loaded when asked for
     "capture": "distillation",
     "distillation_loss": "distillation",
     "energy_curves": "target",
+    "export_onnx": "export",
     "export_stock": "io",
     "hidden_loss": "distillation",
     "load_pruned": "io",
@@ -93,8 +96,8 @@ _LATER = {  # loaded when asked for
     "teacher_loss": "distillation",
 }
 _MODULES = {
-    "blocks", "calibration", "closed_form", "distillation", "integrations", "io", "moments", "planning", "plots",
-    "pruner", "scoring", "target",
+    "blocks", "calibration", "closed_form", "distillation", "export", "integrations", "io", "moments", "planning",
+    "plots", "pruner", "scoring", "target",
 }  # fmt: skip
 
 

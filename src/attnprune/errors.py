@@ -11,6 +11,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "MetaTensorError",
     "NoAttentionError",
     "NonFiniteError",
@@ -95,6 +96,10 @@ class DataError(AttnPruneError, ValueError):
 
 class CheckpointError(AttnPruneError, ValueError):
     """A saved model is missing, malformed, altered, or does not fit the model it is loaded into."""
+
+
+class ExportError(AttnPruneError, RuntimeError):
+    """A model cannot be written in another format, or runs there otherwise."""
 
 
 class CalibrationError(AttnPruneError, ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..nn import DecoupledMultiheadAttention, host_class
 from ..nn.mha import GONE
@@ -74,6 +75,9 @@ class MultiheadAttentionAdapter(Adapter):
         module._qkv_same_embed_dim = False  # type: ignore[assignment]
         for p, linear in linears.items():
             module.add_module(f"{p}_proj", linear.train(module.training))
+        out = view.slots["o.weight"].owner
+        if type(out) is NonDynamicallyQuantizableLinear:
+            object.__setattr__(out, "__class__", nn.Linear)  # it is called now, so quantisers may replace it
         rest = {key: parameter for key, parameter in tensors.items() if key[:2] not in ("q.", "k.", "v.")}
         super().commit(view, rest, spec)
 
