@@ -26,6 +26,7 @@ from attnprune import (
     AttentionSpec,
     AttentionView,
     Calibration,
+    LatencyTable,
     LayerPlan,
     Plan,
     Scorer,
@@ -50,6 +51,7 @@ from attnprune.errors import (
     CalibrationError,
     CheckpointError,
     DataError,
+    LatencyError,
     MetaTensorError,
     NoAttentionError,
     NonFiniteError,
@@ -437,6 +439,13 @@ CASES: dict[str, Case] = {
     "calibration of another type": wrong(OptionError, "calibration|dict|calibrate", calibration={}),
     "calibration of another model": wrong(
         CalibrationError, "layers.0.attention|none|calibrate", calibration=Calibration({})
+    ),
+    "latency of another model": wrong(
+        LatencyError,
+        "layers.0.attention|latency table|measure",
+        ratios=None,
+        target_latency=0.5,
+        latency=LatencyTable({}, 1.0, 0.5, (), (), 1, 3),
     ),
     "no saved model": wrong(CheckpointError, "attnprune.json|none|save", lambda m: load_pruned("/nowhere", m)),
     "optimizer of another type": wrong(

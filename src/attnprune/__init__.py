@@ -25,7 +25,7 @@ from .surgery import ParamMap, Surgeon
 from .views import AttentionView, Slot
 
 if TYPE_CHECKING:
-    from . import plots
+    from . import latency, plots
     from .calibration import calibrate
     from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .export import export_onnx
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .pruner import AttentionPruner
     from .scoring import score_attention
     from .target import energy_curves
+    from .timetable import LatencyTable
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionSpec",
     "AttentionView",
     "Calibration",
+    "LatencyTable",
     "LayerPlan",
     "ParamMap",
     "Plan",
@@ -65,6 +67,7 @@ __all__ = [
     "export_stock",
     "find_attention",
     "hidden_loss",
+    "latency",
     "load_pruned",
     "make_plan",
     "masked",
@@ -87,6 +90,7 @@ _LATER = {  # loaded when asked for
     "capture": "distillation",
     "distillation_loss": "distillation",
     "energy_curves": "target",
+    "LatencyTable": "timetable",
     "export_onnx": "export",
     "export_stock": "io",
     "hidden_loss": "distillation",
@@ -96,6 +100,7 @@ _LATER = {  # loaded when asked for
     "teacher_loss": "distillation",
 }
 _MODULES = {
+    "budgets", "latency", "timetable",
     "blocks", "calibration", "closed_form", "distillation", "export", "integrations", "io", "moments", "planning",
     "plots", "pruner", "scoring", "target",
 }  # fmt: skip

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -67,7 +67,7 @@ def unmatched(spec: AttentionSpec) -> OptionError:
     return OptionError(f"{spec.name}: match_dims", "as many qk as vo channels in every head", spec.describe(), remedy)
 
 
-class _Move(NamedTuple):
+class Move(NamedTuple):
     cost: float
     heads: tuple[int, ...]
     """Heads that lose channels, or go whole."""
@@ -83,10 +83,12 @@ _SOURCES: Mapping[str, tuple[Kind, ...]] = {"qk": ("qk",), "vo": ("vo",), "pair"
 """By name of a source, whose channels its moves take."""
 
 
-class _Layer:
+class Layer:
     """One attention while the greedy loop takes units away."""
 
-    def __init__(self, spec: AttentionSpec, scores: Scores, rules: Rules) -> None:
+    def __init__(
+        self, spec: AttentionSpec, scores: Scores, rules: Rules, prices: Mapping[Kind, int] | None = None
+    ) -> None:
         if rules.match_dims and spec.qk_dims != spec.vo_dims:
             raise unmatched(spec)
         self.spec, self.rules = spec, rules
@@ -101,6 +103,8 @@ class _Layer:
         self.gone: dict[Kind, list[int]] = {kind: [0] * spec.heads for kind in KINDS}
         self.per_weight = rules.granularity == "joint" or rules.split == "auto"
         """Whether costs are compared per weight, as moves of different kinds compete."""
+        self.prices = prices or {kind: spec.per_channel(kind) for kind in KINDS}
+        """What a channel frees: weights, or in a budget of something else that."""
 
     def sources(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names of the places from which moves come; each offers one move at a time."""
@@ -115,7 +119,7 @@ class _Layer:
             found.append(("head", tuple(self.alive)))
         return found
 
-    def offer(self, source: tuple[str, tuple[int, ...]]) -> _Move | None:
+    def offer(self, source: tuple[str, tuple[int, ...]]) -> Move | None:
         """The next move of a source, or None at its floor."""
         name, heads = source
         return self._drop(heads) if name == "head" else self._thin(_SOURCES[name], heads)
@@ -123,7 +127,7 @@ class _Layer:
     def left(self, kind: Kind, head: int) -> int:
         return self.spec.dims(kind)[head] - self.gone[kind][head]
 
-    def _thin(self, kinds: tuple[Kind, ...], heads: tuple[int, ...]) -> _Move | None:
+    def _thin(self, kinds: tuple[Kind, ...], heads: tuple[int, ...]) -> Move | None:
         """Removes the cheapest channels of these heads, down to the next multiple of ``round_to``."""
         step, floor = self.rules.round_to, self.rules.min_channels
         counts = {self.left(kind, head) for kind in kinds for head in heads}
@@ -141,10 +145,10 @@ class _Layer:
         channels = count - target
         parts = ((self.values[kind][h], self.gone[kind][h]) for kind in kinds for h in heads)
         cost = fsum(fsum(values[gone : gone + channels]) for values, gone in parts)
-        freed = {kind: channels * len(heads) * self.spec.per_channel(kind) for kind in kinds}
-        return _Move(self._price(cost, freed, channels), heads, kinds, channels, freed)
+        freed = {kind: channels * len(heads) * self.prices[kind] for kind in kinds}
+        return Move(self._price(cost, freed, channels), heads, kinds, channels, freed)
 
-    def _drop(self, heads: tuple[int, ...]) -> _Move | None:
+    def _drop(self, heads: tuple[int, ...]) -> Move | None:
         """Removes a whole head; with head granularity the cheapest ones, down to the next multiple of ``round_to``."""
         count, joint = len(self.alive), self.rules.granularity == "joint"
         step = 1 if joint else self.rules.round_to
@@ -156,15 +160,13 @@ class _Layer:
         else:
             heads = tuple(sorted(heads, key=lambda h: (self.head_scores[h], h))[: count - target])
             cost = fsum(self.head_scores[h] for h in heads)
-        freed: dict[Kind, int] = {
-            kind: sum(self.left(kind, h) for h in heads) * self.spec.per_channel(kind) for kind in KINDS
-        }
-        return _Move(self._price(cost, freed, len(heads)), heads, (), 0, freed)
+        freed: dict[Kind, int] = {kind: sum(self.left(kind, h) for h in heads) * self.prices[kind] for kind in KINDS}
+        return Move(self._price(cost, freed, len(heads)), heads, (), 0, freed)
 
     def _price(self, cost: float, freed: Mapping[Kind, int], units: int) -> float:
-        return cost / sum(freed.values()) if self.per_weight else cost / units
+        return cost / max(sum(freed.values()), 1) if self.per_weight else cost / units
 
-    def make(self, move: _Move) -> None:
+    def make(self, move: Move) -> None:
         if not move.kinds:
             self.alive = [h for h in self.alive if h not in move.heads]
         for kind in move.kinds:
@@ -194,7 +196,7 @@ class _Budget:
             self.total[self.key[kind]] += weights
             self.target[self.key[kind]] += weights * wanted[kind]
 
-    def fits(self, move: _Move, nearest: bool) -> bool:
+    def fits(self, move: Move, nearest: bool) -> bool:
         """Whether what is freed stays within what was asked; with ``nearest``, or comes nearer to it."""
         share = 0.5 if nearest else 1.0
         cost: dict[str, int] = {}
@@ -205,14 +207,22 @@ class _Budget:
             for key, weights in cost.items()
         )
 
-    def spend(self, move: _Move) -> None:
+    def spend(self, move: Move) -> None:
         for kind, weights in move.frees.items():
             self.freed[self.key[kind]] += weights
 
 
-def _greedy(layers: Sequence[_Layer], budget: _Budget) -> None:
+class Spending(Protocol):
+    """Decides which moves may still be made."""
+
+    def fits(self, move: Move, nearest: bool) -> bool: ...
+
+    def spend(self, move: Move) -> None: ...
+
+
+def greedy(layers: Sequence[Layer], budget: Spending) -> None:
     """Makes the cheapest move that fits, until none fits. ``born`` marks offers that a later move has outdated."""
-    heap: list[tuple[float, int, int, int, str, _Move]] = []
+    heap: list[tuple[float, int, int, int, str, Move]] = []
     born = [0] * len(layers)
 
     def push(i: int, sources: Iterable[tuple[str, tuple[int, ...]]]) -> None:
@@ -238,7 +248,8 @@ def _greedy(layers: Sequence[_Layer], budget: _Budget) -> None:
             push(i, layers[i].sources())
 
 
-def _groups(specs: Sequence[AttentionSpec], scope: Scope) -> Iterator[list[int]]:
+def groups_of(specs: Sequence[AttentionSpec], scope: Scope) -> Iterator[list[int]]:
+    """Numbers of the layers that share a budget: every layer its own, or all together."""
     yield from ([i] for i in range(len(specs))) if scope == "local" else [list(range(len(specs)))]
 
 
@@ -246,10 +257,10 @@ def check_request(specs: Sequence[AttentionSpec], ratios: Ratios, rules: Rules) 
     """Raises where ratios, rules and modules contradict one another, before any data are read."""
     _check_ratios(ratios, rules)
     if rules.granularity != "joint":  # what can be reached does not depend on the scores
-        allocate(specs, {spec.name: _no_scores(spec) for spec in specs}, ratios, rules)
+        allocate(specs, {spec.name: no_scores(spec) for spec in specs}, ratios, rules)
 
 
-def _no_scores(spec: AttentionSpec) -> Scores:
+def no_scores(spec: AttentionSpec) -> Scores:
     qk, vo = (torch.zeros(spec.heads, dim) for dim in (spec.qk_dim, spec.vo_dim))
     return Scores(qk, vo, torch.zeros(spec.heads))
 
@@ -304,22 +315,13 @@ def allocate(
     """
     rules = rules or Rules()
     _check_ratios(ratios, rules)
-    if not isinstance(scores, Mapping):
-        raise ScorerError("scores", "a mapping from name to Scores", f"a {type(scores).__name__}", "return a dict")
     wanted: dict[Kind, float] = {"qk": ratios.qk, "vo": ratios.vo}
-    missing = [spec.name for spec in specs if spec.name not in scores]
-    if missing:
-        raise ScorerError(missing[0], "scores for every attention module", "none", "return one Scores for each view")
-    for spec in specs:
-        if not isinstance(scores[spec.name], Scores):
-            found = f"a {type(scores[spec.name]).__name__}"
-            raise ScorerError(f"{spec.name}: scores", "attnprune.Scores", found, "wrap qk, vo and head in Scores")
-        scores[spec.name].check(spec)
-    layers = [_Layer(spec, scores[spec.name], rules) for spec in specs]
-    for group in _groups(specs, rules.scope):
+    check_scores(specs, scores)
+    layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
+    for group in groups_of(specs, rules.scope):
         members = [layers[i] for i in group]
         budget = _Budget([layer.spec for layer in members], wanted, rules.split == "auto" or rules.match_dims)
-        _greedy(members, budget)
+        greedy(members, budget)
         _check_reached(members, budget, rules)
     asked = Asked(
         ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, round_to=rules.round_to,
@@ -328,7 +330,21 @@ def allocate(
     return Plan(tuple(layer.plan() for layer in layers), asked)
 
 
-def _unit(layer: _Layer, kind: Kind) -> int:
+def check_scores(specs: Sequence[AttentionSpec], scores: Mapping[str, Scores]) -> None:
+    """Raises ScorerError unless there are scores of the right shape for every spec."""
+    if not isinstance(scores, Mapping):
+        raise ScorerError("scores", "a mapping from name to Scores", f"a {type(scores).__name__}", "return a dict")
+    missing = [spec.name for spec in specs if spec.name not in scores]
+    if missing:
+        raise ScorerError(missing[0], "scores for every attention module", "none", "return one Scores for each view")
+    for spec in specs:
+        if not isinstance(scores[spec.name], Scores):
+            found = f"a {type(scores[spec.name]).__name__}"
+            raise ScorerError(f"{spec.name}: scores", "attnprune.Scores", found, "wrap qk, vo and head in Scores")
+        scores[spec.name].check(spec)
+
+
+def _unit(layer: Layer, kind: Kind) -> int:
     """Weights in one unit, were there no floors."""
     spec, rules = layer.spec, layer.rules
     dim = max(spec.dims(kind))
@@ -338,7 +354,7 @@ def _unit(layer: _Layer, kind: Kind) -> int:
     return min(rules.round_to, dim) * heads * spec.per_channel(kind)
 
 
-def _check_reached(layers: Sequence[_Layer], budget: _Budget, rules: Rules) -> None:
+def _check_reached(layers: Sequence[Layer], budget: _Budget, rules: Rules) -> None:
     """Raises if floors, not rounding, kept the budget from being reached."""
     for key, target in budget.target.items():
         kinds = [kind for kind in KINDS if budget.key[kind] == key]

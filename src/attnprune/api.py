@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
+from warnings import warn
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -13,10 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from .adapters import find_views
 from .adapters.registry import all_views, plain
 from .allocate import Granularity, Heads, Rules, Scope, Split
-from .errors import OptionError
+from .counting import count_macs, count_parameters
+from .errors import AttnPruneWarning, OptionError
 from .plan import Plan
 from .ratios import Ratios, RatiosLike
-from .report import Report, count_macs, count_parameters
+from .report import Measured, Report
 from .rounding import auto_rounding, check_rounding
 from .scorers import LossFn, Scorer
 from .spec import AttentionSpec
@@ -26,6 +28,7 @@ from .views import AttentionView
 if TYPE_CHECKING:
     from .moments import Calibration
     from .planning import Basis, Compensate
+    from .timetable import LatencyTable
 
 
 def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
@@ -54,6 +57,10 @@ def make_plan(
     split: Split = "fixed",
     sequential: bool = False,
     target_error: float | None = None,
+    target_latency: float | None = None,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    latency: LatencyTable | None = None,
     data: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
     loss_fn: LossFn | None = None,
@@ -74,6 +81,7 @@ def make_plan(
     >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
+    from .asking import check_table, check_ways, costs_for
     from .moments import Calibration  # what only planning needs is loaded when there is something to plan
     from .planning import Method, decide
     from .target import check_target
@@ -81,10 +89,13 @@ def make_plan(
     check_rounding(round_to)
     step = 1 if round_to == "auto" else round_to
     rules = Rules(granularity, scope, heads, split, step, min_heads, min_channels, match_dims)
-    if target_error is not None:
-        target_error, ratios = check_target(target_error, qkvo_ratios, rules), None
-    else:
-        ratios = Ratios.parse(qkvo_ratios)  # type: ignore[arg-type]
+    budget = check_ways(
+        qkvo_ratios=qkvo_ratios, target_error=target_error, target_latency=target_latency, target_macs=target_macs,
+        target_params=target_params,
+    )  # fmt: skip
+    check_table(latency)
+    target_error = None if target_error is None else check_target(target_error, rules)
+    ratios = None if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
     if calibration is not None and not isinstance(calibration, Calibration):
         found = f"a {type(calibration).__name__}"
         raise OptionError("calibration", "an attnprune.Calibration", found, "pass what attnprune.calibrate gave")
@@ -97,9 +108,13 @@ def make_plan(
     check_views(model, views)
     if round_to == "auto":
         rules = replace(rules, round_to=auto_rounding(views, granularity))
+    costs = None
+    if budget is not None:
+        rules = replace(rules, split="auto")
+        costs, rules = costs_for(budget, model, views, example_inputs, latency, rules, progress)
     plan = decide(
-        model, views, ratios, rules, method, scorer=scorer, data=data, calibration=calibration, loss_fn=loss_fn,
-        target_error=target_error, seed=seed, progress=progress,
+        model, views, ratios, rules, method, costs=costs, scorer=scorer, data=data, calibration=calibration,
+        loss_fn=loss_fn, target_error=target_error, seed=seed, progress=progress,
     )  # fmt: skip
     check_expressible(views, plan)
     return plan
@@ -112,6 +127,7 @@ def apply_plan(
     example_inputs: Any = None,
     optimizer: Any = None,
     averages: Iterable[nn.Module] = (),
+    measure: bool = False,
 ) -> Report:
     """Applies a plan in place: everything that it says, or nothing.
 
@@ -123,6 +139,8 @@ def apply_plan(
             as it was.
         averages: moving averages of the model (``torch.optim.swa_utils.AveragedModel``, or plain copies), changed by
             the same plan.
+        measure: whether to time forward passes over ``example_inputs``, the model before and after in turns, for the
+            report. An :class:`attnprune.errors.AttnPruneWarning` says why a plan may have made it slower.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
@@ -134,6 +152,8 @@ def apply_plan(
     >>> apply_plan(model, make_plan(model, 0.5)).achieved["v"]
     0.5
     """
+    if measure and example_inputs is None:
+        raise OptionError("measure", "example_inputs to run", "none", "pass example_inputs=")
     model = plain(model)
     views = all_views(model, _names(plan))
     surgeon = Surgeon.prepare(model, views, plan)
@@ -144,9 +164,23 @@ def apply_plan(
     notes = _notes(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
+    latency = _latency(model, surgeon, plan, example_inputs) if measure else None
     commit_all([*steps, *patches])
     counts = None if macs is None else (macs, count_macs(model, example_inputs))
-    return Report(plan, (before, count_parameters(model)), counts, notes)
+    return Report(plan, (before, count_parameters(model)), counts, notes, latency)
+
+
+def _latency(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any) -> Measured:
+    """Measured latency, and a warning where it rose."""
+    from .latency import measure_plan, slower_because
+
+    found = Measured(*measure_plan(model, surgeon, example_inputs))
+    if found.ratio > 1 and not plan.empty:
+        why = "; ".join(slower_because(plan, found.seconds[0]))
+        warn(
+            f"The pruned model takes {found.ratio:.3f} of the dense one's time: {why}.", AttnPruneWarning, stacklevel=3
+        )
+    return found
 
 
 def _averaged(model: nn.Module) -> nn.Module:
@@ -175,6 +209,10 @@ def prune_attention(
     split: Split = "fixed",
     sequential: bool = False,
     target_error: float | None = None,
+    target_latency: float | None = None,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    latency: LatencyTable | None = None,
     data: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
     loss_fn: LossFn | None = None,
@@ -185,6 +223,7 @@ def prune_attention(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     example_inputs: Any = None,
+    measure: bool | Literal["auto"] = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
@@ -212,6 +251,12 @@ def prune_attention(
             forward pass over the data per layer.
         target_error: in place of ``qkvo_ratios``: the share of the energy of logits (qk) and outputs (vo) that every
             layer (with ragged heads every head) may lose, in (0, 1).
+        target_latency: in place of ``qkvo_ratios``: the forward pass over ``example_inputs`` is to take this share of
+            what it takes now, in (0, 1); what each shape takes is measured first, or given (see :doc:`latency`).
+        target_macs: in place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``.
+        target_params: in place of ``qkvo_ratios``: the share of the whole model's parameters. Of these budgets the plan
+            of least loss is taken; they set ``split="auto"``.
+        latency: what :func:`attnprune.latency.measure` gave, for ``target_latency``.
         data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
             tensor is called ``model(x)``. Labels are needed only by scorers that take the gradient of a loss.
         calibration: what :func:`attnprune.calibrate` gave for this model, in place of its pass over ``data``.
@@ -225,7 +270,10 @@ def prune_attention(
         min_channels: qk and vo channels that every head keeps at least.
         include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
         exclude: glob patterns of names to leave alone.
-        example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds.
+        example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds. Budgets of latency and
+            multiply-adds need it.
+        measure: whether the report has latency, measured in turns before and after; ``"auto"``: with
+            ``target_latency`` and ``example_inputs``.
         seed: for ``scorer="random"`` and projections of the output.
         progress: whether to show a progress bar over ``data``.
 
@@ -243,11 +291,14 @@ def prune_attention(
     """
     plan = make_plan(
         model, qkvo_ratios, granularity=granularity, scope=scope, heads=heads, scorer=scorer, basis=basis,
-        compensate=compensate, split=split, sequential=sequential, target_error=target_error, data=data,
+        compensate=compensate, split=split, sequential=sequential, target_error=target_error,
+        target_latency=target_latency, target_macs=target_macs, target_params=target_params, latency=latency, data=data,
         calibration=calibration, loss_fn=loss_fn, round_to=round_to, match_dims=match_dims, min_heads=min_heads,
-        min_channels=min_channels, include=include, exclude=exclude, seed=seed, progress=progress,
+        min_channels=min_channels, include=include, exclude=exclude, example_inputs=example_inputs, seed=seed,
+        progress=progress,
     )  # fmt: skip
-    return apply_plan(model, plan, example_inputs=example_inputs)
+    timed = target_latency is not None and example_inputs is not None if measure == "auto" else measure
+    return apply_plan(model, plan, example_inputs=example_inputs, measure=timed)
 
 
 def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "ExportError",
+    "LatencyError",
     "MetaTensorError",
     "NoAttentionError",
     "NonFiniteError",
@@ -48,6 +49,10 @@ class AttnPruneError(Exception):
     def __str__(self) -> str:
         remedy = self.remedy[:1].upper() + self.remedy[1:].rstrip(".")
         return f"{self.where}: expected {self.expected}, found {self.found}. {remedy}."
+
+
+class AttnPruneWarning(UserWarning):
+    """What works, but not as it was meant: a plan that makes a model slower, a cache file that is malformed."""
 
 
 class OptionError(AttnPruneError, ValueError):
@@ -100,6 +105,10 @@ class CheckpointError(AttnPruneError, ValueError):
 
 class ExportError(AttnPruneError, RuntimeError):
     """A model cannot be written in another format, or runs there otherwise."""
+
+
+class LatencyError(AttnPruneError, ValueError):
+    """A latency table is malformed, or of another model, or of other shapes than a plan needs."""
 
 
 class CalibrationError(AttnPruneError, ValueError):

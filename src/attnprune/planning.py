@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .allocate import Rules, allocate, check_request
+from .budgets import Costs, allocate_budget, check_budget
 from .calibration import check_calibration, moments_of
 from .closed_form import Turn, turn, white_moments, with_fold
 from .errors import OptionError
@@ -79,6 +80,7 @@ def decide(
     calibration: Calibration | None,
     loss_fn: LossFn | None,
     target_error: float | None,
+    costs: Costs | None,
     seed: int,
     progress: bool,
 ) -> Plan:
@@ -86,15 +88,20 @@ def decide(
     specs = [view.spec for view in views]
     if ratios is not None and (data is not None or calibration is not None):
         check_request(specs, ratios, rules)
+    if costs is not None:
+        check_budget(specs, costs, rules)
     data, moments, turns = _turns(
         model, views, method, data, calibration, loss_fn, progress, needed=target_error is not None
     )
     if target_error is not None:
         plan = allocate_error(specs, turns, target_error, rules)
     else:
-        assert ratios is not None
         chosen, scores = _scores(model, views, turns, method, rules, scorer, data, loss_fn, seed, progress)
-        plan = allocate(specs, scores, ratios, rules, chosen)
+        if costs is not None:
+            plan = allocate_budget(specs, scores, costs, rules, chosen)
+        else:
+            assert ratios is not None
+            plan = allocate(specs, scores, ratios, rules, chosen)
     assert plan.asked is not None
     basis, compensate = "rotated" if method.rotated else "channels", "yes" if method.refit else "no"
     plan = replace(plan, asked=replace(plan.asked, basis=basis, compensate=compensate))

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters.registry import find_views, plain
+from .allocate import Rules
 from .api import apply_plan, make_plan
+from .asking import check_table, check_ways, cost_now, table_for
+from .counting import count_parameters
 from .errors import DataError, OptionError, PlanMismatchError
 from .plan import LayerPlan, Plan
-from .ratios import Ratios, RatiosLike
-from .report import Report, count_parameters
+from .ratios import RESOURCES, Ratios, RatiosLike
+from .report import Report
 from .rounding import auto_rounding
 from .scorers import Fisher, Scorer, Taylor
 from .scorers.gradient import GradientScorer
 from .scores import Scores
 from .spec import KIND_OF, PROJECTIONS, AttentionSpec, Projection
+from .timetable import LatencyTable
 from .views import AttentionView
 
 Schedule = str | Callable[[float], float]
@@ -31,6 +36,8 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
 }
 """By name: the share removed when the fraction t of all steps is done, for a final share."""
 _OPTIONS = frozenset(inspect.signature(make_plan).parameters) - {"model", "qkvo_ratios", "target_error", "calibration"}
+_MOST = 1 - 1e-9
+_TARGETS = tuple(f"target_{resource}" for resource in RESOURCES)
 
 
 class AttentionPruner:
@@ -57,7 +64,9 @@ class AttentionPruner:
     Args:
         model: any module with attention of a known family, pruned in place.
         qkvo_ratios: the fraction of each projection's weights that is gone in the end, as in
-            :func:`attnprune.prune_attention`.
+            :func:`attnprune.prune_attention`. In its place ``target_latency``, ``target_macs`` or ``target_params``:
+            the share of what the whole model cost in the beginning that is left. Latency is measured once, when
+            the pruner is made, unless ``latency`` gives a table.
         schedule: ``"geometric"`` removes the same fraction of what is left every time (the paper's rounds),
             ``"linear"`` the same number of weights, ``"cubic"`` most of them early (Zhu and Gupta 2017,
             arXiv 1710.01878), ``"one-shot"`` all at the first step; or a function from the fraction of steps done,
@@ -74,7 +83,7 @@ class AttentionPruner:
     def __init__(
         self,
         model: nn.Module,
-        qkvo_ratios: RatiosLike,
+        qkvo_ratios: RatiosLike | None = None,
         *,
         schedule: Schedule = "geometric",
         steps: int = 10,
@@ -89,7 +98,10 @@ class AttentionPruner:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError("steps", "a whole number of at least 1", repr(steps), "use 1 for one-shot pruning")
         self.model = plain(model)
-        self.ratios, self.schedule, self.options = Ratios.parse(qkvo_ratios), schedule, options
+        targets = {name: options.pop(name, None) for name in _TARGETS}
+        self.budget = check_ways(qkvo_ratios=qkvo_ratios, target_error=None, **targets)
+        self.ratios = Ratios() if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
+        self.schedule, self.options = schedule, options
         self.steps = 1 if schedule == "one-shot" else steps
         self.steps_done = 0
         views = self._views()
@@ -98,11 +110,15 @@ class AttentionPruner:
         self._before = count_parameters(self.model)
         self._seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._observations = 0
+        self._cost = 0.0
         if options.get("round_to") == "auto":  # what is left later would be rounded finer
             options["round_to"] = auto_rounding(views, options.get("granularity", "channel"))
-        self._due(1)  # a schedule that gives nonsense says so now
-        make_plan(self.model, 0.0, **{**options, "data": None, "scorer": "random", "compensate": "auto",
-                                      "sequential": False})  # fmt: skip
+        self._gone(0.0, 1)  # a schedule that gives nonsense says so now
+        if self.budget is not None:
+            self._cost = self._measure_cost(views)
+        asked = {"qkvo_ratios": 0.0} if self.budget is None else {f"target_{self.budget.resource}": self.budget.share}
+        blank = {"data": None, "scorer": "random", "compensate": "auto", "sequential": False}
+        make_plan(self.model, **{**options, **blank, **asked})
 
     def _views(self) -> list[AttentionView]:
         return find_views(self.model, self.options.get("include"), self.options.get("exclude"))
@@ -209,36 +225,66 @@ class AttentionPruner:
         """
         if self.done:
             raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
-        due = self._due(self.steps_done + 1)
+        due = self._due(self.steps_done + 1) if self.budget is None else self._share_due(self.steps_done + 1)
         options = dict(self.options)
         if self._observations:
             options["scorer"] = _Observed(self._observer(), self._seen, self._observations)
         elif options.get("data") is None and options.get("scorer") in ("fisher", "taylor"):
             remedy = "call observe() after loss.backward(), or give data"
             raise DataError("step", "gradients to score by", "none", remedy)
-        plan = make_plan(self.model, due, **options)
+        plan = make_plan(self.model, **{**options, **due})
         report = apply_plan(self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs)
         self._plan = self._plan.then(plan) if self.steps_done else plan
         self.steps_done += 1
+        if self.budget is not None and self._plan.asked is not None and self._plan.asked.budget is not None:
+            asked = replace(self._plan.asked.budget, share=self._left(self.steps_done))  # of the beginning
+            self._plan = replace(self._plan, asked=replace(self._plan.asked, budget=asked))
         self._seen, self._observations = {}, 0
         return report
 
-    def _due(self, number: int) -> Ratios:
-        """What step ``number`` is to remove of what is left."""
+    def _gone(self, share: float, number: int) -> float:
+        """Of a final share that goes, what is gone after step ``number``."""
         t = number / self.steps
+        if not callable(self.schedule):
+            return SCHEDULES[self.schedule](share, t)
+        fraction = self.schedule(t)
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            raise OptionError("schedule", "a function that gives numbers in [0, 1]", repr(fraction), "check it")
+        return share * fraction
+
+    def _due(self, number: int) -> dict[str, Ratios]:
+        """What step ``number`` is to remove of what is left."""
         now = tuple(view.spec for view in self._views())
-        found: dict[Projection, float] = {}
-        for p in PROJECTIONS:
-            share = self.ratios.of(p)
-            if callable(self.schedule):
-                fraction = self.schedule(t)
-                if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-                    raise OptionError("schedule", "a function that gives numbers in [0, 1]", repr(fraction), "check it")
-                gone = share * fraction
-            else:
-                gone = SCHEDULES[self.schedule](share, t)
-            found[p] = gone
-        return _of_what_is_left(found, self._dense, now, self._together)
+        found = {p: self._gone(self.ratios.of(p), number) for p in PROJECTIONS}
+        return {"qkvo_ratios": _of_what_is_left(found, self._dense, now, self._together)}
+
+    def _left(self, number: int) -> float:
+        """What is left after step ``number`` of what the model cost in the beginning."""
+        assert self.budget is not None
+        return min(1 - self._gone(1 - self.budget.share, number), _MOST)
+
+    def _share_due(self, number: int) -> dict[str, float]:
+        """The budget of step ``number``, as a share of what the model costs now."""
+        assert self.budget is not None
+        now = cost_now(self.budget, self.model, self._views(), self.options.get("example_inputs"), self._table)
+        return {f"target_{self.budget.resource}": min(self._left(number) * self._cost / now, _MOST)}
+
+    @property
+    def _table(self) -> LatencyTable | None:
+        table: LatencyTable | None = self.options.get("latency")
+        return table
+
+    def _measure_cost(self, views: Sequence[AttentionView]) -> float:
+        """What the model costs in the beginning; measures latency unless a table was given."""
+        assert self.budget is not None
+        inputs, options = self.options.get("example_inputs"), self.options
+        if self.budget.resource == "macs" and inputs is None:
+            raise OptionError("target_macs", "example_inputs to count with", "none", "pass example_inputs=")
+        check_table(self._table)
+        if self.budget.resource == "latency" and self._table is None:
+            rules = Rules(options.get("granularity", "channel"), round_to=options.get("round_to", 1))
+            options["latency"] = table_for(self.model, views, inputs, rules, options.get("progress", True))
+        return cost_now(self.budget, self.model, views, inputs, self._table)
 
     # checkpoints
 
@@ -250,6 +296,9 @@ class AttentionPruner:
             "steps": self.steps,
             "steps_done": self.steps_done,
             "ratios": {p: self.ratios.of(p) for p in PROJECTIONS},
+            "budget": None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share},
+            "cost": self._cost,
+            "latency": None if self._table is None else self._table.to_json(),
             "plan": bare.to_json(),
             "parameters": self._before,
             "observations": self._observations,
@@ -269,7 +318,8 @@ class AttentionPruner:
         if not isinstance(state, Mapping) or state.get("version") != 1:
             raise OptionError("state", "a mapping that state_dict gave", repr(state)[:60], "save pruner.state_dict()")
         mine = {"steps": self.steps, "ratios": {p: self.ratios.of(p) for p in PROJECTIONS}}
-        theirs = {key: state[key] for key in mine}
+        mine["budget"] = None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share}
+        theirs = {key: state[key] for key in ("steps", "ratios")} | {"budget": state.get("budget")}
         if mine != theirs:
             raise OptionError("state", str(mine), str(theirs), "make the pruner with the options that it had")
         plan = Plan.from_json(state["plan"])
@@ -283,6 +333,10 @@ class AttentionPruner:
                 )  # fmt: skip
             apply_plan(self.model, plan)
         self._plan, self._dense = plan, plan.specs
+        if self.budget is not None:
+            self._cost = float(state["cost"])
+            if state["latency"] is not None:
+                self.options["latency"] = LatencyTable.from_json(state["latency"])
         self._before = int(state["parameters"])
         self.steps_done, self._observations = int(state["steps_done"]), int(state["observations"])
         self._seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}

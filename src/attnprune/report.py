@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from .nn import execution
 from .plan import LayerPlan, Plan
+from .ratios import Budget
 from .spec import PROJECTIONS, Projection
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Latency of a model before and after a plan, measured in turns."""
+
+    ratio: float
+    """Median of the pairs' ratios, after over before."""
+    seconds: tuple[float, float]
+    """Medians, before and after."""
+    pairs: int
+    """How many pairs of forward passes were timed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Report:
     """Multiply-adds of one forward pass over ``example_inputs``, before and after; None where none were given."""
     notes: tuple[str, ...] = ()
     """What the user should know about how it was done."""
+    latency: Measured | None = None
+    """Latency after over before, measured; None where it was not."""
 
     @property
     def asked(self) -> dict[Projection, float] | None:
@@ -73,6 +81,7 @@ class Report:
             "attention_parameters": list(self.attention_parameters),
             "model_parameters": list(self.model_parameters),
             "macs": None if self.macs is None else list(self.macs),
+            "latency": self._latency(),
             "notes": list(self.notes),
             "plan": self.plan.digest,
             "layers": [
@@ -100,6 +109,19 @@ class Report:
 
         return plots.kept(self.plan, path=path)
 
+    @property
+    def _promised(self) -> Budget | None:
+        return None if self.plan.asked is None else self.plan.asked.budget
+
+    def _latency(self) -> dict[str, Any] | None:
+        budget, found = self._promised, self.latency
+        promised = budget.promised if budget is not None and budget.resource == "latency" else None
+        if promised is None and found is None:
+            return None
+        measured = None if found is None else found.ratio
+        seconds = None if found is None else list(found.seconds)
+        return {"promised": promised, "measured": measured, "seconds": seconds}
+
     def _rows(self) -> list[list[str]]:
         rows = [["attention", "heads", "qk", "vo", *PROJECTIONS]]
         for layer in self.layers:
@@ -113,7 +135,7 @@ class Report:
             ])  # fmt: skip
         rows.append(["achieved", "", "", "", *(f"-{share:.1%}" for share in self.achieved.values())])
         asked = self.plan.asked
-        if asked is not None:
+        if asked is not None and asked.budget is None:
             rows.append(["asked", "", "", "", *(f"-{asked.ratios.of(p):.1%}" for p in PROJECTIONS)])
         return rows
 
@@ -122,6 +144,14 @@ class Report:
         if self.macs is not None:
             totals["multiply-adds"] = self.macs
         lines = [f"{name}: {a:,} -> {b:,} (x {b / a if a else 1:.3f})" for name, (a, b) in totals.items()]
+        if self.latency is not None:
+            a, b = (seconds * 1000 for seconds in self.latency.seconds)
+            lines.append(f"latency, measured: {a:,.1f} ms -> {b:,.1f} ms (x {self.latency.ratio:.3f})")
+        budget = self._promised
+        if budget is not None:
+            verb = "predicted" if budget.resource == "latency" else "counted"
+            got = "" if budget.promised is None else f", {verb} x {budget.promised:.3f}"
+            lines.append(f"budget: {_RESOURCES[budget.resource]} x {budget.share:.3f}{got}")
         asked = self.plan.asked
         if asked is not None:
             how = [asked.granularity, asked.scope, f"{asked.heads} heads", asked.scorer, f"{asked.split} split"]
@@ -142,8 +172,7 @@ class Report:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        tail = 2 if self.plan.asked is None else 3
-        cut = len(lines) - (tail - 1)
+        cut = 1 + len(self.layers)
         return "\n".join([lines[0], rule, *lines[1:cut], rule, *lines[cut:], *self._totals()])
 
     def _repr_html_(self) -> str:
@@ -156,57 +185,12 @@ class Report:
         return f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table><p>{totals}</p>"
 
 
+_RESOURCES = {"latency": "latency", "macs": "multiply-adds", "params": "model parameters"}
+
+
 def _dims(dims: tuple[int, ...]) -> str:
     return str(dims[0]) if len(set(dims)) == 1 else f"{min(dims)}..{max(dims)}"
 
 
 def _arrow(before: str, after: str) -> str:
     return before if before == after else f"{before} -> {after}"
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-adds of one forward pass, half of what ``torch.utils.flop_counter`` counts.
-
-    Zeros that a decoupled forward pads heads with for a kernel's sake are not counted.
-
-    Args:
-        model: any module; run in evaluation mode without gradients, and left as found.
-        example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    counter = FlopCounterMode(display=False)
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), _countable(), counter:
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, (tuple, list)):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return int(counter.get_total_flops()) // 2
-
-
-@contextmanager
-def _countable() -> Iterator[None]:
-    """Plain matrix products instead of fused kernels, which the counter does not know on every device; no padding."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        kernel = torch.nn.attention
-        with (
-            execution("separate"),
-            kernel.sdpa_kernel(kernel.SDPBackend.MATH) if hasattr(kernel, "sdpa_kernel") else nullcontext(),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -70,19 +70,17 @@ def energy_curves(
     return found
 
 
-def check_target(target_error: object, ratios: object, rules: Rules) -> float:
+def check_target(target_error: object, rules: Rules) -> float:
     """The target as a number.
 
     Raises:
-        OptionError: not in (0, 1), ratios were given too, or whole heads are to go.
+        OptionError: not in (0, 1), or whole heads are to go.
     """
     number = isinstance(target_error, (int, float)) and not isinstance(target_error, bool)
     if not number or not 0 < target_error < 1:  # type: ignore[operator]
         raise OptionError(
             "target_error", "a number in (0, 1): the share of energy that may be lost", repr(target_error), "try 0.01"
         )
-    if ratios is not None:
-        raise OptionError("target_error", "no qkvo_ratios beside it", repr(ratios), "give one of the two")
     if rules.granularity != "channel":
         raise OptionError(
             "target_error", 'granularity="channel"', f'granularity="{rules.granularity}"', "heads have no rank to lose"
