@@ -34,7 +34,7 @@ LAYERS = (
     ("knapsack", "latency"),
     ("target", "budgets"),
     ("planning", "asking"),
-    ("report", "io", "scoring", "export"),
+    ("report", "checkpoint", "scoring", "export"),
     ("api",),
     ("pruner", "by_hand"),
     ("integrations",),
@@ -43,7 +43,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
 
-WHEN_CALLED = {"plots": {"matplotlib"}, "io": {"transformers"}}
+WHEN_CALLED = {"plots": {"matplotlib"}, "checkpoint": {"transformers"}}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

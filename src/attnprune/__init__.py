@@ -27,9 +27,11 @@ from .views import AttentionView, Slot
 if TYPE_CHECKING:
     from . import latency, plots
     from .calibration import calibrate
+    from .checkpoint.load import from_pretrained, load_pruned
+    from .checkpoint.save import save_pruned
+    from .checkpoint.stock import export_stock
     from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .export import export_onnx
-    from .io import export_stock, load_pruned, save_pruned
     from .moments import Calibration
     from .pruner import AttentionPruner
     from .scoring import score_attention
@@ -66,6 +68,7 @@ __all__ = [
     "export_onnx",
     "export_stock",
     "find_attention",
+    "from_pretrained",
     "hidden_loss",
     "latency",
     "load_pruned",
@@ -92,16 +95,17 @@ _LATER = {  # loaded when asked for
     "energy_curves": "target",
     "LatencyTable": "timetable",
     "export_onnx": "export",
-    "export_stock": "io",
+    "export_stock": "checkpoint.stock",
+    "from_pretrained": "checkpoint.load",
     "hidden_loss": "distillation",
-    "load_pruned": "io",
-    "save_pruned": "io",
+    "load_pruned": "checkpoint.load",
+    "save_pruned": "checkpoint.save",
     "score_attention": "scoring",
     "teacher_loss": "distillation",
 }
 _MODULES = {
     "budgets", "latency", "timetable",
-    "blocks", "calibration", "closed_form", "distillation", "export", "integrations", "io", "moments", "planning",
+    "blocks", "calibration", "checkpoint", "closed_form", "distillation", "export", "integrations", "moments", "planning",
     "plots", "pruner", "scoring", "target",
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from .adapters import find_views
 from .adapters.registry import all_views, plain
 from .allocate import Granularity, Heads, Rules, Scope, Split
+from .checkpoint.record import ConfigEntry
 from .counting import count_macs, count_parameters
 from .errors import AttnPruneWarning, OptionError
 from .plan import Plan
@@ -131,6 +132,9 @@ def apply_plan(
 ) -> Report:
     """Applies a plan in place: everything that it says, or nothing.
 
+    A model of transformers also gets a config of its own, with an entry that says what shape its attention has, so that
+    :func:`attnprune.from_pretrained` loads what its ``save_pretrained`` writes.
+
     Args:
         model: the model that the plan was made for.
         plan: from :func:`make_plan` or :meth:`Plan.from_json`.
@@ -160,12 +164,13 @@ def apply_plan(
     copies = [plain(_averaged(one)) for one in averages]
     optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
+    entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
     patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers]
     notes = _notes(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = _latency(model, surgeon, plan, example_inputs) if measure else None
-    commit_all([*steps, *patches])
+    commit_all([*steps, *entries, *patches])
     counts = None if macs is None else (macs, count_macs(model, example_inputs))
     return Report(plan, (before, count_parameters(model)), counts, notes, latency)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
+from reprlib import Repr
 from typing import Any, NoReturn
 
 from .errors import PlanFormatError
 
 MAX_COUNT = 1 << 20  # the largest number of heads, channels or widths that a file may claim
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 def fail(where: str, expected: str, found: object) -> NoReturn:
     """Raises PlanFormatError, with what was found cut to 80 characters."""
-    shown = repr(found)
+    shown = _SHORT.repr(found)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     raise PlanFormatError(
         f"plan: {where}", expected, shown, "write plans with Plan.to_json; this one was changed or cut"
@@ -81,11 +85,37 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def load(text: str | bytes) -> object:
-    """Parses JSON; a key given twice, absurd nesting and bad text are refused."""
+def _integer(text: str) -> int:
+    if len(text) > 30:
+        fail("numbers", "whole numbers of at most 30 digits", text)
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if not isfinite(found := float(text)):
+        fail("numbers", "finite numbers", text)
+    return found
+
+
+def _constant(text: str) -> NoReturn:
+    fail("numbers", "finite numbers", text)
+
+
+def load(text: str | bytes, most: int = 1 << 23) -> object:
+    """Parses JSON; a key given twice, numbers that are not finite, absurd nesting and bad text are refused.
+
+    Args:
+        text: the text.
+        most: how many values it may hold, counted by commas and brackets before anything is parsed.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        values = sum(text.count(mark) if isinstance(text, str) else text.count(mark.encode()) for mark in ",[{")
+        if values > most:
+            fail("file", f"at most {most} values", values)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_constant
+        )
     except PlanFormatError:
         raise
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise PlanFormatError("plan", "JSON text", str(error)[:80], "write plans with Plan.to_json") from error

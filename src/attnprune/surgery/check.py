@@ -27,8 +27,11 @@ _WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again"
 _QUANTIZED = ("quant", "bitsandbytes", "bnb", "awq", "gptq", "qat", "torchao", "hqq")
 
 
-def check_views(model: nn.Module, views: Iterable[AttentionView]) -> None:
-    """Raises a named error if a projection is wrapped, sharded, parametrised, quantised, without data or not finite."""
+def check_views(model: nn.Module, views: Iterable[AttentionView], blank: bool = False) -> None:
+    """Raises a named error if a projection is wrapped, sharded, parametrised, quantised, without data or not finite.
+
+    A ``blank`` model may lack data: only its shapes are of interest.
+    """
     for name, module in model.named_modules():
         remedy = _WRAPPERS.get(type(module).__name__)
         if remedy is not None:
@@ -45,12 +48,12 @@ def check_views(model: nn.Module, views: Iterable[AttentionView]) -> None:
         for key, slot in view.slots.items():
             if slot.owner is not view.module:
                 _check_owner(f"{view.name}: {key}", slot)
-            parameter = _check_parameter(f"{view.name}: {key}", slot)
-            if id(parameter) not in seen:
+            parameter = _check_parameter(f"{view.name}: {key}", slot, blank)
+            if id(parameter) not in seen and not blank:
                 seen.add(id(parameter))
                 _check_finite(f"{view.name}: {key}", parameter)
         bias = view.slots["o.weight"].owner._parameters.get("bias")  # not cut, and still part of the attention
-        if bias is not None:
+        if bias is not None and not blank:
             _check_finite(f"{view.name}: o.bias", bias)
 
 
@@ -73,7 +76,7 @@ def _check_owner(where: str, slot: Slot) -> None:
     raise WrappedModelError(where, "a plain nn.Linear", found, "merge or unwrap it, or exclude this layer")
 
 
-def _check_parameter(where: str, slot: Slot) -> nn.Parameter:
+def _check_parameter(where: str, slot: Slot, blank: bool) -> nn.Parameter:
     owner, name = slot.owner, slot.name
     parameter = owner._parameters.get(name)
     if parameter is None:
@@ -81,7 +84,7 @@ def _check_parameter(where: str, slot: Slot) -> nn.Parameter:
     kind = type(parameter)
     if "DTensor" in kind.__name__ or "FlatParameter" in kind.__name__:
         raise ShardedError(where, "a whole parameter", f"a {kind.__name__}", "apply the plan before sharding")
-    if parameter.is_meta or "Uninitialized" in kind.__name__:
+    if (parameter.is_meta and not blank) or "Uninitialized" in kind.__name__:
         raise MetaTensorError(where, "a parameter with data", f"one on {parameter.device}", "load the weights first")
     if kind is not nn.Parameter or not parameter.is_floating_point():
         found = f"a {kind.__name__} of {parameter.dtype}"

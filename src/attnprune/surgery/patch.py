@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
 from ..plan import LayerPlan, Plan
+from ..spec import HeadLayout
 from ..views import AttentionView, Slot
 from .check import check_expressible, check_fit, check_views
 from .maps import ChannelMap, Pick, channel_maps, logical_channels
@@ -142,12 +143,12 @@ class _Tensors:
             for change, _ in entries
             if change.new is not change.old
         }
-        storage = {p.data_ptr(): key for key, p in changed.items()}
+        storage = {_address(p): key for key, p in changed.items()}
         for name, module in model.named_modules():
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                old = storage.get(parameter.data_ptr()) if parameter.numel() else None
+                old = storage.get(_address(parameter)) if parameter.numel() else None
                 if old is None or (id(module), key) in self.users[old]:
                     continue
                 if id(parameter) != old and id(parameter) in self.changes:
@@ -167,11 +168,20 @@ class _Tensors:
         return ParamMap(tuple(change for change in entries if change.new is not change.old))
 
 
+def _address(parameter: nn.Parameter) -> int:
+    """Where a parameter's values begin; those without data share nothing but themselves."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()
+
+
 def mean_output(view: AttentionView, shift: Tensor) -> Tensor:
     """``(d_model,)`` float64: what O makes of a constant context, (sum of vo_dims,) in logical order of heads."""
-    stored = shift[logical_channels(view.spec.layout, "vo")]
-    weight = view.weight("o").double()
-    return stored.to(weight) @ weight
+    return mean_of(view.weight("o"), view.spec.layout, shift)
+
+
+def mean_of(weight: Tensor, layout: HeadLayout, shift: Tensor) -> Tensor:
+    """The same from O's columns ``(channels, d_model)`` in stored order."""
+    stored = shift[logical_channels(layout, "vo")]
+    return stored.to(weight.device, torch.float64) @ weight.double()
 
 
 def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
@@ -210,8 +220,14 @@ class Surgeon:
         self._before: _Snapshot | None = None
 
     @classmethod
-    def prepare(cls, model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Surgeon:
+    def prepare(cls, model: nn.Module, views: Sequence[AttentionView], plan: Plan, *, blank: bool = False) -> Surgeon:
         """Checks everything and builds the new tensors.
+
+        Args:
+            model: the model to change.
+            views: its attention modules, at least those that the plan names.
+            plan: what goes.
+            blank: parameters may be on the meta device; new ones then are too.
 
         Raises:
             PlanMismatchError: the plan was made for another model.
@@ -221,7 +237,7 @@ class Surgeon:
         check_fit(model, views, plan)
         by_name = {view.name: view for view in views}
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
-        check_views(model, [view for view, _ in work])
+        check_views(model, [view for view, _ in work], blank)
         check_expressible(views, plan)
         tensors, operations = _Tensors(), []
         for view, layer in work:

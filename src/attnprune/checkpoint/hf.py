@@ -1,0 +1,183 @@
+"""What is particular to models of Hugging Face: configs that are not trusted, classes, files, names of tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import fields
+from ..errors import AttnPruneError, CheckpointError
+from .folder import Folder, refuse
+from .record import ENTRY
+from .tensors import Entry
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_REMEDY = "pass a dense model of the same class as model="
+_DROPPED = {  # entries by which a config leads elsewhere: to code, other files, kernels to fetch
+    "auto_map", "transformers_weights", "fusion_config", "kernel_config", "custom_pipelines", "distributed_config",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "trust_remote_code", "_commit_hash",
+}  # fmt: skip
+_DTYPES = ("dtype", "torch_dtype")
+_MANY = 1 << 16  # layers or labels that a config may name
+_LARGE = 1 << 25  # any other whole number
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """The mapping in ``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or not a mapping.
+    """
+    try:
+        found = fields.load(folder.read(CONFIG), most=1 << 20)
+        if not isinstance(found, dict):
+            fields.fail("config", "a mapping", found)
+        return found
+    except CheckpointError as error:
+        raise CheckpointError(CONFIG, error.expected, error.found, _REMEDY) from error
+    except AttnPruneError as error:
+        raise CheckpointError(CONFIG, error.expected, error.found, _REMEDY) from error
+
+
+def architecture(raw: Mapping[str, Any]) -> type[Any]:
+    """The class of transformers that a config names.
+
+    Raises:
+        CheckpointError: it names none, or something else.
+    """
+    import transformers
+
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if (
+        not inspect.isclass(cls)
+        or not issubclass(cls, transformers.PreTrainedModel)
+        or not getattr(cls, "config_class", None)
+    ):
+        refuse(CONFIG, "an architecture of transformers", repr(names)[:60], _REMEDY)
+    found: type[Any] = cls
+    return found
+
+
+def config_of(cls: type[Any], raw: Mapping[str, Any]) -> Any:
+    """A config object without what would lead elsewhere: code, other files, kernels to fetch."""
+    try:
+        return cls.config_class.from_dict(_clean(raw, CONFIG, 0))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(CONFIG, f"a config of {cls.__name__}", str(error)[:80], _REMEDY) from error
+
+
+def _clean(value: Any, where: str, depth: int) -> Any:
+    if depth > 16:
+        refuse(CONFIG, "at most 16 mappings and lists inside one another", "more", _REMEDY)
+    if isinstance(value, list):
+        return [_clean(one, where, depth + 1) for one in value]
+    if not isinstance(value, dict):
+        if isinstance(value, int) and abs(value) > (_MANY if _counts(where) else _LARGE):
+            refuse(f"{CONFIG}: {where[:60]}", f"at most {_MANY if _counts(where) else _LARGE}", str(value), _REMEDY)
+        return value
+    for key in value.keys() & {"quantization_config", "use_pretrained_backbone"}:
+        if value[key]:
+            refuse(f"{CONFIG}: {key}", "none", str(value[key])[:60], "load it with transformers")
+    for key in value.keys() & set(_DTYPES):
+        kind = value[key]
+        if kind is not None and not (isinstance(kind, str) and isinstance(getattr(torch, kind, None), torch.dtype)):
+            refuse(f"{CONFIG}: {key}", "a dtype's name", repr(kind)[:60], _REMEDY)
+    kept = {key: one for key, one in value.items() if key not in _DROPPED and not (depth == 0 and key == ENTRY)}
+    return {key: _clean(one, key, depth + 1) for key, one in kept.items()}
+
+
+def _counts(key: str) -> bool:
+    return any(word in key for word in ("layer", "label", "depth", "block"))
+
+
+def maker(raw: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """A function that builds the dense model of a config."""
+    cls = architecture(raw)
+    config_of(cls, raw)
+
+    def make() -> nn.Module:
+        try:
+            built: nn.Module = cls(config_of(cls, raw))
+            return built
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(CONFIG, f"a config of {cls.__name__}", str(error)[:80], _REMEDY) from error
+
+    return make
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """The files of weights of a ``save_pretrained`` directory.
+
+    Raises:
+        CheckpointError: there are none, or the index is malformed.
+    """
+    if folder.has("adapter_config.json"):
+        refuse("adapter_config.json", "a model", "an adapter", "load its base model, then the adapter with peft")
+    if folder.has(SINGLE) or not folder.has(INDEX):
+        return [SINGLE]
+    try:
+        found = fields.load(folder.read(INDEX), most=1 << 20)
+        if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+            fields.fail("weight_map", "a mapping", found)
+        names = [fields.string("weight_map", one) for one in found["weight_map"].values()]
+    except CheckpointError:
+        raise
+    except AttnPruneError as error:
+        raise CheckpointError(INDEX, error.expected, error.found, "save the model anew") from error
+    return sorted(set(names))
+
+
+def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """For every tensor of a checkpoint, its name in the model: checkpoints keep names that classes had earlier.
+
+    Raises:
+        CheckpointError: tensors would have to be merged or split, not just renamed.
+    """
+    state = model.state_dict(keep_vars=True)
+    if entries.keys() <= state.keys():
+        return {key: key for key in entries}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4
+        return {key: key for key in entries}
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    prefix = getattr(model, "base_model_prefix", None) or None
+    found = {}
+    for key in entries:
+        name, merged = rename_source_key(key, renamings, converters, prefix, state)
+        if merged is not None:
+            refuse(key[:80], "a tensor that is one of the model's", "a part of one", "load it with transformers")
+        found[key] = name
+    return found
+
+
+def dense(folder: Folder, raw: Mapping[str, Any], device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """A model that was never pruned, loaded by transformers itself from files that were checked before."""
+    cls = architecture(raw)
+    config, remedy = config_of(cls, raw), "load it with transformers"
+    kind: Any = {"dtype" if hasattr(config, "dtype") else "torch_dtype": dtype or "auto"}
+    try:
+        loaded, told = cls.from_pretrained(
+            folder.path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True, **kind
+        )
+    except Exception as error:
+        raise CheckpointError(folder.path.name, f"a {cls.__name__}", str(error)[:80], remedy) from error
+    model: nn.Module = loaded
+    lacking = sorted(told["missing_keys"])
+    if lacking:
+        refuse(folder.path.name, "a tensor for every parameter", f"none for {lacking[:3]}"[:120], remedy)
+    return model if device is None else model.to(device)

@@ -1,0 +1,398 @@
+"""A pruned model as a directory: bit-exact, in every shape, by every way in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import attnprune
+from attnprune import find_attention, from_pretrained, load_pruned, prune_attention, prune_heads, save_pruned
+from attnprune.checkpoint.manifest import Manifest
+from attnprune.checkpoint.skeleton import places
+from attnprune.checkpoint.tensors import DTYPES
+from attnprune.errors import CheckpointError, OptionError, StateDictError, WrappedModelError
+
+from .conformance import close, family, fresh, inputs
+from .families import FAMILIES
+
+DATA = Path(__file__).parent / "data" / "model_v1"
+WAYS: dict[str, dict[str, Any]] = {
+    "uniform": {"scope": "local"},
+    "decoupled": {},
+    "ragged": {"heads": "ragged", "split": "auto"},
+    "heads": {"granularity": "head"},
+    "joint": {"granularity": "joint", "heads": "ragged"},
+    "rotated": {"basis": "rotated", "compensate": False},
+    "compensated": {"basis": "rotated", "compensate": True, "heads": "ragged"},
+}
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert list(mine) == list(theirs)
+    for key, value in mine.items():
+        assert value.dtype == theirs[key].dtype, key
+        assert torch.equal(value, theirs[key]), key
+
+
+def pruned(name: str, case: int, way: str, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    model, options = fresh(name, case), {"ratios": {"qk": 0.5, "vo": 0.25} if way == "decoupled" else 0.5, **WAYS[way]}
+    ratios = options.pop("ratios")
+    if options.get("compensate"):
+        options["data"] = [{key: getattr(x, "detach", lambda x=x: x)() for key, x in inputs(name, case).items()}]
+    prune_attention(model, ratios, scorer="random", seed=seed, progress=False, **options)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
+    """Into a dense model with other weights, into one without any, and once more after another pruning."""
+    cases = len(family(name).cases())
+    dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    sizes = st.sampled_from(["5GB", 3000, "1KB"])
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(0, cases - 1), st.sampled_from(sorted(WAYS)), dtypes, sizes, st.booleans(), st.integers(0, 99))
+    def check(case: int, way: str, dtype: torch.dtype, size: Any, meta: bool, seed: int) -> None:
+        model, folder = pruned(name, case, way, dtype, seed), tmp_path_factory.mktemp("saved")
+        save_pruned(model, folder, max_shard_size=size)
+        dense = fresh(name, case)
+        if meta and not any(True for module in dense.modules() if module._non_persistent_buffers_set):
+            dense = dense.to("meta")
+        again = load_pruned(folder, dense)
+        assert again is dense
+        same(model, again)
+        assert find_attention(again) == find_attention(model)
+        if dtype == torch.float64:
+            given_ = inputs(name, case, seed)
+            found, expected = (family(name).run(one, given_).detach() for one in (again, model))
+            close(found, expected, 0, "output")
+        prune_attention(again, 0.3, scorer="random", heads="ragged")
+        save_pruned(again, folder)
+        same(again, load_pruned(folder, fresh(name, case)))
+        assert sorted(path.suffix for path in folder.iterdir()).count(".safetensors") == 1
+        assert not list(folder.glob("*.draft"))
+
+    check()
+
+
+def vit(**config: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
+    more = {"image_size": 16, "patch_size": 8, "num_labels": 5}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**{**sizes, **more, **config})).eval()
+
+
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(PIXELS).logits  # type: ignore[no-any-return]
+
+
+def test_a_fresh_process_loads_hugging_face_models_from_their_directories_alone(tmp_path: Path) -> None:
+    """Every kind of plan, by both ways to save, equal in all bits and outputs."""
+    models = {}
+    for way in WAYS:
+        models[way] = model = vit()
+        options = {"data": [PIXELS], "progress": False} if way == "compensated" else {}
+        prune_attention(model, {"qk": 0.5, "vo": 0.25} if way == "decoupled" else 0.5, **{**WAYS[way], **options})
+        save_pruned(model, tmp_path / way / "ours", max_shard_size="5KB")
+        model.save_pretrained(tmp_path / way / "theirs")
+    code = (
+        "import sys, torch, attnprune\n"
+        "from pathlib import Path\n"
+        "x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)\n"
+        "found = {}\n"
+        "for path in sorted(Path(sys.argv[1]).glob('*/*')):\n"
+        "    model = attnprune.from_pretrained(path)\n"
+        "    found[path.parent.name, path.name] = model(x).logits.detach(), model.state_dict(), model.training\n"
+        "torch.save(found, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out.pt")], check=True)
+    loaded = torch.load(tmp_path / "out.pt")
+    assert len(loaded) == 2 * len(WAYS)
+    for (way, _), (found, state, training) in loaded.items():
+        assert torch.equal(found, logits(models[way]))
+        assert not training
+        assert list(state) == list(models[way].state_dict())
+        assert all(torch.equal(value, state[key]) for key, value in models[way].state_dict().items())
+
+
+def test_directories_of_version_1_load() -> None:
+    """Written by an earlier attnprune; what is in them, safetensors' own reader says."""
+    layer = load_pruned(DATA / "layer", nn.TransformerEncoderLayer(16, 4, 8))
+    for folder, model in ((DATA / "layer", layer), (DATA / "vit", from_pretrained(DATA / "vit"))):
+        expected = load_file(next(folder.glob("*.safetensors")))
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    said = json.loads((DATA / "vit/attnprune.json").read_text())["attention"]
+    assert [list(spec.qk_dims) for spec in find_attention(model)] == [one["spec"]["qk_dims"] for one in said]
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
+    """What we write, it reads, and the other way round, in every dtype."""
+    holder = nn.Module()
+    made = {f"x{i}": torch.randint(0, 2, (3, i + 1)).to(dtype) for i, dtype in enumerate(DTYPES.values())}
+    for key, value in {**made, "empty": torch.zeros(0, 4), "one": torch.tensor(7.0)}.items():
+        holder.register_buffer(key, value)
+    save_pruned(holder, tmp_path / "ours")
+    theirs = load_file(next((tmp_path / "ours").glob("*.safetensors")))
+    for key, value in holder.state_dict().items():
+        assert theirs[key].dtype == value.dtype
+        assert torch.equal(theirs[key].view(torch.uint8), value.view(torch.uint8)) if value.dim() else True
+    model = vit()
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "again").mkdir()
+    save_file(load_file(tmp_path / "dense/model.safetensors"), tmp_path / "again/model.safetensors")
+    (tmp_path / "again/config.json").write_bytes((tmp_path / "dense/config.json").read_bytes())
+    same(model, from_pretrained(tmp_path / "again"))
+
+
+def test_weights_are_split_by_size_and_each_file_has_its_digest(tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5)
+    manifest = Manifest.read(save_pruned(model, tmp_path, max_shard_size="4KB"))
+    sizes = [(tmp_path / one.name).stat().st_size for one in manifest.shards]
+    assert len(sizes) > 2
+    assert sizes == [one.size for one in manifest.shards]
+    tensors = [load_file(tmp_path / one.name) for one in manifest.shards]
+    for one in tensors:
+        assert len(one) == 1 or sum(x.nbytes for x in one.values()) <= 4000
+    assert sorted(key for one in tensors for key in one) == sorted(model.state_dict())
+    save_pruned(model, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    for wrong in (0, -1, "5 parsecs", "", True, None, 1.5):
+        with pytest.raises(OptionError, match="max_shard_size"):
+            save_pruned(model, tmp_path, max_shard_size=wrong)  # type: ignore[arg-type]
+
+
+def test_the_report_goes_along(tmp_path: Path) -> None:
+    model = vit()
+    report = prune_attention(model, 0.5)
+    manifest = Manifest.read(save_pruned(model, tmp_path, report=report))
+    assert manifest.report == json.loads(json.dumps(report.to_dict()))
+    assert manifest.model_class.endswith("ViTForImageClassification")
+    assert Manifest.read(save_pruned(model, tmp_path)).report is None
+
+
+def test_device_and_dtype(tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5)
+    save_pruned(model.half(), tmp_path)
+    assert next(from_pretrained(tmp_path).parameters()).dtype == torch.float16
+    wide = from_pretrained(tmp_path, dtype=torch.float64, device="cpu")
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    assert all(torch.equal(p, wide.state_dict()[key].half()) for key, p in model.state_dict().items())
+    with pytest.raises(OptionError, match="dtype"):
+        from_pretrained(tmp_path, dtype=torch.int8)
+
+
+def test_loading_never_holds_a_dense_copy(tmp_path: Path) -> None:
+    """The largest tensor ever made is one of the pruned model's; parameters begin on the meta device."""
+    model = vit(hidden_size=96, intermediate_size=8, image_size=8, patch_size=4)
+    prune_attention(model, 0.9, scope="local")
+    save_pruned(model, tmp_path)
+    made: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend(x.nbytes for x in (out,) if isinstance(x, torch.Tensor) and not x.is_meta)
+            return out
+
+    with Watch():
+        again = from_pretrained(tmp_path)
+    same(model, again)
+    assert max(made) <= max(p.nbytes for p in model.parameters()) < 96 * 96 * 4
+
+
+# transformers' own save_pretrained
+
+
+@pytest.mark.parametrize("options", [{"heads": "ragged"}, {"scope": "local"}, {"granularity": "head"}])
+def test_save_pretrained_of_a_pruned_model_loads_again(options: dict[str, Any], tmp_path: Path) -> None:
+    model, config = vit(), None
+    config = model.config
+    twin = transformers.ViTForImageClassification(config)
+    prune_attention(model, 0.5, **options)
+    assert twin.config is config
+    assert not hasattr(config, "attnprune")  # shared configs of other models do not change
+    assert model.config is model.vit.config is model.vit.layers[0].attention.config
+    model.save_pretrained(tmp_path / "one")
+    again = from_pretrained(tmp_path / "one")
+    same(model, again)
+    assert torch.equal(logits(model), logits(again))
+    assert find_attention(again) == find_attention(model)
+    prune_attention(again, 0.3, heads="ragged")
+    again.save_pretrained(tmp_path / "two", max_shard_size="5KB")
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    third = from_pretrained(tmp_path / "two")
+    same(again, third)
+    save_pruned(third, tmp_path / "three")
+    from_pretrained(tmp_path / "three").save_pretrained(tmp_path / "four")
+    same(again, from_pretrained(tmp_path / "four"))
+    same(again, load_pruned(tmp_path / "two", vit()))
+
+
+def test_a_base_model_saved_on_its_own_loads(tmp_path: Path) -> None:
+    """Its config is the one of the head, whose names begin with the base's."""
+    model = transformers.DistilBertForMaskedLM(
+        transformers.DistilBertConfig(vocab_size=20, dim=24, n_layers=1, n_heads=4, hidden_dim=12)
+    )
+    prune_attention(model, 0.5, heads="ragged")
+    model.distilbert.save_pretrained(tmp_path)
+    same(model.distilbert, from_pretrained(tmp_path))
+
+
+def test_composite_models_keep_their_parts_configs_together(tmp_path: Path) -> None:
+    text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 12,
+            "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19}  # fmt: skip
+    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+             "image_size": 16, "patch_size": 8}  # fmt: skip
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+    prune_attention(model, 0.5, heads="ragged")
+    assert model.config.text_config is model.text_model.config
+    model.save_pretrained(tmp_path / "both")
+    same(model, from_pretrained(tmp_path / "both"))
+    save_pruned(model, tmp_path / "ours")
+    again = from_pretrained(tmp_path / "ours")
+    same(model, again)
+    x = {"input_ids": torch.randint(0, 18, (2, 6)), "pixel_values": PIXELS}
+    with torch.no_grad():
+        assert torch.equal(model(**x).logits_per_image, again(**x).logits_per_image)  # buffers that no file holds too
+
+
+def test_plain_transformers_refuses_a_pruned_directory(tmp_path: Path) -> None:
+    """It cannot take a pruned model for a dense one."""
+    model = vit()
+    prune_attention(model, 0.5, scope="local")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatched"):
+        transformers.ViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_dense_directory_gives_the_dense_model(tmp_path: Path) -> None:
+    model = vit().half()
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    again = from_pretrained(tmp_path)
+    same(model, again)
+    assert not hasattr(again.config, "attnprune")
+    keywords = Path(__file__).parents[1] / "examples/keywords/checkpoint"
+    expected = transformers.ASTForAudioClassification.from_pretrained(keywords)
+    same(expected, from_pretrained(keywords))
+
+
+def test_an_error_in_a_commit_leaves_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vit()
+    before = model.config
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    plan = attnprune.make_plan(model, 0.5)
+
+    def fail(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attnprune.api.OptimizerPatch.commit", fail)
+    with pytest.raises(KeyboardInterrupt):
+        attnprune.apply_plan(model, plan, optimizer=optimizer)
+    assert model.config is before
+    assert all(module.config is before for module in model.modules() if hasattr(module, "config"))
+    assert not hasattr(before, "attnprune")
+
+
+# what is particular
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    config = transformers.BertConfig(vocab_size=20, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
+                                     intermediate_size=12)  # fmt: skip
+    model = transformers.BertForMaskedLM(config)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    prune_attention(model, 0.5, heads="ragged")
+    again: Any = from_pretrained(save_pruned(model, tmp_path / "ours"))
+    model.save_pretrained(tmp_path / "theirs")
+    for one in (again, from_pretrained(tmp_path / "theirs")):
+        same(model, one)
+        assert one.cls.predictions.decoder.weight is one.bert.embeddings.word_embeddings.weight
+
+    both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    both[1].weight = both[0].weight
+    assert len(load_file(next(save_pruned(both, tmp_path / "two").glob("*.safetensors")))) == 3
+    loaded = load_pruned(tmp_path / "two", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to("meta"))
+    same(both, loaded)
+    assert loaded[0].weight is loaded[1].weight  # type: ignore[index]
+
+
+def test_a_skeleton_on_the_meta_device_needs_its_buffers(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4)
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    model = Model()
+    prune_attention(model, 0.5)
+    save_pruned(model, tmp_path)
+    with torch.device("meta"):
+        skeleton = Model()
+    with pytest.raises(CheckpointError, match=r"table.*meta"):
+        load_pruned(tmp_path, skeleton)
+    assert type(skeleton.attention) is nn.MultiheadAttention
+    skeleton.table = torch.arange(3.0)
+    same(model, load_pruned(tmp_path, skeleton))
+
+
+def test_parameters_of_a_model_with_data_stay_the_same_objects(tmp_path: Path) -> None:
+    model, other = vit(), vit()
+    prune_attention(model, 0.5)
+    save_pruned(model.half(), tmp_path)
+    norm = other.vit.layernorm.weight
+    norm.requires_grad_(False)
+    load_pruned(tmp_path, other)
+    assert other.vit.layernorm.weight is norm
+    assert norm.dtype == torch.float16
+    assert not norm.requires_grad
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"more": 1}
+
+    with pytest.raises(OptionError, match="_extra_state"):
+        save_pruned(Extra(2, 2), tmp_path / "a")
+    computed = torch.nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight")
+    with pytest.raises(WrappedModelError):
+        save_pruned(nn.Sequential(computed), tmp_path / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="directory"):
+        save_pruned(nn.Linear(2, 2), tmp_path / "file")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_dense_state_dict_still_says_what_is_wrong(tmp_path: Path) -> None:
+    model = nn.MultiheadAttention(16, 4)
+    state = copy.deepcopy(model.state_dict())
+    prune_heads(model, {0: [1]})
+    with pytest.raises(StateDictError):
+        load_pruned(save_pruned(model, tmp_path), nn.MultiheadAttention(16, 4)).load_state_dict(state)
+
+
+def test_names_of_every_tensor(tmp_path: Path) -> None:
+    """The walk by which models are read and filled finds what state dicts hold."""
+    for name in FAMILIES:
+        model = fresh(name, 0)
+        assert list(places(model)) == list(model.state_dict())
