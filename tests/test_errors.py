@@ -447,7 +447,7 @@ CASES: dict[str, Case] = {
         target_latency=0.5,
         latency=LatencyTable({}, 1.0, 0.5, (), (), 1, 3),
     ),
-    "no saved model": wrong(CheckpointError, "attnprune.json|none|save", lambda m: load_pruned("/nowhere", m)),
+    "no saved model": wrong(CheckpointError, "/nowhere|a directory|nothing|path", lambda m: load_pruned("/nowhere", m)),
     "optimizer of another type": wrong(
         OptimizerStateError, "optimizer|int|itself", lambda m: apply_plan(m, make_plan(m, 0.5), optimizer=3)
     ),

@@ -104,9 +104,8 @@ _LATER = {  # loaded when asked for
     "teacher_loss": "distillation",
 }
 _MODULES = {
-    "budgets", "latency", "timetable",
-    "blocks", "calibration", "checkpoint", "closed_form", "distillation", "export", "integrations", "moments", "planning",
-    "plots", "pruner", "scoring", "target",
+    "blocks", "budgets", "calibration", "checkpoint", "closed_form", "distillation", "export", "integrations",
+    "latency", "moments", "planning", "plots", "pruner", "scoring", "target", "timetable",
 }  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..errors import AdapterError, NoAttentionError, OptionError
+from ..errors import AdapterError, AttnPruneError, NoAttentionError, OptionError
 from ..views import AttentionView
 from .base import Adapter
 from .hf_encoder import HFEncoderAdapter, HFTwoModuleAdapter
@@ -69,6 +70,15 @@ def all_views(model: nn.Module, names: Collection[str] | None = None) -> list[At
     """The attention modules of a model, or those of these names; none is not an error."""
     found = _walk(model)
     return [adapter.view(name, module) for name, module, adapter in found if names is None or name in names]
+
+
+def sound_views(model: nn.Module) -> list[AttentionView]:
+    """The attention modules of a model, without those that something wraps."""
+    found = []
+    for name, module, adapter in _walk(model):
+        with suppress(AttnPruneError):
+            found.append(adapter.view(name, module))
+    return found
 
 
 def find_views(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .. import fields
-from ..adapters.registry import all_views
+from ..adapters.registry import all_views, sound_views
 from ..errors import AttnPruneError, CheckpointError
 from ..plan import Channels, LayerPlan, Plan
 from ..spec import KINDS, AttentionSpec
@@ -194,7 +194,7 @@ class ConfigEntry:
             return
         memo: dict[int, Any] = {}
         own = {key: copy.deepcopy(config, memo) for key, (_, config) in tops.items()}
-        views = all_views(self.model)
+        views = sound_views(self.model)
         for key, (name, _) in tops.items():
             prefix = f"{name}." if name else ""
             inside = Record(
