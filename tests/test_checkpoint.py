@@ -117,6 +117,7 @@ def test_a_fresh_process_loads_hugging_face_models_from_their_directories_alone(
         "from pathlib import Path\n"
         "x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)\n"
         "found = {}\n"
+        "torch.set_grad_enabled(False)\n"
         "for path in sorted(Path(sys.argv[1]).glob('*/*')):\n"
         "    model = attnprune.from_pretrained(path)\n"
         "    found[path.parent.name, path.name] = model(x).logits.detach(), model.state_dict(), model.training\n"
