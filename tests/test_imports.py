@@ -24,6 +24,7 @@ LAYERS = (
     ("nn",),
     ("adapters",),
     ("surgery",),
+    ("packing",),
     ("passes", "rounding"),
     ("blocks", "counting"),
     ("timing",),
@@ -92,7 +93,7 @@ def test_siblings_do_not_import_one_another() -> None:
     for package, shared in {
         "adapters": {"base"},
         "scorers": {"base", "gradient"},
-        "nn": {"attend", "decoupled", "layouts", "products"},
+        "nn": {"attend", "decoupled", "layouts", "packed", "products"},
     }.items():
         for path in (ROOT / package).glob("*.py"):
             if path.stem in ("__init__", "registry"):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .export import export_onnx
     from .moments import Calibration
+    from .packing import pack_qkv, unpack_qkv
     from .pruner import AttentionPruner
     from .scoring import score_attention
     from .target import energy_curves
@@ -74,6 +75,7 @@ __all__ = [
     "load_pruned",
     "make_plan",
     "masked",
+    "pack_qkv",
     "plots",
     "prune_attention",
     "prune_channels",
@@ -83,30 +85,67 @@ __all__ = [
     "score_attention",
     "scorers",
     "teacher_loss",
+    "unpack_qkv",
     "unregister_adapter",
 ]
 
 _LATER = {  # loaded when asked for
     "AttentionPruner": "pruner",
     "Calibration": "moments",
+    "LatencyTable": "timetable",
     "calibrate": "calibration",
     "capture": "distillation",
     "distillation_loss": "distillation",
     "energy_curves": "target",
-    "LatencyTable": "timetable",
     "export_onnx": "export",
     "export_stock": "checkpoint.stock",
     "from_pretrained": "checkpoint.load",
     "hidden_loss": "distillation",
     "load_pruned": "checkpoint.load",
+    "load_pruned": "io",
+    "pack_qkv": "packing",
     "save_pruned": "checkpoint.save",
+    "save_pruned": "io",
     "score_attention": "scoring",
     "teacher_loss": "distillation",
+    "unpack_qkv": "packing",
 }
 _MODULES = {
-    "blocks", "budgets", "calibration", "checkpoint", "closed_form", "distillation", "export", "integrations",
-    "latency", "moments", "planning", "plots", "pruner", "scoring", "target", "timetable",
-}  # fmt: skip
+    "blocks",
+    "budgets",
+    "calibration",
+    "checkpoint",
+    "closed_form",
+    "distillation",
+    "export",
+    "integrations",
+    "latency",
+    "moments",
+    "planning",
+    "plots",
+    "pruner",
+    "scoring",
+    "target",
+    "timetable",
+}
+    "blocks",
+    "budgets",
+    "calibration",
+    "closed_form",
+    "distillation",
+    "export",
+    "integrations",
+    "io",
+    "latency",
+    "moments",
+    "packing",
+    "planning",
+    "plots",
+    "pruner",
+    "scoring",
+    "target",
+    "timetable",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -104,20 +104,30 @@ class Adapter(ABC):
 
     def recast(self, view: AttentionView, spec: AttentionSpec, kept: tuple[int, ...]) -> None:
         """Gives the module the class that can run the spec: its own, or a subclass of it with a forward of ours."""
-        module = view.module
-        host, before = host_class(module), getattr(module, "attnprune_state", None)
-        if self.expresses(view, spec):
-            module.__class__ = host
-            module.__dict__.pop("attnprune_state", None)
+        if not self.expresses(view, spec):
+            self.decouple(view, spec, kept)
             return
+        view.module.__class__ = host_class(view.module)
+        view.module.__dict__.pop("attnprune_state", None)
+
+    def decouple(
+        self,
+        view: AttentionView,
+        spec: AttentionSpec | None = None,
+        kept: tuple[int, ...] | None = None,
+        *,
+        packed: bool = False,
+    ) -> None:
+        """Gives the module a subclass of its own class with a forward of ours; without a spec for the shape it has."""
+        module, before = view.module, getattr(view.module, "attnprune_state", None)
         mixin = self.decoupled_for(view)
         assert mixin is not None, "surgery checks this before anything moves"
+        spec = view.spec if spec is None else spec
         numbers = before.kept if before else tuple(range(view.spec.heads))
         dense = before.dense_heads if before else view.spec.heads
-        module.__class__ = decoupled_class(mixin, host)
-        module.attnprune_state = State(  # type: ignore[assignment]
-            spec.layout, spec.scale, dense, tuple(numbers[head] for head in kept)
-        )
+        module.__class__ = decoupled_class(mixin, host_class(module))
+        still = numbers if kept is None else tuple(numbers[head] for head in kept)
+        module.attnprune_state = State(spec.layout, spec.scale, dense, still, packed)  # type: ignore[assignment]
 
     def of_linears(
         self,

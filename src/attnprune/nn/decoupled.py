@@ -20,6 +20,8 @@ class State(NamedTuple):
     """Number of heads before any pruning."""
     kept: tuple[int, ...]
     """For every head, its number before any pruning: picks the rows of masks made for the dense model."""
+    packed: bool = False
+    """Whether the weights of Q, K and V were laid side by side, to run as one product."""
 
 
 class Decoupled(nn.Module):

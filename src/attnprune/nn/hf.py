@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..spec import Bucket
 from .attend import Kernel, attend
 from .decoupled import Decoupled
+from .packed import project
 from .products import Plain
 
 
@@ -105,6 +106,9 @@ class HFAttention(Decoupled):
     def _project(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = self._parts
         q, k, v = (getattr(self, name) for name in (parts.q, parts.k, parts.v))
+        if self.attnprune_state.packed and queries is keys:
+            one, two, three = project((q, k, v), queries)
+            return one, two, three
         return q(queries), k(keys), v(keys)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

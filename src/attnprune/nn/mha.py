@@ -12,6 +12,7 @@ from ..errors import StateDictError
 from ..spec import Bucket
 from .attend import attend
 from .decoupled import Decoupled
+from .packed import project
 from .products import Plain
 
 GONE = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -82,6 +83,7 @@ class DecoupledMultiheadAttention(Decoupled):
         """As in the host class; weights come for the heads that are left, in their order."""
         if query.is_nested:
             return self._nested(query, attn_mask, is_causal), None
+        packed = self.attnprune_state.packed and query is key and key is value
         batched, seq_first = query.dim() == 3, query.dim() == 3 and not self.batch_first
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -94,7 +96,10 @@ class DecoupledMultiheadAttention(Decoupled):
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if is_causal else self._merge(query, key, key_padding_mask, attn_mask)
 
-        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if packed:
+            q, k, v = project((self.q_proj, self.k_proj, self.v_proj), query)
+        else:
+            q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         k, v, mask = self._extend(k, v, mask)
         output, weights = self._attend(q, k, v, mask, is_causal, need_weights)
 
