@@ -134,11 +134,15 @@ def test_gradients_of_packed_models() -> None:
         check_gradients(name, oracle, view, attnprune.LayerPlan(view.spec), 1e-10)
 
 
-def test_pruned_again_while_packed() -> None:
+def test_saved_and_pruned_again_while_packed(tmp_path: Any) -> None:
     model, x = encoder(), torch.randn(2, 5, 32)
     twin = copy.deepcopy(model)
     pack_qkv(model)
+    attnprune.save_pruned(model, tmp_path)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    dense = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     with torch.no_grad():
+        torch.testing.assert_close(attnprune.load_pruned(tmp_path, dense)(x), twin(x))
         for one in (model, twin):
             attnprune.prune_attention(one, 0.5, scorer="random", scope="local")
         torch.testing.assert_close(model(x), twin(x))
