@@ -67,6 +67,7 @@ def make_plan(
     loss_fn: LossFn | None = None,
     round_to: int | Literal["auto"] = 1,
     match_dims: bool = False,
+    stock: bool = False,
     min_heads: int = 1,
     min_channels: int = 1,
     include: str | Sequence[str] | None = None,
@@ -82,7 +83,7 @@ def make_plan(
     >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
-    from .asking import check_table, check_ways, costs_for
+    from .asking import check_table, check_ways, costs_for, stock_rules
     from .moments import Calibration  # what only planning needs is loaded when there is something to plan
     from .planning import Method, decide
     from .target import check_target
@@ -95,6 +96,8 @@ def make_plan(
         target_params=target_params,
     )  # fmt: skip
     check_table(latency)
+    if stock is not False:
+        rules = stock_rules(stock, rules, qkvo_ratios)
     target_error = None if target_error is None else check_target(target_error, rules)
     ratios = None if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
     if calibration is not None and not isinstance(calibration, Calibration):
@@ -107,6 +110,10 @@ def make_plan(
     model = plain(model)
     views = find_views(model, include, exclude)
     check_views(model, views)
+    if stock:
+        from .checkpoint.stock import check_possible, check_stock
+
+        check_possible(model, views, granularity)
     if round_to == "auto":
         rules = replace(rules, round_to=auto_rounding(views, granularity))
     costs = None
@@ -118,6 +125,8 @@ def make_plan(
         loss_fn=loss_fn, target_error=target_error, seed=seed, progress=progress,
     )  # fmt: skip
     check_expressible(views, plan)
+    if stock:
+        check_stock(model, plan.after)
     return plan
 
 
@@ -223,6 +232,7 @@ def prune_attention(
     loss_fn: LossFn | None = None,
     round_to: int | Literal["auto"] = 1,
     match_dims: bool = False,
+    stock: bool = False,
     min_heads: int = 1,
     min_channels: int = 1,
     include: str | Sequence[str] | None = None,
@@ -271,6 +281,8 @@ def prune_attention(
             ``"auto"``: of what the model's device likes (:func:`attnprune.rounding.rounding`), 1 for whole heads.
         match_dims: every head keeps as many qk as vo channels, so that layers with uniform heads keep their own
             forward and fused kernels; layers still differ. Needs one ratio for both, or ``split="auto"``.
+        stock: plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as
+            many heads and channels as every other, and as many qk as vo. Implies ``scope="local"`` and ``match_dims``.
         min_heads: heads that every layer keeps at least.
         min_channels: qk and vo channels that every head keeps at least.
         include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
@@ -298,9 +310,9 @@ def prune_attention(
         model, qkvo_ratios, granularity=granularity, scope=scope, heads=heads, scorer=scorer, basis=basis,
         compensate=compensate, split=split, sequential=sequential, target_error=target_error,
         target_latency=target_latency, target_macs=target_macs, target_params=target_params, latency=latency, data=data,
-        calibration=calibration, loss_fn=loss_fn, round_to=round_to, match_dims=match_dims, min_heads=min_heads,
-        min_channels=min_channels, include=include, exclude=exclude, example_inputs=example_inputs, seed=seed,
-        progress=progress,
+        calibration=calibration, loss_fn=loss_fn, round_to=round_to, match_dims=match_dims, stock=stock,
+        min_heads=min_heads, min_channels=min_channels, include=include, exclude=exclude,
+        example_inputs=example_inputs, seed=seed, progress=progress,
     )  # fmt: skip
     timed = target_latency is not None and example_inputs is not None if measure == "auto" else measure
     return apply_plan(model, plan, example_inputs=example_inputs, measure=timed)

@@ -13,7 +13,7 @@ from .allocate import Rules
 from .budgets import Costs
 from .counting import count_macs, count_parameters, mac_prices, parameter_prices
 from .errors import OptionError, RatioError
-from .ratios import RESOURCES, Budget
+from .ratios import RESOURCES, Budget, Ratios
 from .timetable import LatencyTable
 from .views import AttentionView
 
@@ -43,6 +43,31 @@ def check_table(latency: object) -> None:
     if latency is not None and not isinstance(latency, LatencyTable):
         found = f"a {type(latency).__name__}"
         raise OptionError("latency", "an attnprune.LatencyTable", found, "pass what attnprune.latency.measure gave")
+
+
+def stock_rules(stock: object, rules: Rules, qkvo_ratios: object) -> Rules:
+    """The rules under which every layer keeps the same shape, with as many qk as vo channels.
+
+    Raises:
+        OptionError: another option asks for something else.
+    """
+    if stock is not True:
+        raise OptionError("stock", "True or False", repr(stock), "pick one of them")
+    others = {
+        "granularity": (rules.granularity != "joint", '"channel" or "head"', rules.granularity),
+        "heads": (rules.heads == "uniform", '"uniform"', rules.heads),
+        "split": (rules.split == "fixed", '"fixed"', rules.split),
+        "qkvo_ratios": (qkvo_ratios is not None, "ratios", "another way to ask, which gives each layer its own shape"),
+    }
+    for key, (fine, expected, found) in others.items():
+        if not fine:
+            remedy = "leave stock off, or this option as it is by default"
+            raise OptionError(f"stock=True with {key}", expected, found, remedy)
+    ratios = Ratios.parse(qkvo_ratios)  # type: ignore[arg-type]
+    if ratios.qk != ratios.vo:
+        found = f"qk={ratios.qk:g} and vo={ratios.vo:g}"
+        raise OptionError("stock=True with qkvo_ratios", "one ratio for qk and vo", found, "write one number for all")
+    return replace(rules, scope="local", match_dims=rules.granularity == "channel")
 
 
 def cost_now(

@@ -126,8 +126,8 @@ class AttentionPruner:
     @property
     def _together(self) -> bool:
         """Whether qk and vo share one budget, or units hold both."""
-        together: bool = self.options.get("split") == "auto" or self.options.get("granularity") == "head"
-        return together
+        joined = any(self.options.get(key) for key in ("match_dims", "stock"))
+        return joined or self.options.get("split") == "auto" or self.options.get("granularity") == "head"
 
     @property
     def done(self) -> bool:

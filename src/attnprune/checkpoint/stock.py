@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..adapters.registry import all_views, plain
-from ..errors import NotExpressibleError
+from ..errors import NotExpressibleError, OptionError
 from ..nn import host_class
 from ..spec import AttentionSpec
+from ..views import AttentionView
 from .record import ENTRY, is_pretrained
 
 _STOCK = "plan with stock=True, or use save_pruned"
@@ -38,32 +39,50 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """
     model = plain(model)
     views = all_views(model)
+    theirs = check_stock(model, [view.spec for view in views])
+    stock: Any = copy.deepcopy(model)
     config = stock_config(model, [view.spec for view in views])
-    try:
-        stock: Any = host_class(model)(config)
-    except Exception as error:
-        raise NotExpressibleError("config", "head_dim to be free", str(error)[:80], "use save_pruned") from error
-    state, theirs = model.state_dict(), {view.name: view for view in all_views(stock)}
-    _check_shapes(stock.state_dict(keep_vars=True), state)
-    stock.to(next(model.parameters()).dtype)
-    stock.load_state_dict(state)
+    for module in stock.modules():
+        if hasattr(module, "config"):
+            module.config = config
     with torch.no_grad():
-        for view in views:
-            gain = view.spec.scale / theirs[view.name].spec.scale
-            for key, slot in theirs[view.name].slots.items():
+        for view in all_views(stock):
+            gain = view.spec.scale / theirs[view.name].scale
+            for key, slot in view.slots.items():
                 if key.startswith("q."):
                     slot.cut(slot.parameter.detach()).mul_(gain)
     stock.save_pretrained(directory)
     return Path(directory)
 
 
-def check_stock(model: nn.Module, specs: Sequence[AttentionSpec], after: Sequence[AttentionSpec]) -> None:
-    """Raises unless a model whose attention takes these shapes could be exported; no tensor has data here.
+def check_possible(model: nn.Module, views: Sequence[AttentionView], granularity: str) -> None:
+    """Raises unless some smaller shape of a model could be exported.
 
     Args:
         model: the model as it is.
-        specs: its attention modules now.
-        after: what a plan leaves of them.
+        views: the attention modules that are to be pruned.
+        granularity: whether heads or channels are to go.
+    """
+    names = {view.name for view in views}
+    left = [view.name for view in all_views(model) if view.name not in names]
+    if left:
+        found = f"{len(left)} left out, {left[0]} among them"
+        raise OptionError("stock=True", "all attention modules to be pruned alike", found, "drop include and exclude")
+    for view in views:
+        _check_alike(view.spec, views[0].spec)
+    half = []
+    for spec in (view.spec for view in views):
+        heads, dim = spec.heads, spec.qk_dim
+        heads, dim = (max(heads // 2, 1), dim) if granularity == "head" else (heads, max(dim // 2, 1))
+        half.append(spec.keep(range(heads), [dim] * heads, [dim] * heads))
+    check_stock(model, half)
+
+
+def check_stock(model: nn.Module, after: Sequence[AttentionSpec]) -> dict[str, AttentionSpec]:
+    """What attention a plain model of these shapes has, by name; no tensor has data here.
+
+    Raises:
+        NotExpressibleError: there is no such model.
     """
     config = stock_config(model, after)
     try:
@@ -71,17 +90,14 @@ def check_stock(model: nn.Module, specs: Sequence[AttentionSpec], after: Sequenc
             stock: nn.Module = host_class(model)(config)
     except Exception as error:
         raise NotExpressibleError("config", "head_dim to be free", str(error)[:80], "use save_pruned") from error
-    found = {view.name: view.spec for view in all_views(stock)}
+    theirs = {view.name: view.spec for view in all_views(stock)}
     for spec in after:
-        other = found.get(spec.name)
+        other = theirs.get(spec.name)
         if other is None or (other.qk_dims, other.vo_dims) != (spec.qk_dims, spec.vo_dims):
             shown = "none" if other is None else other.describe()
-            raise NotExpressibleError(
-                spec.name,
-                f"{spec.describe()}, from its config",
-                f"{shown}, all that its class can have",
-                "use save_pruned",
-            )
+            found, remedy = f"{shown}, all that its class can have", "use save_pruned"
+            raise NotExpressibleError(spec.name, f"{spec.describe()}, from its config", found, remedy)
+    return theirs
 
 
 def stock_config(model: nn.Module, specs: Sequence[AttentionSpec]) -> Any:
@@ -117,13 +133,3 @@ def _check_alike(spec: AttentionSpec, first: AttentionSpec) -> None:
     else:
         return
     raise NotExpressibleError(spec.name, expected, spec.describe(), f"use {option}: {_STOCK}")
-
-
-def _check_shapes(stock: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    for key, tensor in stock.items():
-        if key not in state or state[key].shape != tensor.shape:
-            found = "none" if key not in state else str(tuple(state[key].shape))
-            expected = f"shape {tuple(tensor.shape)}, all that the class can have"
-            raise NotExpressibleError(
-                key, expected, found, "use save_pruned: the class takes no head_dim from its config"
-            )
