@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .checkpoint.load import from_pretrained, load_pruned
     from .checkpoint.save import save_pruned
     from .checkpoint.stock import export_stock
+    from .checkpoint.stream import apply_to_checkpoint
     from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .export import export_onnx
     from .moments import Calibration
@@ -61,6 +62,7 @@ __all__ = [
     "adapters",
     "allocate",
     "apply_plan",
+    "apply_to_checkpoint",
     "calibrate",
     "capture",
     "distillation_loss",
@@ -93,6 +95,7 @@ _LATER = {  # loaded when asked for
     "AttentionPruner": "pruner",
     "Calibration": "moments",
     "LatencyTable": "timetable",
+    "apply_to_checkpoint": "checkpoint.stream",
     "calibrate": "calibration",
     "capture": "distillation",
     "distillation_loss": "distillation",

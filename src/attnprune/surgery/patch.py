@@ -56,10 +56,10 @@ class ParamChange:
         if self.map is None:
             return tensor.clone()
         change = self.map.squared if squared else self.map.dual
-        return _along(tensor, self.axis, self.start, self.size, change) / (self.gain**2 if squared else self.gain)
+        return along(tensor, self.axis, self.start, self.size, change) / (self.gain**2 if squared else self.gain)
 
 
-def _along(tensor: Tensor, axis: int, start: int, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+def along(tensor: Tensor, axis: int, start: int, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
     """A run of channels of a tensor, changed; owned and contiguous."""
     channels = tensor.narrow(axis, start, size).movedim(axis, 0)
     return change(channels).movedim(0, axis).contiguous()
@@ -111,8 +111,8 @@ class _Tensors:
         else:
             new = _parameter(
                 old,
-                _along(old.detach(), slot.axis, slot.start, slot.size, change),
-                lambda grad: _along(grad, slot.axis, slot.start, slot.size, change.dual),
+                along(old.detach(), slot.axis, slot.start, slot.size, change),
+                lambda grad: along(grad, slot.axis, slot.start, slot.size, change.dual),
                 gain,
             )
         found = ParamChange(old, new, slot.axis, index, gain, change, slot.start, slot.size)

@@ -1,0 +1,211 @@
+"""Surgery on files: a plan applied to a checkpoint tensor by tensor, without the model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.registry import all_views, plain
+from ..errors import NonFiniteError, OptionError
+from ..plan import Plan
+from ..spec import AttentionSpec
+from ..surgery import ParamChange, Surgeon
+from ..surgery.patch import along, mean_of
+from ..views import AttentionView, Slot
+from . import hf
+from .folder import Folder, refuse
+from .manifest import MANIFEST, Manifest
+from .record import ENTRY, Record, from_entry
+from .save import config_json, parse_size, write_model
+from .skeleton import Filling, blank, class_name, groups, places
+from .tensors import Item, Weights
+
+
+def apply_to_checkpoint(
+    source: str | os.PathLike[str],
+    plan: Plan,
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    max_shard_size: int | str = "5GB",
+    verify: bool = True,
+) -> Path:
+    """Applies a plan to a checkpoint on the disk; needs memory for a few tensors, not for the model.
+
+    The result is, byte for byte in the weights, what loading the model, :func:`attnprune.apply_plan` and
+    :func:`attnprune.save_pruned` would write, and loads by :func:`attnprune.load_pruned` and
+    :func:`attnprune.from_pretrained`.
+
+    Args:
+        source: a directory that ``save_pretrained`` or :func:`attnprune.save_pruned` wrote (one file or several), or a
+            safetensors file; left as it is.
+        plan: made for the model that lies there; turned and refitted plans too.
+        directory: where the result goes, replaced in one step at the end.
+        model: a dense model of the class, best on the meta device; left as it is. None: built from the config, for
+            models of transformers.
+        max_shard_size: weights are split into files of at most so many bytes.
+        verify: whether to compare digests of the source, where it has any.
+
+    Raises:
+        CheckpointError: the source is malformed, altered, or does not fit the model.
+        PlanMismatchError: the plan was made for another model.
+
+    >>> import tempfile
+    >>> from attnprune import load_pruned, make_plan, save_pruned
+    >>> dense = nn.TransformerEncoderLayer(32, 4)
+    >>> source = save_pruned(dense, tempfile.mkdtemp())
+    >>> with torch.device("meta"):
+    ...     skeleton = nn.TransformerEncoderLayer(32, 4)
+    >>> result = apply_to_checkpoint(source, make_plan(dense, 0.5), tempfile.mkdtemp(), model=skeleton)
+    >>> load_pruned(result, skeleton).self_attn.q_proj.weight.shape
+    torch.Size([16, 32])
+    """
+    if not isinstance(plan, Plan):
+        remedy = "make one with make_plan, or read one with Plan.from_json"
+        raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", remedy)
+    limit = parse_size(max_shard_size)
+    with _opened(source, verify, need_config=model is None) as found:
+        skeleton = blank(hf.maker(found.raw), found.weights.entries) if model is None else plain(model)
+        with _pruned(skeleton, found, plan) as (items, tied):
+            record, config = Record.of(all_views(skeleton)), config_json(skeleton)
+            manifest = Manifest(class_name(skeleton), record, (), config, tied)
+            return write_model(Folder.make(directory), items, manifest, limit)
+
+
+class _Source(NamedTuple):
+    """A checkpoint to read from."""
+
+    weights: Weights
+    raw: Mapping[str, Any]
+    """The config, empty where there is none."""
+    record: Record
+    tied: Mapping[str, str]
+    renamed: bool
+    """Whether names may be those that classes had earlier."""
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str], verify: bool, need_config: bool) -> Iterator[_Source]:
+    path, manifest = Path(source), None
+    if path.suffix == ".safetensors" and not path.is_dir():
+        folder, files = Folder.at(path.parent), [path.name]
+        raw: Mapping[str, Any] = {}
+    else:
+        folder = Folder.at(path)
+        if folder.has(MANIFEST):
+            manifest = Manifest.read(folder)
+            raw, files = manifest.config or {}, [one.name for one in manifest.shards]
+        else:
+            raw = hf.read_config(folder) if need_config or folder.has(hf.CONFIG) else {}
+            files = hf.weight_files(folder)
+    if need_config and not raw:
+        refuse(str(path), "a config to build the model from", "none", "pass a model on the meta device as model=")
+    with Weights(folder, files) as weights:
+        if manifest is not None:
+            for one in manifest.shards if verify else ():
+                if (digest := weights.digest(one.name)) != one.sha256:
+                    refuse(one.name, f"SHA-256 {one.sha256[:12]}", digest[:12])
+            yield _Source(weights, raw, manifest.record, manifest.tied or {}, False)
+        else:
+            record = Record(()) if raw.get(ENTRY) is None else from_entry(raw[ENTRY], hf.CONFIG)
+            yield _Source(weights, raw, record, {}, bool(raw))
+
+
+@contextmanager
+def _pruned(skeleton: nn.Module, source: _Source, plan: Plan) -> Iterator[tuple[list[Item], dict[str, str]]]:
+    """Inside the block the skeleton has the shapes that the plan leaves; gives what its tensors are made of."""
+    weights, record = source.weights, source.record.inside(skeleton)
+    views = all_views(skeleton, {one.spec.name for one in record.attention})
+    before = Surgeon.prepare(skeleton, views, record.plan(views, MANIFEST), blank=True)
+    before.commit()
+    try:
+        record.settle(skeleton, MANIFEST)
+        names = hf.names_in(skeleton, weights.entries) if source.renamed else {key: key for key in weights.entries}
+        filling = Filling(skeleton, weights, names, source.tied, "weights")
+        origin = {id(filling.found[name].tensor): key for key, group in filling.reads for name in group}
+        views = all_views(skeleton, {spec.name for spec in plan.specs})
+        surgeon = Surgeon.prepare(skeleton, views, plan, blank=True)
+        shifts = _shifts(views, plan, weights, origin)
+        surgeon.commit()
+        try:
+            yield _items(skeleton, weights, origin, {id(one.new): one for one in surgeon.changes}, shifts)
+        finally:
+            surgeon.undo()
+    finally:
+        before.undo()
+
+
+def _items(
+    skeleton: nn.Module,
+    weights: Weights,
+    origin: Mapping[int, str],
+    changes: Mapping[int, ParamChange],
+    shifts: Mapping[int, Callable[[], Tensor]],
+) -> tuple[list[Item], dict[str, str]]:
+    """Every tensor of the pruned model, and names of those that are one with another."""
+    found = places(skeleton)
+    items: list[Item] = []
+    tied: dict[str, str] = {}
+    copied: dict[str, str] = {}  # what is taken over as it is, by its name in the source
+    for first, *others in groups(found):
+        tensor = found[first].tensor
+        change = changes.get(id(tensor))
+        key = origin[id(tensor if change is None else change.old)]
+        if change is None and key in copied:
+            tied.update(dict.fromkeys((first, *others), copied[key]))
+            continue
+        if change is None:
+            copied[key] = first
+        make = _maker(weights, key, change, shifts)
+        items.append(Item(first, weights.entries[key].dtype, tuple(tensor.shape), make))
+        tied.update(dict.fromkeys(others, first))
+    return items, tied
+
+
+def _maker(
+    weights: Weights, key: str, change: ParamChange | None, shifts: Mapping[int, Callable[[], Tensor]]
+) -> Callable[[], Tensor]:
+    if change is None:
+        return lambda: weights.read(key)
+
+    def make() -> Tensor:
+        old = _finite(weights, key)
+        if change.map is None:  # O's bias
+            return (old.double() + shifts[id(change.old)]()).to(old.dtype)
+        new = along(old, change.axis, change.start, change.size, change.map)
+        return new.mul_(change.gain) if change.gain != 1.0 else new
+
+    return make
+
+
+def _finite(weights: Weights, key: str) -> Tensor:
+    tensor = weights.read(key)
+    if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
+        raise NonFiniteError(key, "finite weights", "NaN or infinite ones", "load a checkpoint from before")
+    return tensor
+
+
+def _shifts(
+    views: list[AttentionView], plan: Plan, weights: Weights, origin: Mapping[int, str]
+) -> dict[int, Callable[[], Tensor]]:
+    """For every bias of O that gains a vector: how to get it."""
+    by_name = {view.name: view for view in views}
+    found: dict[int, Callable[[], Tensor]] = {}
+    for layer in plan:
+        if layer.fold is None or layer.fold.shift is None:
+            continue
+        slot = by_name[layer.spec.name].slots["o.weight"]
+        bias = slot.owner._parameters["bias"]
+        found[id(bias)] = partial(_shift, weights, origin[id(slot.parameter)], slot, layer.spec, layer.fold.shift)
+    return found
+
+
+def _shift(weights: Weights, key: str, slot: Slot, spec: AttentionSpec, shift: Tensor) -> Tensor:
+    return mean_of(slot.cut(_finite(weights, key)), spec.layout, shift)
