@@ -67,6 +67,9 @@ def architecture(raw: Mapping[str, Any]) -> type[Any]:
 
 def config_of(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     """A config object without what would lead elsewhere: code, other files, kernels to fetch."""
+    kind, own = raw.get("model_type"), getattr(cls.config_class, "model_type", None)
+    if kind is not None and kind != own:
+        refuse(f"{CONFIG}: model_type", f"{own!r}, as {cls.__name__} has", repr(kind)[:60], _REMEDY)
     try:
         return cls.config_class.from_dict(_clean(raw, CONFIG, 0))
     except CheckpointError:
@@ -152,7 +155,10 @@ def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # transformers 4
         return {key: key for key in entries}
-    rules = get_model_conversion_mapping(model)
+    try:
+        rules = get_model_conversion_mapping(model)
+    except Exception as error:
+        raise CheckpointError(CONFIG, "a config whose class transformers knows", str(error)[:80], _REMEDY) from error
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     prefix = getattr(model, "base_model_prefix", None) or None
