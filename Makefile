@@ -5,14 +5,16 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures test-exact bench test-compat test-wheel clean
+.PHONY: help demo test lint types unit docs pictures test-exact fuzz bench bench-streaming test-compat test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
 	@echo "make test         lint, types, tests, doctests, documentation"
 	@echo "make pictures     draws the pictures of the documentation anew"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
+	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
 	@echo "make bench        benchmarks against peers; prints tables"
+	@echo "make bench-streaming  memory of pruning a checkpoint of 4 GB on the disk; needs 9 GB there"
 	@echo "make test-compat  the tests of the Hugging Face adapters under transformers 4"
 	@echo "make test-wheel   the built wheel in an empty environment"
 
@@ -44,6 +46,12 @@ pictures: $(STAMP)
 
 test-exact: $(STAMP)
 	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS)
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz_files
+
+bench-streaming: $(STAMP)
+	$(BIN)/python benchmarks/streaming.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pruning_cost.py

@@ -374,16 +374,27 @@ class Plan:
         try:
             layers = fields.array("layers", found["layers"])
             asked = None if found["asked"] is None else Asked.from_dict(found["asked"])
-            return cls(tuple(LayerPlan.from_dict(one, f"layers[{i}]") for i, one in enumerate(layers)), asked)
-        except PlanFormatError:
-            raise
+            read = []
+            for i, one in enumerate(layers):
+                layers[i] = None  # maps may be large: their text goes as soon as it is read
+                read.append(LayerPlan.from_dict(one, f"layers[{i}]"))
+            return cls(tuple(read), asked)
+        except PlanFormatError as error:
+            if len(str(error)) < 1000:
+                raise
+            raise _brief(error.where, error) from error
         except AttnPruneError as error:  # the values' own checks: unknown units, impossible ratios or sizes
-            raise PlanFormatError(f"plan: {error.where}", error.expected, error.found, error.remedy) from error
+            raise _brief(f"plan: {error.where}", error) from error
 
     def __repr__(self) -> str:
         layers = sum(not layer.empty for layer in self.layers)
         share = ", ".join(f"{p} {self.fraction(p):.1%}" for p in PROJECTIONS) if self.layers else "nothing"
         return f"Plan({layers} of {len(self.layers)} attention modules change: {share}; digest {self.digest[:12]})"
+
+
+def _brief(where: str, error: AttnPruneError) -> PlanFormatError:
+    """An error about names and numbers in a file, which may be of any length."""
+    return PlanFormatError(where[:200], error.expected[:200], error.found[:200], error.remedy)
 
 
 def _from_older(found: dict[str, Any], version: int) -> None:

@@ -147,14 +147,27 @@ def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
     Raises:
         CheckpointError: tensors would have to be merged or split, not just renamed.
     """
+    found, merged = _renamed(model, entries)
+    if merged:
+        refuse(merged[0][:80], "a tensor that is one of the model's", "a part of one", "load it with transformers")
+    return found
+
+
+def merges(model: nn.Module, entries: Mapping[str, Entry]) -> bool:
+    """Whether tensors of a checkpoint are merged or split on their way into the model."""
+    return bool(_renamed(model, entries)[1])
+
+
+def _renamed(model: nn.Module, entries: Mapping[str, Entry]) -> tuple[dict[str, str], list[str]]:
+    """Names in the model, and the tensors that are no more than a part of one there."""
     state = model.state_dict(keep_vars=True)
     if entries.keys() <= state.keys():
-        return {key: key for key in entries}
+        return {key: key for key in entries}, []
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # transformers 4
-        return {key: key for key in entries}
+        return {key: key for key in entries}, []
     try:
         rules = get_model_conversion_mapping(model)
     except Exception as error:
@@ -162,17 +175,40 @@ def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     prefix = getattr(model, "base_model_prefix", None) or None
-    found = {}
-    for key in entries:
-        name, merged = rename_source_key(key, renamings, converters, prefix, state)
-        if merged is not None:
-            refuse(key[:80], "a tensor that is one of the model's", "a part of one", "load it with transformers")
-        found[key] = name
-    return found
+    told = {key: rename_source_key(key, renamings, converters, prefix, state) for key in entries}
+    return {key: name for key, (name, _) in told.items()}, [key for key, (_, part) in told.items() if part is not None]
+
+
+def check_size(model: nn.Module, entries: Mapping[str, Entry]) -> None:
+    """Raises if a model has many more numbers than its weights hold."""
+    wanted, held = sum(p.numel() for p in model.parameters()), sum(e.size // e.dtype.itemsize for e in entries.values())
+    if wanted > 2 * held + (1 << 20):
+        refuse(CONFIG, f"a model of about {held} numbers, as the weights hold", str(wanted), "check the config")
+
+
+def set_generation(folder: Folder, model: nn.Module) -> None:
+    """Gives a model that generates the settings that lie beside it.
+
+    Raises:
+        CheckpointError: they are malformed.
+    """
+    name, settings = "generation_config.json", getattr(model, "generation_config", None)
+    if settings is None or not folder.has(name):
+        return
+    try:
+        raw = fields.load(folder.read(name), most=1 << 20)
+        model.generation_config = type(settings).from_dict(_clean(raw, name, 0))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(name, "settings for generation", str(error)[:80], "save the model anew") from error
 
 
 def dense(folder: Folder, raw: Mapping[str, Any], device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
-    """A model that was never pruned, loaded by transformers itself from files that were checked before."""
+    """A model that was never pruned, loaded by transformers itself from files that were checked before.
+
+    Only where transformers merges or splits tensors; all else is filled by :class:`.skeleton.Filling`.
+    """
     cls = architecture(raw)
     config, remedy = config_of(cls, raw), "load it with transformers"
     kind: Any = {"dtype" if hasattr(config, "dtype") else "torch_dtype": dtype or "auto"}

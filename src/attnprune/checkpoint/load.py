@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..adapters.registry import all_views, plain
-from ..errors import CheckpointError, OptionError
+from ..errors import AttnPruneError, CheckpointError, OptionError
 from ..surgery import Surgeon
 from . import hf
 from .folder import Folder, refuse
@@ -33,7 +33,7 @@ def load_pruned(
 
     A Hugging Face model is built without data, given the shapes that were saved, and filled one tensor at a time: there
     never is a dense copy. Directories that ``model.save_pretrained`` wrote load as well: of pruned models through the
-    entry that pruning leaves in the config, of dense ones by transformers itself.
+    entry that pruning leaves in the config; dense ones whose tensors transformers merges or splits, by transformers.
 
     Args:
         directory: where the model lies.
@@ -82,7 +82,9 @@ def load_pruned(
         if model is not None:
             return _into(plain(model), weights, names, tied, manifest.record, place, dtype)
         raw = hf.read_config(folder) if manifest.config is None else manifest.config
-        return _built(raw, weights, names, tied, manifest.record, place, dtype)
+        built = _built(raw, weights, names, tied, manifest.record, place, dtype)
+        assert built is not None, "what we write has the model's own names"
+        return built
 
 
 def from_pretrained(
@@ -128,9 +130,11 @@ def _of_transformers(
     with Weights(folder, files) as weights:
         if model is not None:
             return _into(plain(model), weights, None, {}, record, device, dtype)
-        if record.attention:
-            return _built(raw, weights, None, {}, record, device, dtype)
-    return hf.dense(folder, raw, device, dtype)
+        found = _built(raw, weights, None, {}, record, device, dtype)
+    if found is None:
+        return hf.dense(folder, raw, device, dtype)
+    hf.set_generation(folder, found)
+    return found
 
 
 def _built(
@@ -141,15 +145,27 @@ def _built(
     record: Record,
     device: torch.device | None,
     dtype: torch.dtype | None,
-) -> nn.Module:
+) -> nn.Module | None:
+    """The model of a config; None where a dense one needs transformers itself, which merges and splits tensors."""
     make = hf.maker(raw)
-    model = blank(make, weights.entries)
-    filling, pruned = _fitted(model, weights, names, tied, record)
-    if size := sum(b.numel() * b.element_size() for _, b in unsaved(model)):
-        if size > _ROOM:
-            refuse(hf.CONFIG, f"buffers of at most {_ROOM} bytes", str(size), "check the config")
-        model = blank(make, weights.entries, buffers=True)
+    try:
+        model = blank(make, weights.entries)
+        if names is None and not record.attention:
+            if hf.merges(model, weights.entries):
+                hf.check_size(model, weights.entries)
+                return None
+            known = model.state_dict(keep_vars=True)  # dense checkpoints may hold more than their class has
+            names = {key: name for key, name in hf.names_in(model, weights.entries).items() if name in known}
         filling, pruned = _fitted(model, weights, names, tied, record)
+        if size := sum(b.numel() * b.element_size() for _, b in unsaved(model)):
+            if size > _ROOM:
+                refuse(hf.CONFIG, f"buffers of at most {_ROOM} bytes", str(size), "check the config")
+            model = blank(make, weights.entries, buffers=True)
+            filling, pruned = _fitted(model, weights, names, tied, record)
+    except AttnPruneError:
+        raise
+    except Exception as error:  # numbers that the class itself can make nothing of
+        raise CheckpointError(hf.CONFIG, "a config of the model", str(error)[:80], "save the model anew") from error
     return _filled(model, filling, pruned, device, dtype).eval()
 
 
