@@ -60,6 +60,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/closed_form_cost.py --clips 64
 	$(BIN)/python benchmarks/decoupled_latency.py
 	$(BIN)/python benchmarks/latency_budget.py
+	$(BIN)/python benchmarks/scoring_memory.py
 	$(BIN)/python benchmarks/accuracy.py keywords
 
 COMPAT ?= 4.48.3 4.53.3 4.57.6

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 import attnprune
-from attnprune import AttentionSpec, LatencyTable, LayerPlan, Rules, Scores, errors
+from attnprune import AttentionSpec, LatencyTable, LayerPlan, Rules, Scores, errors, knapsack
 from attnprune.budgets import Costs, allocate_budget
 from attnprune.counting import count_macs, parameter_prices
 from attnprune.knapsack import BINS, Choice, choose
@@ -86,6 +86,13 @@ def test_large_whole_costs_are_counted_in_steps() -> None:
     less = brute(groups, budget - 4 * (budget - sum(map(min, sizes))) / BINS)
     assert less is not None
     assert of(groups, chosen)[0] <= less[0]
+
+
+def test_costs_are_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "BINS", 10)
+    chosen = choose([[Choice(1, 0.0), Choice(0, 1.9)]] * 8, 10.0)
+    assert chosen is not None
+    assert sum(chosen) == 5
 
 
 def test_cliffs_off_the_convex_hull_are_found() -> None:
@@ -219,6 +226,16 @@ def test_uniform_plans_are_the_best_of_all(
     assert plan.asked.budget.promised == pytest.approx(1 - (sum(map(costs.of, specs)) - spent) / costs.total)
 
 
+@pytest.mark.parametrize("bias", [(True,) * 4, (False, True, False, True)])
+@pytest.mark.parametrize("bias_kv", [False, True])
+def test_prices_are_what_specs_hold(bias: Any, bias_kv: bool) -> None:
+    one = spec("a", heads=3, dim=4, k_in=5, v_in=6, bias=bias, bias_kv=bias_kv)
+    prices = parameter_prices(one)
+    after = one.keep([0, 2], [1, 3], [4, 2])
+    freed = (12 - 4) * prices["qk"] + (12 - 6) * prices["vo"]
+    assert one.parameters - after.parameters == freed
+
+
 @settings(max_examples=60)
 @given(
     st.integers(0, 999), st.floats(0.55, 0.95), st.sampled_from(["channel", "head", "joint"]), st.sampled_from([1, 2]),
@@ -240,9 +257,18 @@ def test_ragged_plans_are_within_one_unit_below_the_budget(
         assert least > share * total
         return
     after = total - sum(costs.of(layer.spec) - costs.of(layer.after) for layer in plan)
-    unit = {"head": step * 4 * 30, "channel": step * 30, "joint": 4 * 30}[granularity]
+    unit = step * (4 * 30 if granularity == "head" else 30)  # heads and channels compete: channels fill what is left
     assert share * total - unit < after <= share * total + 1e-6
     assert not match or all(layer.after.qk_dims == layer.after.vo_dims for layer in plan)
+
+
+def test_a_head_does_not_go_for_want_of_a_channel() -> None:
+    one = spec("a", heads=2, dim=4)
+    cheap = Scores(torch.tensor([[0.0] * 4, [9.0] * 4]), torch.tensor([[0.0] * 4, [9.0] * 4]), torch.tensor([0.0, 9.0]))
+    for share, channels in ((0.99, 1), (0.9, 2), (0.7, 5), (0.5625, 7), (0.5, 8)):
+        costs = Costs(Budget("macs", share), 160, {"a": {"qk": 10, "vo": 10}})
+        plan = allocate_budget([one], {"a": cheap}, costs, Rules("joint", heads="ragged"))
+        assert 16 - sum(plan["a"].after.qk_dims) - sum(plan["a"].after.vo_dims) == channels
 
 
 def test_local_scope_takes_the_same_fraction_of_every_layer() -> None:
@@ -314,6 +340,7 @@ def test_what_is_promised_is_what_is_counted(name: str, heads: Any) -> None:
         assert budget.promised == pytest.approx(after / before, abs=1e-12)
         assert 0.75 < after / before <= 0.85
         assert "budget: " in str(report)
+        assert "\nasked" not in str(report)
         assert report.plan.asked.split == "auto"
         assert attnprune.Plan.from_json(report.plan.to_json()) == report.plan
 
@@ -354,6 +381,15 @@ def test_unreachable_budgets_say_what_can_be_reached() -> None:
             way = next(iter(options))
             plan = attnprune.make_plan(encoder(), heads=heads, min_channels=2, **{**options, way: least + 0.001})  # type: ignore[arg-type]
             assert {dim for one in plan.after for dim in (*one.qk_dims, *one.vo_dims)} == {2}
+
+
+def test_unreachable_budgets_are_refused_before_data_are_read() -> None:
+    def data() -> Any:
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(errors.AllocationError):
+        attnprune.make_plan(encoder(), target_params=0.1, data=data())
 
 
 @pytest.mark.parametrize(
@@ -441,5 +477,10 @@ def test_a_pruner_ends_within_its_budget_and_resumes(way: str) -> None:
     other.step()
     other.step()
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in model.state_dict().items())
+    late = pruner(mine)  # made for the model as it is after a step
+    late.load_state_dict(state)
+    late.step()
+    late.step()
+    assert all(torch.equal(value, mine.state_dict()[key]) for key, value in model.state_dict().items())
     with pytest.raises(errors.OptionError, match="budget"):
         attnprune.AttentionPruner(encoder(), 0.5, steps=3).load_state_dict(state)

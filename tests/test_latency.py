@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,27 @@ def test_the_table_has_what_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert "budget: latency x 0.850, predicted x 0." in text
     assert dictionary["promised"] == plan.asked.budget.promised
     assert dictionary["measured"] == report.latency.ratio
+
+
+def test_the_result_is_measured_and_a_miss_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "FAST", 0.0)
+    clock = Clock(monkeypatch)
+    model = clock.watch(vit())
+    found = measure(model, X, seconds=1e-9, cache=False, round_to=2)
+    lucky = replace(found, grids=tuple(replace(one, shares=tuple(x / 2 for x in one.shares[:-1]) + one.shares[-1:])
+                                       for one in found.grids))  # fmt: skip
+    reports = {}
+    for name, one in (("true", found), ("too good", lucky)):
+        reports[name] = attnprune.prune_attention(
+            clock.watch(vit()), target_latency=0.8, latency=one, example_inputs=X, match_dims=True
+        )
+    for report in reports.values():
+        assert report.latency is not None
+    assert not reports["true"].notes
+    assert "is above the target x 0.800" in reports["too good"].notes[0]
+    quiet = attnprune.prune_attention(vit(), target_latency=0.8, latency=found, example_inputs=X, measure=False)
+    assert quiet.latency is None
+    assert attnprune.prune_attention(vit(), target_latency=0.8, latency=found).latency is None
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,21 @@ def apply_plan(
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = _latency(model, surgeon, plan, example_inputs) if measure else None
+    notes += _missed(plan, latency)
     commit_all([*steps, *entries, *patches])
     counts = None if macs is None else (macs, count_macs(model, example_inputs))
     return Report(plan, (before, count_parameters(model)), counts, notes, latency)
+
+
+def _missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
+    """A note where measured latency is more than 3 % above what was asked for."""
+    budget = None if plan.asked is None else plan.asked.budget
+    if budget is None or budget.resource != "latency" or latency is None or latency.ratio <= 1.03 * budget.share:
+        return ()
+    return (
+        f"measured latency x {latency.ratio:.3f} is above the target x {budget.share:.3f}; on a quieter machine, or "
+        "with attnprune.latency.measure(..., seconds=) of more, predictions are better",
+    )
 
 
 def _latency(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any) -> Measured:

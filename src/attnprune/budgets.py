@@ -37,6 +37,13 @@ class Costs:
             return self.table.share(spec)
         return sum(sum(spec.dims(kind)) * self.prices[spec.name][kind] for kind in KINDS)
 
+    def shape(self, spec: AttentionSpec, heads: int, qk: int, vo: int) -> float:
+        """The same for equal heads of a number and dims."""
+        if self.table is not None:
+            return self.table.share(spec.keep(range(heads), [qk] * heads, [vo] * heads))
+        prices = self.prices[spec.name]
+        return heads * (qk * prices["qk"] + vo * prices["vo"])
+
     def levels(self, spec: AttentionSpec, rules: Rules) -> tuple[list[int], dict[Kind, list[int]]]:
         """Numbers of heads, and of channels of each kind, that a layer may keep; what it has now among them."""
         heads, dims = [spec.heads], {kind: [max(spec.dims(kind))] for kind in KINDS}
@@ -57,19 +64,16 @@ class Costs:
         """What an attention costs at the floors."""
         if not spec.ragged:
             heads, dims = self.levels(spec, rules)
+            if self.table is None:
+                return self.shape(spec, min(heads), min(dims["qk"]), min(dims["vo"]))
             shapes = product(heads, dims["qk"], dims["vo"])
-            return min(
-                self.of(_shaped(spec, *shape)) for shape in shapes if not rules.match_dims or shape[1] == shape[2]
-            )
+            return min(self.shape(spec, *one) for one in shapes if not rules.match_dims or one[1] == one[2])
         each = []
         for head in range(spec.heads):
             one = spec.keep([head], [spec.qk_dims[head]], [spec.vo_dims[head]])
-            each.append(self.of(_shaped(one, 1, *(min(self.levels(one, rules)[1][kind]) for kind in KINDS))))
+            dims = self.levels(one, rules)[1]
+            each.append(self.shape(one, 1, min(dims["qk"]), min(dims["vo"])))
         return fsum(sorted(each)[: spec.heads if rules.granularity == "channel" else rules.min_heads])
-
-
-def _shaped(spec: AttentionSpec, heads: int, qk: int, vo: int) -> AttentionSpec:
-    return spec.keep(range(heads), [qk] * heads, [vo] * heads)
 
 
 def check_budget(specs: Sequence[AttentionSpec], costs: Costs, rules: Rules) -> None:
@@ -209,7 +213,7 @@ def _options(layer: Layer, costs: Costs, rules: Rules) -> Iterator[list[_Option]
                 continue
             gone: dict[Kind, int] = {"qk": dims["qk"][0] - qk, "vo": dims["vo"][0] - vo}
             loss = base + both["qk"][gone["qk"]] + both["vo"][gone["vo"]]
-            found.append(_Option(Choice(loss, costs.of(_shaped(spec, heads, qk, vo))), dropped, gone))
+            found.append(_Option(Choice(loss, costs.shape(spec, heads, qk, vo)), dropped, gone))
     yield found
 
 

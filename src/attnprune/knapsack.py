@@ -67,7 +67,7 @@ def choose(groups: Sequence[Sequence[Choice]], budget: float) -> list[int] | Non
     for pick, kept, row in zip(reversed(picks), reversed(options), reversed(steps), strict=True):
         chosen.append(int(pick[at]))
         at -= row[kept.index(chosen[-1])]
-    return _exchanged(groups, chosen[::-1], budget)
+    return _exchanged(groups, options, chosen[::-1], budget)
 
 
 def _undominated(group: Sequence[Choice]) -> list[int]:
@@ -92,14 +92,17 @@ def _steps(extra: Sequence[Sequence[float]], room: float) -> tuple[list[list[int
     return [[-int(-(cost / size - 1e-9) // 1) for cost in row] for row in extra], int(room / size + 1e-9)
 
 
-def _exchanged(groups: Sequence[Sequence[Choice]], chosen: list[int], budget: float) -> list[int]:
+def _exchanged(
+    groups: Sequence[Sequence[Choice]], options: Sequence[Sequence[int]], chosen: list[int], budget: float
+) -> list[int]:
     """While a single exchange fits the budget and loses less (or as much, and keeps more), the best one is made."""
     chosen = list(chosen)
     while True:
         spent = sum(group[i].cost for group, i in zip(groups, chosen, strict=True))
         best: tuple[float, float, int, int] | None = None
         for g, (group, now) in enumerate(zip(groups, chosen, strict=True)):
-            for i, one in enumerate(group):
+            for i in options[g]:
+                one = group[i]
                 gain = (one.loss - group[now].loss, group[now].cost - one.cost)
                 if spent - gain[1] <= budget and gain < (0.0, 0.0) and (best is None or (*gain, g, i) < best):
                     best = (*gain, g, i)

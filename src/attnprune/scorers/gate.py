@@ -81,6 +81,7 @@ class Gate(Scorer):
             for number, batch in enumerate(batches(self._some(data), device_of(model), progress, self.name)):
                 loss = loss_of(model, batch, loss_fn)
                 reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
+                del loss  # and its graph, before the next batch builds one
                 samples = {tap.finish(number) for tap in taps} - {0}
                 if reached[0] is None or not samples:
                     raise no_gradient(number)

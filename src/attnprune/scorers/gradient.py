@@ -145,4 +145,5 @@ class _Listen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         ctx.tap.receive(ctx.x, grad)
+        ctx.x = None  # the graph may outlive this pass; what it listened to need not
         return grad, grad.new_zeros(()), None, None

@@ -1,0 +1,120 @@
+"""Peak memory of scoring and calibration on AST-base, each in a process of its own.
+
+    python benchmarks/scoring_memory.py [--frames 128] [--batch 1] [--batches 3]
+
+The bound is 1.1 times the model and the gradients of its attention weights, plus the activations of one batch, which no
+method can do without: what a plain forward and backward pass of the loss takes on top of model and gradients. Peaks are
+resident memory over that of the process with all imports and no model (Linux; the peak is reset after the model is
+built), of the greatest of --runs processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from _paired import environment, table
+from torch import Tensor, nn
+from transformers import ASTConfig, ASTForAudioClassification
+
+import attnprune
+from attnprune import calibration, closed_form, planning, scorers  # imported here, so that they count as imports
+
+MB = 1e6
+assert closed_form
+assert planning
+
+
+def status(key: str) -> int:
+    """A memory figure of this process in bytes: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def plain(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """A forward and backward pass with gradients of the attention weights alone."""
+    chosen = {id(p) for name, p in model.named_parameters() if ".attention." in name}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    for x, y in batches[:1]:
+        nn.functional.cross_entropy(model(x).logits, y).backward()
+
+
+def score(scorer: Any, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    views = attnprune.adapters.find_views(model)
+    scorer.score(model, views, data=batches, progress=False)
+
+
+def pruned(model: nn.Module, batches: list[tuple[Tensor, Tensor]], **options: Any) -> None:
+    attnprune.make_plan(model, 0.5, data=batches, progress=False, **options)
+
+
+TASKS: dict[str, Any] = {
+    "forward and backward": plain,
+    "magnitude": lambda model, batches: score(scorers.Magnitude(), model, batches),
+    "Taylor": lambda model, batches: score(scorers.Taylor(), model, batches),
+    "Fisher": lambda model, batches: score(scorers.Fisher(), model, batches),
+    "Fisher, per sample": lambda model, batches: score(scorers.Fisher(per_sample=True), model, batches),
+    "gates": lambda model, batches: score(scorers.Gate(), model, batches),
+    "calibrate": lambda model, batches: calibration.calibrate(model, batches, across_heads=False, progress=False),
+    "calibrate, across heads": lambda model, batches: calibration.calibrate(model, batches, progress=False),
+    "whole plan, rotated and refitted": pruned,
+}
+
+
+def child(task: str, frames: int, batch: int, batches: int) -> None:
+    """Prints peak, model and gradient bytes of one task."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    nn.Linear(8, 8)(torch.randn(2, 8)).sum().backward()  # what the first use of autograd takes
+    runtime = status("VmRSS")
+    model = ASTForAudioClassification(ASTConfig(max_length=frames, num_labels=35)).eval()
+    data = [(torch.randn(batch, frames, 128), torch.arange(batch) % 35) for _ in range(batches)]
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    grads = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".attention." in name)
+    Path("/proc/self/clear_refs").write_text("5")
+    TASKS[task](model, data)
+    print(json.dumps({"peak": status("VmHWM") - runtime, "model": size, "gradients": grads}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        child(args.task, args.frames, args.batch, args.batches)
+        return
+    found = {}
+    for task in TASKS:
+        command = [sys.executable, __file__, "--task", task, "--frames", args.frames, "--batch", args.batch,
+                   "--batches", args.batches]  # fmt: skip
+        runs = [
+            subprocess.run([*map(str, command)], check=True, capture_output=True, text=True) for _ in range(args.runs)
+        ]
+        found[task] = max((json.loads(run.stdout) for run in runs), key=lambda one: one["peak"])
+    base = found["forward and backward"]
+    fixed = base["model"] + base["gradients"]
+    activations = max(base["peak"] - fixed, 0)
+    bound = 1.1 * fixed + activations
+    rows = [
+        [task, f"{one['peak'] / MB:.0f}", f"{(one['peak'] - activations) / fixed:.2f}",
+         "met" if one["peak"] <= bound else "missed"]
+        for task, one in found.items()
+    ]  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in environment("attnprune", "transformers").items()))
+    print(f"model {base['model'] / MB:.0f} MB, gradients of attention {base['gradients'] / MB:.0f} MB, activations "
+          f"{activations / MB:.0f} MB; bound {bound / MB:.0f} MB")  # fmt: skip
+    print(table(["task", "peak, MB", "(peak - activations) / (model + gradients)", "at most 1.10"], rows))
+
+
+if __name__ == "__main__":
+    main()
