@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import nn
 
 import attnprune
 from attnprune import find_attention, from_pretrained, load_pruned, prune_attention, prune_heads, save_pruned
+from attnprune.checkpoint import tensors
 from attnprune.checkpoint.manifest import Manifest
 from attnprune.checkpoint.skeleton import places
 from attnprune.checkpoint.tensors import DTYPES
@@ -170,10 +173,10 @@ def test_weights_are_split_by_size_and_each_file_has_its_digest(tmp_path: Path) 
     sizes = [(tmp_path / one.name).stat().st_size for one in manifest.shards]
     assert len(sizes) > 2
     assert sizes == [one.size for one in manifest.shards]
-    tensors = [load_file(tmp_path / one.name) for one in manifest.shards]
-    for one in tensors:
+    files = [load_file(tmp_path / one.name) for one in manifest.shards]
+    for one in files:
         assert len(one) == 1 or sum(x.nbytes for x in one.values()) <= 4000
-    assert sorted(key for one in tensors for key in one) == sorted(model.state_dict())
+    assert sorted(key for one in files for key in one) == sorted(model.state_dict())
     save_pruned(model, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     for wrong in (0, -1, "5 parsecs", "", True, None, 1.5):
@@ -397,3 +400,52 @@ def test_names_of_every_tensor(tmp_path: Path) -> None:
     for name in FAMILIES:
         model = fresh(name, 0)
         assert list(places(model)) == list(model.state_dict())
+
+
+def test_a_save_that_ends_anywhere_leaves_the_old_model_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first to the last thing that a save does to the disk: there the process dies, and does nothing more."""
+
+    class Dead(BaseException):
+        pass
+
+    old, new = vit(), vit()
+    prune_attention(old, 0.25, scope="local")
+    prune_attention(new, 0.5, scope="local")
+    save_pruned(old, tmp_path / "before", max_shard_size="6KB")
+    ends: list[bool] = []
+    for last in range(500):
+        folder, left = tmp_path / f"{last}", last
+        shutil.copytree(tmp_path / "before", folder)
+
+        def dying(real: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Dead
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (tensors, "_write")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                save_pruned(new, folder, max_shard_size="6KB")
+                done = True
+            except Dead:
+                done = False
+        found = from_pretrained(folder)
+        ends.append(found.vit.layers[0].attention.q_proj.out_features == 12)  # type: ignore[union-attr, index]
+        same(new if ends[-1] else old, found)
+        save_pruned(old, folder)
+        assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors"]
+        if done:
+            break
+    assert done
+    assert len(ends) > 20
+    assert ends == sorted(ends)  # once the new one is there, it stays
+    assert ends[0] is False
+    assert ends[-2:] == [True, True]
