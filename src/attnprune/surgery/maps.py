@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,21 @@ class Pick:
         return isinstance(other, Pick) and self.rows == other.rows
 
 
+Blocks = tuple[tuple[int, int, Tensor], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Mix:
     """Channels that are mixed, run by run: ``new = concatenate(matrix @ old[start:stop])``."""
 
-    blocks: tuple[tuple[int, int, Tensor], ...]
-    duals: tuple[tuple[int, int, Tensor], ...]
-    """What carries gradients over: the maps of the projection on the other side of the product."""
+    blocks: Blocks
+    made: Callable[[], Blocks]
+    """Gives the duals when they are asked for, as surgery on files never does."""
+
+    @property
+    def duals(self) -> Blocks:
+        """What carries gradients over: the maps of the projection on the other side of the product."""
+        return self.made()
 
     def __call__(self, channels: Tensor) -> Tensor:
         return _mix(self.blocks, channels)
@@ -84,7 +92,7 @@ def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, ChannelMap]
     if layer.fold is None:
         picks = {kind: Pick(tuple(kept_channels(view, layer, kind))) for kind in ("qk", "vo")}
         return {key: picks[kind] for key, kind in view.kinds.items() if key in view.slots}
-    blocks: dict[Projection, tuple[tuple[int, int, Tensor], ...]] = {
+    blocks: dict[Projection, Blocks] = {
         "q": _by_head(view, layer, "qk", layer.fold.q),
         "k": _by_head(view, layer, "qk", layer.fold.k),
         "v": _by_head(view, layer, "vo", layer.fold.v),
@@ -92,24 +100,29 @@ def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, ChannelMap]
     before, after = logical_channels(view.spec.layout, "vo"), logical_channels(layer.after.layout, "vo")
     o = layer.fold.o[before][:, after].T.contiguous()
     width = len(before)
-    values = torch.zeros_like(o)
-    back, row = _own_blocks(layer), 0
-    for start, stop, matrix in blocks["v"]:
-        values[row : row + len(matrix), start:stop] = matrix.to(values)
-        row += len(matrix)
-    own = tuple((start, stop, one) for (start, stop, _), one in zip(blocks["v"], back, strict=True))
+
+    def values() -> Blocks:
+        """V's map as one matrix: the dual of O's."""
+        whole, row = torch.zeros_like(o), 0
+        for start, stop, matrix in blocks["v"]:
+            whole[row : row + len(matrix), start:stop] = matrix.to(whole)
+            row += len(matrix)
+        return ((0, width, whole),)
+
+    def own() -> Blocks:
+        pairs = zip(blocks["v"], _own_blocks(layer), strict=True)
+        return tuple((start, stop, one) for (start, stop, _), one in pairs)
+
     mixes: dict[Projection, Mix] = {
-        "q": Mix(blocks["q"], blocks["k"]),
-        "k": Mix(blocks["k"], blocks["q"]),
+        "q": Mix(blocks["q"], lambda: blocks["k"]),
+        "k": Mix(blocks["k"], lambda: blocks["q"]),
         "v": Mix(blocks["v"], own),
-        "o": Mix(((0, width, o),), ((0, width, values),)),
+        "o": Mix(((0, width, o),), values),
     }
     return {key: mixes[side(key, view.kinds[key])] for key in view.slots}
 
 
-def _by_head(
-    view: AttentionView, layer: LayerPlan, kind: Kind, matrices: Sequence[Tensor]
-) -> tuple[tuple[int, int, Tensor], ...]:
+def _by_head(view: AttentionView, layer: LayerPlan, kind: Kind, matrices: Sequence[Tensor]) -> Blocks:
     """One block per kept head, in the order in which they will be stored."""
     layout, back = view.spec.layout, layer.kept_heads
     return tuple((*layout.span(kind, back[i]), matrices[i]) for i in layer.after.layout.order)
