@@ -189,6 +189,15 @@ class AttentionPruner:
             self._seen[name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
         self._observations += 1
 
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` can be called: scores come from gradients."""
+        try:
+            self._observer()
+        except OptionError:
+            return False
+        return True
+
     def _observer(self) -> GradientScorer:
         scorer = self.options.get("scorer", "auto")
         if self.options.get("data") is not None:

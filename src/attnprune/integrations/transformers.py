@@ -1,0 +1,132 @@
+"""Pruning inside ``transformers.Trainer``: :class:`PruningCallback`. Needs ``transformers`` and ``accelerate``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..adapters.registry import plain
+from ..errors import CheckpointError, OptionError, WrappedModelError
+from ..pruner import AttentionPruner
+
+FILE = "attnprune.pt"
+
+
+class PruningCallback(TrainerCallback):  # type: ignore[misc]
+    """Lets an :class:`~attnprune.AttentionPruner` watch a Trainer's gradients and take its steps.
+
+    Gradients are read once an optimizer step, after those of all accumulated batches are there. The Trainer has clipped
+    them by then (``max_grad_norm``), which multiplies all gradients of a step by one number; ``max_grad_norm=0`` gives
+    them as they are. Optimizer state is cut along; the pruner's own state is written into every checkpoint, and
+    :func:`resume` goes on from one.
+
+    Args:
+        pruner: made for the model that the Trainer trains.
+        every: a step of the pruner after so many epochs or optimizer steps, until it is done.
+        unit: ``"epochs"`` or ``"steps"``.
+
+    Raises:
+        OptionError: not a pruner, ``every`` below 1, an unknown unit; when training begins: another model, or
+            ``load_best_model_at_end``, as the best model may have had another shape.
+        WrappedModelError: when training begins in several processes, whose wrapper holds on to parameters.
+    """
+
+    def __init__(self, pruner: AttentionPruner, *, every: int = 1, unit: str = "epochs") -> None:
+        if not isinstance(pruner, AttentionPruner):
+            found = f"a {type(pruner).__name__}"
+            raise OptionError("pruner", "an AttentionPruner", found, "make it for the Trainer's model")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise OptionError("every", "a whole number of at least 1", repr(every), "use 1 for every epoch")
+        if unit not in ("epochs", "steps"):
+            raise OptionError("unit", '"epochs" or "steps"', repr(unit), "pick one of them")
+        self.pruner, self.every, self.unit = pruner, every, unit
+        self._weights: dict[str, Any] | None = None  # to load once the Trainer has loaded its own
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if plain(model) is not self.pruner.model:
+            raise OptionError(
+                "pruner", "a pruner of the Trainer's model", "one of another", "make it for trainer.model"
+            )
+        if args.load_best_model_at_end:
+            remedy = "turn it off, and keep the checkpoint of your choice"
+            raise OptionError("load_best_model_at_end", "False", "True: the best may have another shape", remedy)
+        if args.world_size > 1:
+            remedy = "prune between calls of train(), or write the loop with accelerate"
+            raise WrappedModelError("Trainer", "one process", f"{args.world_size}, by DistributedDataParallel", remedy)
+        if self._weights is not None:
+            self.pruner.model.load_state_dict(self._weights)
+            self._weights = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.pruner.done or not self.pruner.observes:
+            return
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and args.max_grad_norm:  # clipping has unscaled them already
+            scaler = SimpleNamespace(get_scale=lambda: 1.0)
+        self.pruner.observe(scaler=scaler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.unit == "steps" and state.global_step % self.every == 0:
+            self._step(optimizer)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.unit == "epochs" and round(state.epoch) % self.every == 0:
+            self._step(optimizer)
+
+    def _step(self, optimizer: Any) -> None:
+        if not self.pruner.done:
+            self.pruner.step(optimizer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        draft = folder / f".{FILE}.draft"
+        model = self.pruner.model.state_dict() if _renamed(folder, self.pruner.model) else None
+        torch.save({"pruner": self.pruner.state_dict(), "model": model}, draft)
+        os.replace(draft, folder / FILE)
+
+
+def _renamed(folder: Path, model: nn.Module) -> bool:
+    """Whether a checkpoint's weights have other names than the model's (transformers 5 writes those of version 4 for
+    some models): a Trainer that resumes would then load none of them."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return True
+    with safe_open(file, framework="pt") as weights:
+        return not set(weights.keys()) <= model.state_dict().keys()
+
+
+def resume(trainer: Any, checkpoint: str | os.PathLike[str] | bool = True, **options: Any) -> Any:
+    """``trainer.train(resume_from_checkpoint=...)`` for a Trainer with a :class:`PruningCallback`.
+
+    The Trainer, its dense model, the pruner and the callback are made as in the beginning; the model gets the shapes
+    that it had before the Trainer loads its weights. The run ends bitwise where the uninterrupted one does.
+
+    Args:
+        trainer: with a PruningCallback among its callbacks.
+        checkpoint: a checkpoint directory of the Trainer, or True for the last one in ``output_dir``.
+        options: everything else that ``train`` takes.
+
+    Raises:
+        OptionError: the Trainer has no PruningCallback.
+        CheckpointError: there is no checkpoint, or it was not finished.
+    """
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, PruningCallback)]
+    if len(found) != 1:
+        raise OptionError("trainer", "one PruningCallback", str(len(found)), "pass callbacks=[PruningCallback(pruner)]")
+    folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
+    file = None if not folder else Path(folder) / FILE
+    if file is None or not file.is_file():
+        remedy = "resume from an earlier one: this one was not finished, or was written without the callback"
+        raise CheckpointError(str(folder), f"a checkpoint with {FILE}", "none", remedy)
+    state = torch.load(file, weights_only=True)
+    found[0].pruner.load_state_dict(state["pruner"])
+    found[0]._weights = state["model"]
+    return trainer.train(resume_from_checkpoint=str(folder), **options)
