@@ -28,7 +28,7 @@ LAYERS = (
     ("passes", "rounding"),
     ("blocks", "counting"),
     ("timing",),
-    ("calibration", "distillation"),
+    ("calibration", "distillation", "distributed"),
     ("closed_form",),
     ("scorers",),
     ("allocate",),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .checkpoint.stock import export_stock
     from .checkpoint.stream import apply_to_checkpoint
     from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
+    from .distributed import rewrap
     from .export import export_onnx
     from .moments import Calibration
     from .packing import pack_qkv, unpack_qkv
@@ -83,6 +84,7 @@ __all__ = [
     "prune_channels",
     "prune_heads",
     "register_adapter",
+    "rewrap",
     "save_pruned",
     "score_attention",
     "scorers",
@@ -106,6 +108,7 @@ _LATER = {  # loaded when asked for
     "hidden_loss": "distillation",
     "load_pruned": "checkpoint.load",
     "pack_qkv": "packing",
+    "rewrap": "distributed",
     "save_pruned": "checkpoint.save",
     "score_attention": "scoring",
     "teacher_loss": "distillation",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .adapters.registry import find_views, plain
 from .allocate import Rules
 from .api import apply_plan, make_plan
@@ -97,7 +98,9 @@ class AttentionPruner:
             raise OptionError("schedule", f"one of {', '.join(SCHEDULES)}, or a function", found, "pick one of them")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError("steps", "a whole number of at least 1", repr(steps), "use 1 for one-shot pruning")
-        self.model = plain(model)
+        # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
+        inner = model.module if type(model).__name__ == "DistributedDataParallel" else model
+        self.model = plain(inner)  # type: ignore[arg-type]
         targets = {name: options.pop(name, None) for name in _TARGETS}
         self.budget = check_ways(qkvo_ratios=qkvo_ratios, target_error=None, **targets)
         self.ratios = Ratios() if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
@@ -219,6 +222,8 @@ class AttentionPruner:
     def step(self, optimizer: Any = None, *, averages: Iterable[nn.Module] = (), example_inputs: Any = None) -> Report:
         """Removes what is due; model, optimizer and averages change together or not at all.
 
+        In several processes of ``torch.distributed`` all of them must call it: observed scores are averaged over them.
+
         Args:
             optimizer: an optimizer (or several, in a list) whose parameters and state are cut along. Learning rate
                 schedulers need nothing: groups stay the same objects.
@@ -231,17 +236,23 @@ class AttentionPruner:
         Raises:
             OptionError: all steps have been taken.
             DataError: the scorer needs gradients, and none were observed since the last step.
+            PlanMismatchError: processes of ``torch.distributed`` came to different plans; raised in all of them.
         """
         if self.done:
             raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
         due = self._due(self.steps_done + 1) if self.budget is None else self._share_due(self.steps_done + 1)
         options = dict(self.options)
-        if self._observations:
-            options["scorer"] = _Observed(self._observer(), self._seen, self._observations)
+        seen, observations = self._seen, self._observations
+        if distributed.active():
+            seen, observations = distributed.add_up(seen, observations)
+        if observations:
+            options["scorer"] = _Observed(self._observer(), seen, observations)
         elif options.get("data") is None and options.get("scorer") in ("fisher", "taylor"):
             remedy = "call observe() after loss.backward(), or give data"
             raise DataError("step", "gradients to score by", "none", remedy)
         plan = make_plan(self.model, **{**options, **due})
+        if distributed.active():
+            distributed.check_same(plan)
         report = apply_plan(self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs)
         self._plan = self._plan.then(plan) if self.steps_done else plan
         self.steps_done += 1
