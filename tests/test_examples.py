@@ -1,0 +1,18 @@
+"""The short examples run."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_loop(capsys: Any) -> None:
+    runpy.run_path(str(EXAMPLES / "loop.py"))["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[-1].endswith("50% of Q removed")
+    first, last = (float(line.split("loss ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
+    assert last < first
