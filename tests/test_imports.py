@@ -39,12 +39,13 @@ LAYERS = (
     ("api",),
     ("pruner", "by_hand"),
     ("integrations",),
-    ("__init__",),
+    ("cli",),
+    ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
 
-WHEN_CALLED = {"plots": {"matplotlib"}, "checkpoint": {"transformers"}}
+WHEN_CALLED = {"plots": {"matplotlib"}, "checkpoint": {"transformers"}, "cli": {"transformers"}}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -27,6 +27,7 @@ from .views import AttentionView, Slot
 if TYPE_CHECKING:
     from . import latency, plots
     from .calibration import calibrate
+    from .checkpoint.describe import load_skeleton, read_report
     from .checkpoint.load import from_pretrained, load_pruned
     from .checkpoint.save import save_pruned
     from .checkpoint.stock import export_stock
@@ -76,6 +77,7 @@ __all__ = [
     "hidden_loss",
     "latency",
     "load_pruned",
+    "load_skeleton",
     "make_plan",
     "masked",
     "pack_qkv",
@@ -83,6 +85,7 @@ __all__ = [
     "prune_attention",
     "prune_channels",
     "prune_heads",
+    "read_report",
     "register_adapter",
     "rewrap",
     "save_pruned",
@@ -107,7 +110,9 @@ _LATER = {  # loaded when asked for
     "from_pretrained": "checkpoint.load",
     "hidden_loss": "distillation",
     "load_pruned": "checkpoint.load",
+    "load_skeleton": "checkpoint.describe",
     "pack_qkv": "packing",
+    "read_report": "checkpoint.describe",
     "rewrap": "distributed",
     "save_pruned": "checkpoint.save",
     "score_attention": "scoring",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import tempfile
 import warnings
@@ -183,23 +184,48 @@ def _exported(
     """The ONNX program, and by input what its dimensions are called; without lengths if the exporter cannot do them."""
     failed: Exception | None = None
     samples = _batched(inputs) if batched else set()
+    outputs = _output_names(model(**inputs))
     for places in [lengths, {}] if lengths else [{}]:
         axes = {
             name: {**({0: "batch"} if name in samples else {}), **dict.fromkeys(places.get(name, ()), "length")}
             for name in inputs
         }
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _silent():
                 program = torch.onnx.export(
-                    model, (), kwargs=inputs, dynamic_shapes=axes, dynamo=True, verbose=False, input_names=list(inputs)
-                )
+                    model, (), kwargs=inputs, dynamic_shapes=axes, dynamo=True, verbose=False,
+                    input_names=list(inputs), output_names=outputs,
+                )  # fmt: skip
             return program, axes
         except Exception as error:
             failed = error
-    reason = str(failed).strip().splitlines()[0][:120] if str(failed).strip() else type(failed).__name__
+    cause = getattr(failed, "__cause__", None) or failed
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:160]
     remedy = "torch.export.export(model, ...) shows the line; dynamic=() asks for fixed sizes"
     raise ExportError("torch.onnx.export", "a model that it can follow", reason, remedy) from failed
+
+
+def _output_names(output: Any) -> list[str] | None:
+    """The keys of a mapping of tensors, ``output`` for one tensor; None for what the exporter has to name."""
+    if isinstance(output, Tensor):
+        return ["output"]
+    if isinstance(output, Mapping) and all(isinstance(value, Tensor) for value in output.values()):
+        return [str(key) for key in output]
+    return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter's advice to its own developers would stand between the caller's output."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _difference(

@@ -75,8 +75,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
+        how = self.plan.asked
         return {
             "asked": self.asked,
+            "how": None if how is None else {key: value for key, value in how.to_dict().items() if key != "ratios"},
             "achieved": self.achieved,
             "attention_parameters": list(self.attention_parameters),
             "model_parameters": list(self.model_parameters),

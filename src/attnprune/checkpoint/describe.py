@@ -1,0 +1,126 @@
+"""What a directory holds, without reading a weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..adapters.registry import all_views
+from ..counting import count_parameters
+from ..errors import AttnPruneError, CheckpointError
+from ..plan import Asked, LayerPlan, Plan
+from ..report import Report
+from ..spec import KINDS
+from ..surgery import Surgeon
+from . import hf
+from .folder import Folder, refuse
+from .manifest import MANIFEST, Manifest
+from .record import ENTRY, Record, from_entry
+from .skeleton import blank
+from .tensors import Weights
+
+
+def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> nn.Module:
+    """A Hugging Face model of a directory, its parameters on the meta device: shapes and classes, but no numbers.
+
+    For looking at models that would not fit into memory; reads JSON and the headers of the files of weights.
+
+    Args:
+        directory: written by :func:`save_pruned` or by ``model.save_pretrained``.
+        dense: the model as it was before any pruning.
+
+    Raises:
+        CheckpointError: as in :func:`load_pruned`.
+
+    >>> import tempfile
+    >>> from attnprune import prune_attention, save_pruned
+    >>> from transformers import ViTConfig, ViTModel
+    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8))
+    >>> report = prune_attention(model, 0.5)
+    >>> load_skeleton(save_pruned(model, tempfile.mkdtemp())).layers[0].attention.q_proj
+    Linear(in_features=32, out_features=16, bias=True)
+    """
+    model, record, _ = _opened(Folder.at(directory))
+    if not dense:
+        _shrunk(model, record)
+    return model
+
+
+def read_report(directory: str | os.PathLike[str]) -> Report:
+    """What was pruned from the Hugging Face model of a directory, against the dense model of its config.
+
+    Shapes alone tell; what was asked for, multiply-adds and notes are there if the model was saved with ``report=``,
+    and pruned once. The report's plan counts how many channels went from every head, but does not know which.
+
+    Raises:
+        CheckpointError: as in :func:`load_pruned`.
+
+    >>> import tempfile
+    >>> from attnprune import prune_attention, save_pruned
+    >>> from transformers import ViTConfig, ViTModel
+    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8))
+    >>> report = prune_attention(model, 0.5)
+    >>> str(read_report(save_pruned(model, tempfile.mkdtemp(), report=report))) == str(report)
+    True
+    """
+    model, record, saved = _opened(Folder.at(directory))
+    before = count_parameters(model)
+    plan = _shrunk(model, record)
+    whole = Report(plan, (before, count_parameters(model)))
+    return _remembered(whole, saved) or whole
+
+
+def _opened(folder: Folder) -> tuple[nn.Module, Record, Mapping[str, Any]]:
+    """The dense model without data, the shapes that were saved, and the report that was."""
+    saved: Mapping[str, Any] = {}
+    if folder.has(MANIFEST):
+        manifest = Manifest.read(folder)
+        raw = hf.read_config(folder) if manifest.config is None else manifest.config
+        files, record, saved = [one.name for one in manifest.shards], manifest.record, manifest.report or {}
+    elif folder.has(hf.CONFIG):
+        raw = hf.read_config(folder)
+        files = hf.weight_files(folder)
+        record = Record(()) if raw.get(ENTRY) is None else from_entry(raw[ENTRY], hf.CONFIG)
+    else:
+        refuse(MANIFEST, f"this file, or {hf.CONFIG} of a model of transformers", "neither", "check the path")
+    with Weights(folder, files) as weights:
+        try:
+            return blank(hf.maker(raw), weights.entries), record, saved
+        except AttnPruneError:
+            raise
+        except Exception as error:  # numbers that the class itself can make nothing of
+            raise CheckpointError(hf.CONFIG, "a config of the model", str(error)[:80], "save the model anew") from error
+
+
+def _shrunk(model: nn.Module, record: Record) -> Plan:
+    """Gives a model without data the shapes of a record; the plan that did it, with the modules that it left alone."""
+    record = record.inside(model)
+    views = all_views(model)
+    plan = record.plan(views, MANIFEST)
+    Surgeon.prepare(model, views, plan, blank=True).commit()
+    record.settle(model, MANIFEST)
+    named = {layer.spec.name: layer for layer in plan}
+    return Plan(tuple(named.get(view.name, LayerPlan(view.spec)) for view in views))
+
+
+def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:
+    """The report with what a saved one adds, if that is about the same shapes; of the layers that it was about."""
+    try:
+        shapes = {one["name"]: [*one["qk_dims"], *one["vo_dims"]] for one in saved["layers"]}
+        layers = [layer for layer in whole.layers if layer.spec.name in shapes]
+        mine = {
+            layer.spec.name: [list(spec.dims(kind)) for kind in KINDS for spec in (layer.spec, layer.after)]
+            for layer in layers
+        }
+        others = [layer for layer in whole.layers if layer.spec.name not in shapes]
+        if shapes != mine or not all(layer.empty for layer in others):
+            return None
+        asked = None if saved["asked"] is None else Asked.from_dict({"ratios": saved["asked"], **saved["how"]})
+        macs = None if saved["macs"] is None else (int(saved["macs"][0]), int(saved["macs"][1]))
+        notes = tuple(str(note) for note in saved["notes"])
+        return Report(Plan(tuple(layers), asked), whole.model_parameters, macs, notes)
+    except (AttnPruneError, LookupError, TypeError, ValueError):  # a report of another version
+        return None

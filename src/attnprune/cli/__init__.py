@@ -1,0 +1,187 @@
+"""The command ``attnprune``: inspect, plan, prune, report, bench and export models in directories.
+
+Exit codes: 0; 1 if a command fails, with a message on stderr and nothing written; 2 for wrong usage; 130 for an
+interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..allocate import OPTIONS
+from ..errors import AttnPruneError
+from ..scorers import NAMED
+from . import commands
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the words after ``attnprune``; None: those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: wrong usage (code 2), ``--help`` and ``--version`` (0), as argparse has it.
+    """
+    args = parser().parse_args(argv)
+    try:
+        with commands.quiet():
+            done = args.run(args)
+        print(json.dumps(done.facts, indent=1) if args.json else done.text, flush=True)
+        return 0
+    except AttnPruneError as error:
+        message = str(error)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except ImportError as error:
+        message = f'{error}. Install what is missing, for example with pip install "attnprune[hf,plot,export]".'
+    except OSError as error:
+        message = str(error)
+    print(f"attnprune: {message}", file=sys.stderr)
+    return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    from attnprune import __version__
+
+    whole = argparse.ArgumentParser(prog="attnprune", description="Removes heads and channels from attention.")
+    whole.add_argument("--version", action="version", version=f"attnprune {__version__}")
+    kinds = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    one = _command(kinds, "inspect", "attention modules, dims and parameters; reads no weights", commands.inspect)
+    one.add_argument(
+        "directory", type=Path, metavar="DIR", help="a model: config.json and safetensors, dense or pruned"
+    )
+
+    one = _command(kinds, "plan", "decides what would go, and changes nothing", commands.plan)
+    _model(one)
+    _ratios(one.add_mutually_exclusive_group(required=True))
+    _options(one)
+    one.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan there, as JSON")
+    one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
+
+    one = _command(kinds, "prune", "prunes a model and writes it to another directory", commands.prune)
+    _model(one)
+    what = one.add_mutually_exclusive_group(required=True)
+    _ratios(what)
+    what.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
+    _options(one)
+    one.add_argument("-o", "--output", type=Path, metavar="OUT", required=True, help="directory for the pruned model")
+    one.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
+    one.add_argument("--plot", type=_picture, metavar="FILE", help="draw what went (.png, .svg, .pdf)")
+
+    one = _command(kinds, "report", "what a pruned model lost; reads no weights", commands.report)
+    one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
+    one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
+
+    one = _command(kinds, "bench", "latency, parameters and multiply-adds against another model", commands.bench)
+    one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
+    one.add_argument("--against", type=Path, metavar="DIR", required=True, help="the dense model")
+    _inputs(one, batch=1)
+    one.add_argument("--rounds", type=_count, default=20, help="paired runs (default: %(default)s)")
+    one.add_argument("--threads", type=_count, help="threads of PyTorch (default: as it has them)")
+    one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as saved")
+    _device(one)
+
+    one = _command(kinds, "export", "a checkpoint for plain transformers, or an ONNX file", commands.export)
+    one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
+    where = one.add_mutually_exclusive_group(required=True)
+    where.add_argument("--stock", type=Path, metavar="DIR", help="a checkpoint that needs no attnprune")
+    where.add_argument("--onnx", type=Path, metavar="FILE", help="an ONNX file for any batch size and length")
+    one.add_argument("--overwrite", action="store_true", help="replace a model that the directory holds")
+    _inputs(one, batch=2)
+    return whole
+
+
+def _command(kinds: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    found: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    found.set_defaults(run=run, usage_error=found.error)
+    found.add_argument("--json", action="store_true", help="print JSON")
+    return found
+
+
+def _model(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "directory", type=Path, metavar="DIR", help="a model: config.json and safetensors, dense or pruned"
+    )
+    _device(one)
+
+
+def _ratios(group: Any) -> None:
+    group.add_argument(
+        "--qkvo", type=float, nargs="+", metavar="R",
+        help="the share of weights to remove from q, k, v and o: four numbers in [0, 1), or one for all",
+    )  # fmt: skip
+    shares = {
+        "error": "of energy that may be lost",
+        "latency": "of latency to keep",
+        "macs": "of multiply-adds to keep",
+        "params": "of the model's parameters to keep",
+    }
+    for name, text in shares.items():
+        group.add_argument(f"--target-{name}", type=float, metavar="X", help=f"instead: the share {text}")
+
+
+def _options(one: argparse.ArgumentParser) -> None:
+    for name, values in OPTIONS.items():
+        one.add_argument(f"--{name}", choices=values, help=f"as {name}= of prune_attention")
+    one.add_argument("--scorer", choices=("auto", *NAMED), help="how units are scored")
+    one.add_argument("--basis", choices=("auto", "channels", "rotated"), help="whether heads are turned first")
+    one.add_argument("--compensate", choices=("auto", "yes", "no"), help="whether what stays is refitted")
+    one.add_argument("--sequential", action="store_true", help="moments and refits layer by layer")
+    one.add_argument("--round-to", type=_multiple, metavar="N", help='multiple that a head keeps, or "auto"')
+    one.add_argument("--match-dims", action="store_true", help="as many qk as vo channels in every head")
+    one.add_argument("--stock", action="store_true", help="only shapes that export --stock can write")
+    one.add_argument("--min-heads", type=_count, metavar="N", help="heads that every layer keeps")
+    one.add_argument("--min-channels", type=_count, metavar="N", help="channels that every head keeps")
+    one.add_argument("--include", nargs="+", metavar="GLOB", help="only attention modules of these names")
+    one.add_argument("--exclude", nargs="+", metavar="GLOB", help="no attention modules of these names")
+    one.add_argument("--seed", type=int, help="of random scores and projections")
+    _inputs(one, batch=8)
+    one.add_argument("--samples", type=_count, metavar="N", help="use the first N samples of the data only")
+    one.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _inputs(one: argparse.ArgumentParser, batch: int) -> None:
+    one.add_argument(
+        "--data", type=Path, metavar="FILE",
+        help="safetensors with the model's keyword inputs, samples along the first dimension; may hold labels",
+    )  # fmt: skip
+    one.add_argument("--batch-size", type=_count, default=batch, metavar="N", help="default: %(default)s")
+    one.add_argument("--length", type=_count, default=128, metavar="N",
+                     help="tokens of made-up text, where no data are given (default: %(default)s)")  # fmt: skip
+
+
+def _device(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _multiple(text: str) -> int | str:
+    return text if text == "auto" else _count(text)
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(PICTURES)}")
+    return Path(text)

@@ -1,0 +1,264 @@
+"""What the commands do; every one gives facts for JSON and text for people, and writes nothing unless all went well."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..api import apply_plan, find_attention, make_plan
+from ..checkpoint.describe import load_skeleton, read_report
+from ..checkpoint.load import from_pretrained
+from ..checkpoint.save import save_pruned
+from ..checkpoint.stock import export_stock
+from ..counting import count_macs, count_parameters
+from ..errors import CheckpointError, OptionError
+from ..plan import Plan
+from ..report import Report
+from .inputs import DataFile, example_inputs
+from .outputs import Outputs
+from .timing import compare
+
+BESIDE = (  # what models need beside their weights
+    "preprocessor_config.json", "processor_config.json", "feature_extractor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model", "generation_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+class Done(NamedTuple):
+    """The result of a command."""
+
+    facts: dict[str, Any]
+    text: str
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block transformers' own bars and advice do not stand between ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def inspect(args: argparse.Namespace) -> Done:
+    """Attention modules, dims and parameters."""
+    model = load_skeleton(args.directory)
+    specs, total = find_attention(model), count_parameters(model)
+    own = sum(spec.parameters for spec in specs)
+    facts = {
+        "class": type(model).__name__,
+        "parameters": total,
+        "attention_parameters": own,
+        "attention": [
+            {
+                "name": spec.name, "heads": spec.heads, "qk_dims": list(spec.qk_dims), "vo_dims": list(spec.vo_dims),
+                "d_model": spec.d_model, "scale": spec.scale, "parameters": spec.parameters,
+            }
+            for spec in specs
+        ],
+    }  # fmt: skip
+    rows = [["attention", "heads", "qk", "vo", "d_model", "parameters"]]
+    rows += [
+        [
+            spec.name,
+            str(spec.heads),
+            _dims(spec.qk_dims),
+            _dims(spec.vo_dims),
+            str(spec.d_model),
+            f"{spec.parameters:,}",
+        ]
+        for spec in specs
+    ]
+    head = f"{type(model).__name__}: {total:,} parameters, {own:,} of them ({own / total:.1%}) in attention"
+    return Done(facts, f"{head}\n{_table(rows)}")
+
+
+def plan(args: argparse.Namespace) -> Done:
+    """What would go."""
+    with Outputs() as outputs:
+        file = None if args.output is None else outputs.file(args.output)
+        picture = None if args.plot is None else outputs.file(args.plot)
+        model, _, made = _planned(args)
+        before = count_parameters(model)
+        removed = sum(spec.parameters for spec in made.specs) - sum(spec.parameters for spec in made.after)
+        found = Report(made, (before, before - removed))
+        if file is not None:
+            file.write_text(made.to_json(), encoding="utf-8")
+        if picture is not None:
+            found.plot(picture)
+    return _reported(found, plan=args.output, plot=args.plot)
+
+
+def prune(args: argparse.Namespace) -> Done:
+    """Prunes and writes."""
+    with Outputs() as outputs:
+        folder = outputs.folder(args.output, args.overwrite)
+        picture = None if args.plot is None else outputs.file(args.plot)
+        if args.plan is None:
+            model, data, made = _planned(args)
+        else:
+            made = _read_plan(args.plan)
+            model = _loaded(args.directory, args.device)
+            data = _data(args, model)
+        given = data.first(1) if data is not None else example_inputs(model, 1, args.length)
+        found = apply_plan(model, made, example_inputs=given)
+        save_pruned(model, folder, report=found)
+        for name in BESIDE:
+            if (args.directory / name).is_file():
+                shutil.copyfile(args.directory / name, folder / name)
+        if picture is not None:
+            found.plot(picture)
+    return _reported(found, model=args.output, plot=args.plot)
+
+
+def report(args: argparse.Namespace) -> Done:
+    """What a pruned model lost."""
+    with Outputs() as outputs:
+        picture = None if args.plot is None else outputs.file(args.plot)
+        found = read_report(args.directory)
+        if picture is not None:
+            found.plot(picture)
+    return _reported(found, plot=args.plot)
+
+
+def bench(args: argparse.Namespace) -> Done:
+    """Latency, parameters and multiply-adds against another model."""
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    pruned, dense = (_loaded(one, args.device, dtype) for one in (args.directory, args.against))
+    data = _data(args, dense)
+    given = data.first(args.batch_size) if data is not None else example_inputs(dense, args.batch_size, args.length)
+    if given is None:
+        raise OptionError("--data", "inputs for this model", "none", "give a safetensors file of them")
+    threads = torch.get_num_threads() if args.threads is None else args.threads
+    times = compare(pruned, dense, given, args.rounds, threads)
+    parameters = (count_parameters(pruned), count_parameters(dense))
+    macs = (count_macs(pruned, given), count_macs(dense, given))
+    inputs = {name: list(value.shape) for name, value in given.items()}
+    facts = {
+        "inputs": inputs,
+        "device": args.device,
+        "threads": threads,
+        "parameters": list(parameters),
+        "macs": list(macs),
+        "milliseconds": [1000 * times.ours, 1000 * times.theirs],
+        "latency_ratio": times.ratio,
+        "latency_ratio_quartiles": list(times.quartiles),
+        "rounds": args.rounds,
+    }
+    low, high = times.quartiles
+    rows = [["", "pruned", "dense", "ratio"]]
+    rows.append(["parameters", f"{parameters[0]:,}", f"{parameters[1]:,}", f"{parameters[0] / parameters[1]:.3f}"])
+    rows.append(["multiply-adds", f"{macs[0]:,}", f"{macs[1]:,}", f"{macs[0] / max(macs[1], 1):.3f}"])
+    rows.append(["latency, ms", f"{1000 * times.ours:.2f}", f"{1000 * times.theirs:.2f}", f"{times.ratio:.3f}"])
+    shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in inputs.items())
+    note = f"latency: medians of {args.rounds} paired runs; half of the ratios lie between {low:.3f} and {high:.3f}"
+    return Done(facts, f"{shapes}; {args.device}, {threads} threads\n{_table(rows)}\n{note}")
+
+
+def export(args: argparse.Namespace) -> Done:
+    """A stock checkpoint or an ONNX file."""
+    if args.stock is not None:
+        with Outputs() as outputs:
+            folder = outputs.folder(args.stock, args.overwrite)
+            export_stock(_loaded(args.directory), folder)
+            for name in BESIDE:
+                if (args.directory / name).is_file():
+                    shutil.copyfile(args.directory / name, folder / name)
+        return Done({"stock": str(args.stock)}, f"wrote {args.stock}, which transformers loads without attnprune")
+    from ..export import export_onnx
+
+    model = _loaded(args.directory)
+    data = _data(args, model)
+    given = data.first(args.batch_size) if data is not None else example_inputs(model, args.batch_size, args.length)
+    if given is None:
+        raise OptionError("--data", "inputs for this model", "none", "give a safetensors file of them")
+    found = export_onnx(model, args.onnx, given)
+    facts = {"onnx": str(found.path), "inputs": found.inputs, "outputs": found.outputs, "error": found.error}
+    sizes = "\n".join(f"{name} {list(shape)}" for name, shape in (*found.inputs.items(), *found.outputs.items()))
+    checked = "not compared, as onnxruntime is not installed" if found.error is None else (
+        f"at most {found.error:.1e} from PyTorch's outputs, at other sizes too"
+    )  # fmt: skip
+    return Done(facts, f"wrote {found.path}; {checked}\n{sizes}")
+
+
+def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan]:
+    if args.qkvo is not None and len(args.qkvo) not in (1, 4):
+        args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
+    model = _loaded(args.directory, args.device)
+    data = _data(args, model)
+    compensate = {"yes": True, "no": False}.get(args.compensate, args.compensate)
+    names = ("granularity", "scope", "heads", "split", "scorer", "basis", "round_to", "min_heads", "min_channels",
+             "include", "exclude", "seed")  # fmt: skip
+    options = {"compensate": compensate, **{name: getattr(args, name) for name in names}}
+    budgets = {name: getattr(args, name) for name in ("target_error", "target_latency", "target_macs", "target_params")}
+    given = data.first(1) if data is not None else example_inputs(model, 1, args.length)
+    made = make_plan(
+        model,
+        None if args.qkvo is None else args.qkvo[0] if len(args.qkvo) == 1 else args.qkvo,
+        **budgets,
+        example_inputs=given if args.target_latency or args.target_macs else None,
+        sequential=args.sequential,
+        match_dims=args.match_dims,
+        stock=args.stock,
+        data=data,
+        progress=not args.quiet,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    return model, data, made
+
+
+def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError("--device", "a device of this machine", repr(device), str(error)[:80]) from error
+    return from_pretrained(directory, device=place, dtype=dtype).eval()
+
+
+def _data(args: argparse.Namespace, model: nn.Module) -> DataFile | None:
+    if args.data is None:
+        return None
+    return DataFile(args.data, model, args.batch_size, getattr(args, "samples", None))
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            str(path), "a plan", error.strerror or "nothing", "make one with attnprune plan"
+        ) from error
+
+
+def _reported(found: Report, **written: Path | None) -> Done:
+    paths = {what: str(path) for what, path in written.items() if path is not None}
+    lines = [f"wrote {path}" for path in paths.values()]
+    return Done({**found.to_dict(), "written": paths}, "\n".join([str(found), *lines]))
+
+
+def _dims(dims: Sequence[int]) -> str:
+    return str(dims[0]) if len(set(dims)) == 1 else f"{min(dims)}..{max(dims)}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
