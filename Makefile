@@ -53,6 +53,9 @@ fuzz: $(STAMP)
 bench-streaming: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py
 
+paper-table: $(STAMP)
+	$(BIN)/python benchmarks/paper_table.py --seeds 0 1 2
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pruning_cost.py
 	$(BIN)/python benchmarks/scoring_cost.py

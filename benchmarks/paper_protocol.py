@@ -1,0 +1,266 @@
+"""The paper's protocol on the shipped keyword recogniser: prune a little, fine-tune, merge, again.
+
+Every round of a run removes the same fraction of what is left and then recovers with LoRA as the paper does. The
+fraction is ``1 - 0.5 ** (1 / 7)``, 9.4 % (the paper: 10 %), so that seven rounds end at exactly one half, ten at 62.9 %
+and fourteen at three quarters. A run is a function of its name and its seed: each round seeds the random numbers anew,
+and the state after it is one file, replaced in one step, so a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attnprune
+from attnprune.integrations.peft import lora_recover
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "examples" / "keywords")]
+
+Batch = dict[str, Tensor]
+Options = dict[str, Any]
+Record = dict[str, Any]
+LossFn = Callable[[nn.Module, Batch], Tensor]
+LETTER: Options = {"basis": "channels", "compensate": False, "heads": "uniform", "split": "fixed"}
+CHECKS = 2  # looks at the validation loss in a round's epoch; the best is kept
+FREE: Options = {"split": "auto", "heads": "ragged"}
+
+
+class Recipe(NamedTuple):
+    """How a round recovers."""
+
+    lr: float
+    passes: int  # over the shipped train clips, newly augmented each time; together they are the round's one epoch
+    batch: int = 8  # 114 steps a round; with 32 there are 29, too few to recover by
+    how: str = "lora"  # or "full": all parameters
+    distil: float = 0.0  # weight of the divergence from the dense model's outputs; the rest is cross entropy
+
+
+class Way(NamedTuple):
+    """One row of the table: what a round removes, after which steps of 9.4 % a round is made, how it recovers."""
+
+    options: Options | None  # None: nothing is removed
+    steps: tuple[int, ...]
+    recipe: Recipe | None  # None: no recovery; every share is removed from the dense model at once
+
+
+PAPER_STEPS = tuple(range(1, 11))
+OUR_STEPS = (2, 4, 7, 9, 14)
+READ = {2: 20, 4: 30, 7: 50, 9: 60, 14: 75}  # steps read on the test split, and the column they go to
+LORA, FULL = Recipe(3e-3, 1), Recipe(1e-4, 1, how="full", distil=1.0)
+VARIANTS = {
+    f"{scheme}-{scope[0].upper()}-{score}": {"granularity": granularity, "scope": scope, "scorer": scorer, **LETTER}
+    for score, scorer in (("FI", "fisher"), ("MAG", "magnitude"))
+    for scheme, granularity in (("PH", "channel"), ("EH", "head"))
+    for scope in ("global", "local")
+}
+OURS = {"rotated": {}, "rotated, free": FREE, "rotated, joint": {"granularity": "joint", **FREE}}
+RECOVERIES = {"no recovery": None, "LoRA": LORA, "full, distilled": FULL}
+WAYS: dict[str, Way] = {
+    **{name: Way(options, PAPER_STEPS, LORA) for name, options in VARIANTS.items()},
+    "dense": Way(None, PAPER_STEPS, LORA),
+    **{
+        f"{name}; {how}": Way(options, OUR_STEPS, recipe)
+        for name, options in OURS.items()
+        for how, recipe in RECOVERIES.items()
+        if how == "no recovery" or name == "rotated, free" or (name, how) == ("rotated", "LoRA")
+    },
+}
+
+
+def share(step: int) -> float:
+    """What is gone after so many steps of 9.4 % of what is left."""
+    return 1 - 0.5 ** (step / 7)
+
+
+class Clips(NamedTuple):
+    """Features (n, 96, 64) and labels (n,) of a split, on the device."""
+
+    features: Tensor
+    labels: Tensor
+
+    def batches(self, size: int) -> list[Batch]:
+        pairs = zip(self.features.split(size), self.labels.split(size), strict=True)
+        return [{"input_values": x, "labels": y} for x, y in pairs]
+
+    @torch.inference_mode()
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """Mean cross entropy, and accuracy in per cent."""
+        model.eval()
+        logits = torch.cat([model(input_values=x).logits for x in self.features.split(64)])
+        hits = (logits.argmax(-1) == self.labels).float()
+        return float(F.cross_entropy(logits, self.labels)), 100 * float(hits.double().mean())
+
+
+class Task(NamedTuple):
+    """A dense model, and the splits that calibrate and train, choose, and measure."""
+
+    model: nn.Module
+    train: Clips
+    validation: Clips
+    test: Clips
+    augment: Callable[[Tensor], Tensor]
+    device: torch.device
+
+    def epoch(self, passes: int, size: int = 32) -> list[Batch]:
+        """Shuffled, augmented batches, by torch's random state."""
+        found: list[Batch] = []
+        for _ in range(passes):
+            order = torch.randperm(len(self.train.labels))
+            clips = Clips(self.augment(self.train.features.cpu()[order]), self.train.labels.cpu()[order])
+            found += [{key: x.to(self.device) for key, x in batch.items()} for batch in clips.batches(size)]
+        return found
+
+    def sample(self, seed: int, size: int = 32) -> list[Batch]:
+        """The train clips as they are, in an order of the seed's: what scores and bases are found from."""
+        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(seed))
+        return Clips(*(part[order.to(self.device)] for part in self.train)).batches(size)
+
+
+@cache
+def keywords(device: str = "cpu") -> Task:
+    """The shipped model and its clips."""
+    from data import load_model, load_split
+    from train import augment
+
+    splits = [Clips(*(part.to(device) for part in load_split(name)[:2])) for name in ("train", "validation", "test")]
+    return Task(load_model().to(device), *splits, augment, torch.device(device))
+
+
+def train(
+    model: nn.Module,
+    data: Sequence[Batch],
+    lr: float,
+    loss_fn: LossFn,
+    validate: Callable[[nn.Module], float],
+    *,
+    warm_up: float = 0.05,
+    checks: int = CHECKS,
+) -> None:
+    """One epoch of Adam on what requires gradients: linear warm-up, linear decay; ends at the best of the checks."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, steps = torch.optim.Adam(parameters, lr=lr), len(data)
+    warm = max(1, math.ceil(warm_up * steps))
+    pace = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
+    looks = {math.ceil(steps * (i + 1) / checks) for i in range(checks)}
+    best, kept = validate(model), [p.detach().clone() for p in parameters]  # no update is in the running too
+    for step, batch in enumerate(data, 1):
+        model.train()
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+        pace.step()
+        if step in looks and (found := validate(model)) < best:
+            best, kept = found, [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, value in zip(parameters, kept, strict=True):
+            p.copy_(value)
+    model.eval()
+
+
+def loss_of(task: Task, distil: float) -> LossFn:
+    """Cross entropy, with a share of the divergence from the dense model on the same clips."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(input_values=batch["input_values"]).logits
+        hard = F.cross_entropy(logits, batch["labels"])
+        if not distil:
+            return hard
+        with torch.no_grad():
+            dense = task.model(input_values=batch["input_values"]).logits
+        return (1 - distil) * hard + distil * attnprune.distillation_loss(logits, dense)
+
+    return loss
+
+
+def recover(task: Task, model: nn.Module, recipe: Recipe, seed: int) -> None:
+    """One round's recovery in place."""
+    data, loss = task.epoch(recipe.passes, recipe.batch), loss_of(task, recipe.distil)
+    if recipe.how == "lora":  # rank 16, alpha 16, attention and MLP, Adam, 5 % warm-up
+        lora_recover(
+            model, data, lr=recipe.lr, loss_fn=loss, validation=task.validation.batches(70), checks=CHECKS, seed=seed,
+            progress=False,
+        )  # fmt: skip
+    else:
+        train(model, data, recipe.lr, loss, lambda candidate: task.validation.measure(candidate)[0])
+
+
+def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] = print) -> list[Record]:
+    """All rounds of one way that its state file does not have yet.
+
+    Args:
+        task: from :func:`keywords`.
+        way: what to do.
+        seed: of the order of clips, augmentation and LoRA's first values.
+        file: the state, read if there, replaced after every round.
+        say: told one line per round.
+
+    Returns:
+        One record per round: step, the share of attention weights that is gone, validation loss and accuracy and
+        test accuracy (None between the steps that are read), seconds of the processor and of the clock.
+    """
+    model, ratios = copy.deepcopy(task.model), [share(step) for step in way.steps]
+    pruner, options = None, {}
+    if way.options is not None:
+        options = {"progress": False, "data": None, **way.options}
+        if options.get("scorer") != "magnitude":
+            options["data"] = task.sample(seed)
+        pruner = attnprune.AttentionPruner(
+            model, ratios[-1], steps=len(ratios), schedule=lambda t: ratios[round(t * len(ratios)) - 1] / ratios[-1],
+            **options,
+        )  # fmt: skip
+    records: list[Record] = []
+    if file.exists():
+        state = torch.load(file, weights_only=True, map_location=task.device)
+        records = state["records"]
+        if pruner is not None and state["pruner"]:
+            pruner.load_state_dict(state["pruner"])
+        if state["model"]:
+            model.load_state_dict(state["model"])
+    for number in range(len(records), len(ratios)):
+        step, clock, cpu = way.steps[number], time.perf_counter(), _cpu()
+        torch.manual_seed(1000 * seed + number)
+        report = None
+        if way.recipe is None:
+            model = copy.deepcopy(task.model)
+            report = attnprune.prune_attention(model, ratios[number], **options)
+        elif pruner is not None:
+            pruner.step()
+            report = pruner.report
+        if way.recipe is not None:
+            recover(task, model, way.recipe, 1000 * seed + number)
+        gone = 0.0 if report is None else sum(report.achieved.values()) / 4
+        loss, accuracy, tested = None, None, None
+        if step in READ:
+            (loss, accuracy), (_, tested) = task.validation.measure(model), task.test.measure(model)
+        record: Record = {"step": step, "removed": gone, "loss": loss, "validation": accuracy, "test": tested}
+        records.append({**record, "cpu": _cpu() - cpu, "wall": time.perf_counter() - clock})
+        goes_on = way.recipe is not None
+        weights = model.state_dict() if goes_on else {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        torch.save(
+            {"records": records, "model": weights, "pruner": pruner.state_dict() if goes_on and pruner else {}}, part
+        )
+        os.replace(part, file)
+        found = "" if loss is None else f"validation {loss:.4f} {accuracy:.2f} %, "
+        say(f"step {step}: {gone:.1%} removed, {found}{records[-1]['cpu']:.0f} s")
+    return records
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

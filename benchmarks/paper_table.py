@@ -1,0 +1,102 @@
+"""The paper's table, end to end: eight variants by its protocol, and ours, on the shipped keyword recogniser.
+
+    python benchmarks/paper_table.py --seeds 0 1 2      # resumable; under 40 minutes a seed on two CPU cores
+    python benchmarks/paper_table.py --render           # the table and the plot again, from the results file
+
+Prune, fine-tune with LoRA, merge, again (:mod:`paper_protocol`). Every round of every run leaves its state in the work
+directory, so the same command continues what was interrupted. Results go to ``results/paper_table.json``, from which
+``paper_render.py`` writes the Markdown table, the table of the documentation and the plot. No choice is made on the
+test split: the learning rate and the length of an epoch were chosen by validation loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from _paired import environment
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "paper_table.json"
+
+
+def state_file(workdir: Path, seed: int, name: str) -> Path:
+    """Where a run keeps its state."""
+    return workdir / f"seed{seed}" / f"{''.join(c if c.isalnum() else '-' for c in name)}.pt"
+
+
+def work(jobs: Any, workdir: Path, device: str, threads: int) -> None:
+    """A worker process: runs jobs until the queue holds None."""
+    import paper_protocol as protocol
+
+    torch.set_num_threads(threads)
+    task = protocol.keywords(device)
+    while (job := jobs.get()) is not None:
+        seed, name = job
+        say = partial(print, f"seed {seed}, {name},", flush=True)
+        protocol.run(task, protocol.WAYS[name], seed, state_file(workdir, seed, name), say)
+
+
+def collect(workdir: Path, seeds: list[int], device: str) -> dict[str, Any]:
+    """Everything that the state files hold, with what the figures depend on."""
+    import paper_protocol as protocol
+
+    task, runs = protocol.keywords(device), {}
+    for name, seed in product(protocol.WAYS, seeds):
+        file = state_file(workdir, seed, name)
+        if file.exists():
+            records = torch.load(file, weights_only=True, map_location="cpu")["records"]
+            short = [{k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()} for record in records]
+            runs.setdefault(name, {})[str(seed)] = short
+    found = environment("attnprune", "transformers", "peft")
+    found.pop("load", None)
+    recipes = {name: way.recipe and way.recipe._asdict() for name, way in protocol.WAYS.items()}
+    dense = {"validation": task.validation.measure(task.model)[1], "test": task.test.measure(task.model)[1]}
+    return {"environment": {**found, "device": device}, "dense": dense, "recipes": recipes, "runs": runs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workdir", type=Path, default=Path("paper_table_work"), help="holds the state of every run")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes (2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each (1)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", default="", help="only the ways whose name contains this")
+    parser.add_argument("--collect", action="store_true", help="run nothing; write what the work directory holds")
+    parser.add_argument("--render", action="store_true", help="run nothing; draw from the results file")
+    args = parser.parse_args()
+    sys.path[:0] = [str(ROOT)]
+    import paper_protocol as protocol
+    from paper_render import render
+
+    if not (args.render or args.collect):
+        context = torch.multiprocessing.get_context("spawn")
+        jobs = context.Queue()
+        names = sorted((name for name in protocol.WAYS if args.only in name), key=lambda name: name.endswith("MAG"))
+        for job in product(args.seeds, names):  # magnitude last: what is published early has the claims in it
+            jobs.put(job)
+        for _ in range(args.jobs):
+            jobs.put(None)
+        options = (jobs, args.workdir, args.device, args.threads)
+        workers = [context.Process(target=work, args=options) for _ in range(args.jobs)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise SystemExit("a worker failed; what is done is kept, run again to continue")
+    if not args.render:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(collect(args.workdir, args.seeds, args.device), indent=1) + "\n")
+    print(render(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()
