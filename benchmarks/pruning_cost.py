@@ -37,7 +37,7 @@ def ours(model: nn.Module, scope: str) -> tuple[dict[str, float], Plan]:
 
 def peer(model: nn.Module, scope: str, example: Tensor) -> tuple[dict[str, float], torch_pruning.pruner.BasePruner]:
     """Everything but Q, K and V is ignored as a place to start from, so the embedding keeps its width."""
-    attentions = [module for module in model.modules() if type(module).__name__ == "ASTAttention"]
+    attentions = [module for module in model.modules() if type(module).__name__ in ("ASTAttention", "ViTAttention")]
     heads = {p: a.num_attention_heads for a in attentions for p in (a.q_proj, a.k_proj, a.v_proj)}
     ignored: list[nn.Module | nn.Parameter] = [m for m in model.modules() if not [*m.children()] and m not in heads]
     ignored += [p for module in model.modules() if [*module.children()] for p in module.parameters(recurse=False)]

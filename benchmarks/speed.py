@@ -1,0 +1,251 @@
+"""How fast pruned models run: latency over dense, beside the ratio of multiply-adds, for plans of every kind and peers.
+
+    python benchmarks/speed.py [--models ast146 ast1214 vit encoder] [--batches 1 8] [--modes eager compiled]
+
+Half of the attention is removed. Every cell is the median, over interleaved rounds, of a variant's seconds over the
+dense model's in the same round. Weights and inputs are random. Ragged plans come from scores whose scale differs from
+head to head by a log-normal factor, so that heads keep from a few channels to all. "naive" runs the same plan with a
+call of the kernel for every head shape and nothing padded (``attnprune.nn.execution("separate")``). Float32 on a CPU;
+bfloat16 and float16 on an NVIDIA GPU, where compiled models run in CUDA graphs. Batches above 1 and compiled models are
+timed with --few-layers layers, as every layer is alike. Memory is the peak of what a forward pass allocates, over the
+dense model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
+
+import torch
+from _paired import environment, paired, ratio, table
+from pruning_cost import peer
+from torch import Tensor, nn
+from transformers import ASTConfig, ASTModel, ViTConfig, ViTModel
+
+import attnprune
+from attnprune import AttentionView, Scorer, Scores
+from attnprune.counting import count_macs
+from attnprune.nn import execution
+
+LIMITS = {"uniform": 1.03, "heads": 1.03, "decoupled": 1.06, "ragged": 1.10}
+"""Latency over dense that a plan may have, over its ratio of multiply-adds."""
+
+
+class Varied(Scorer):
+    """Random scores, with a factor of ``exp(normal)`` for every head, apart for qk and vo."""
+
+    name = "varied"
+
+    def score(self, model: nn.Module, views: Sequence[AttentionView], **_: Any) -> dict[str, Scores]:
+        g = torch.Generator().manual_seed(0)
+        found = {}
+        for view in views:
+            shape = (view.spec.heads, view.spec.qk_dim)
+            qk, vo = (torch.rand(shape, generator=g) * torch.randn(shape[0], 1, generator=g).exp() for _ in range(2))
+            found[view.name] = Scores(qk, vo, qk.sum(1) + vo.sum(1))
+        return found
+
+
+PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "uniform": (0.5, {"scope": "local", "scorer": "magnitude"}),
+    "heads": (0.5, {"scope": "local", "granularity": "head", "scorer": "magnitude"}),
+    "decoupled": ({"qk": 0.75, "vo": 0.25}, {"scope": "local", "scorer": "magnitude"}),
+    "ragged": (0.5, {"heads": "ragged", "scorer": Varied()}),
+}
+NAIVE = ("decoupled", "ragged")
+
+
+class Setting(NamedTuple):
+    """A model without weights of its own yet, and what it reads."""
+
+    build: Callable[[int], nn.Module]
+    inputs: Callable[[int], Tensor]
+    tokens: int
+
+
+def _ast(frames: int, tokens: int) -> Setting:
+    def build(layers: int) -> nn.Module:
+        return ASTModel(ASTConfig(max_length=frames, num_hidden_layers=layers))
+
+    return Setting(build, lambda batch: torch.randn(batch, frames, 128), tokens)
+
+
+def _encoder(layers: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+SETTINGS = {
+    "ast146": _ast(128, 146),
+    "ast1214": _ast(1024, 1214),
+    "vit": Setting(
+        lambda layers: ViTModel(ViTConfig(num_hidden_layers=layers), add_pooling_layer=False),
+        lambda batch: torch.randn(batch, 3, 224, 224),
+        197,
+    ),
+    "encoder": Setting(_encoder, lambda batch: torch.randn(batch, 512, 512), 512),
+}
+
+
+def variants(dense: nn.Module, example: Tensor) -> dict[str, nn.Module]:
+    """The dense model, pruned in every way, and by Torch-Pruning where that leaves the embedding alone."""
+    found = {"dense": dense}
+    for name, (ratios, options) in PLANS.items():
+        found[name] = copy.deepcopy(dense)
+        attnprune.prune_attention(found[name], ratios, progress=False, **options)
+    if not isinstance(dense, nn.TransformerEncoder):
+        found["Torch-Pruning"] = copy.deepcopy(dense)
+        peer(found["Torch-Pruning"], "local", example)
+    return found
+
+
+def runner(model: nn.Module, x: Tensor, mode: str) -> Callable[[], dict[str, float]]:
+    """Runs a forward pass and gives its seconds."""
+    if mode == "compiled":
+        options = {"mode": "reduce-overhead"} if x.is_cuda else {}
+        model = torch.compile(model, dynamic=False, **options)  # type: ignore[assignment]
+
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return {"forward": time.perf_counter() - start}
+
+    return run
+
+
+def peak(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass holds at most, beside the weights."""
+    with torch.no_grad():
+        if x.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(x)
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model(x)
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # in order of time
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def naive(run: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    def separate() -> dict[str, float]:
+        with execution("separate"):
+            return run()
+
+    return separate
+
+
+def cell(setting: Setting, batch: int, mode: str, dtype: torch.dtype, device: str, layers: int, rounds: int) -> Any:
+    """Ratios of latency and of multiply-adds of every variant."""
+    torch.manual_seed(0)
+    dense, x = setting.build(layers).eval(), setting.inputs(batch)
+    models = variants(dense, x[:1])
+    macs = {name: count_macs(model, x[:1]) for name, model in models.items()}
+    x = x.to(device, dtype)
+    runs = {name: runner(model.to(device, dtype), x, mode) for name, model in models.items()}
+    if mode == "eager":
+        runs |= {f"{name}, naive": naive(runs[name]) for name in NAIVE}
+    torch._dynamo.reset()
+    times = paired(runs, rounds, warm_up=3 if mode == "compiled" else 2)
+    memory = {name: peak(model, x) for name, model in models.items()}
+    return {
+        name: {
+            "latency": ratio(times, name, "dense"),
+            "seconds": sorted(times[name])[len(times[name]) // 2],
+            "macs": macs[name.partition(",")[0]] / macs["dense"],
+            "memory": memory[name.partition(",")[0]] / memory["dense"],
+        }
+        for name in runs
+    }
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32] if cuda else [1, 8])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=("eager", "compiled"))
+    parser.add_argument("--layers", type=int, default=12, help="of eager models at batch 1 (12)")
+    parser.add_argument("--few-layers", type=int, default=12 if cuda else 3, help="elsewhere (GPU 12, CPU 3)")
+    parser.add_argument("--rounds", type=int, default=0, help="0: by the size of the input")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every figure there, beside those of other settings")
+    parser.add_argument("--plot", type=Path, help="draw a picture there")
+    parser.add_argument("--render", type=Path, help="only print and draw what an earlier run wrote to this file")
+    args = parser.parse_args()
+    if args.render:
+        found = json.loads(args.render.read_text())
+    else:
+        found = measure(args, "cuda" if cuda else "cpu")
+        if args.json and args.json.exists():  # settings that this run did not time keep their figures
+            new = {_key(one) for one in found["cells"]}
+            old = json.loads(args.json.read_text())["cells"]
+            found["cells"] = [one for one in old if _key(one) not in new] + found["cells"]
+    print(", ".join(f"{key} {value}" for key, value in found["environment"].items()), markdown(found), sep="\n\n")
+    if args.json and not args.render:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot:
+        from speed_plot import draw
+
+        draw(found["cells"], LIMITS, args.plot)
+
+
+def _key(one: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(one[name] for name in ("model", "batch", "mode", "dtype"))
+
+
+def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    torch.set_num_threads(args.threads)
+    env = environment("attnprune", "transformers", "torch-pruning")
+    if device == "cuda":
+        env["gpu"] = torch.cuda.get_device_name()
+    cells = []
+    for model in args.models:
+        for batch in args.batches:
+            for mode in args.modes:
+                for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32,):
+                    setting = SETTINGS[model]
+                    layers = args.layers if batch == 1 and mode == "eager" else args.few_layers
+                    rounds = args.rounds or (50 if device == "cuda" else 25 if batch * setting.tokens < 1000 else 9)
+                    key = {"model": model, "tokens": setting.tokens, "batch": batch, "mode": mode, "layers": layers}
+                    key["dtype"] = str(dtype).removeprefix("torch.")
+                    ratios = cell(setting, batch, mode, dtype, device, layers, rounds)
+                    cells.append({**key, "variants": ratios})
+                    print(markdown({"cells": cells[-1:]}), flush=True)
+    return {"environment": env, "cells": cells}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A table: latency over dense (over its limit: *), and the ratio of multiply-adds."""
+    rows = []
+    for one in found["cells"]:
+        for name, value in one["variants"].items():
+            if name == "dense":
+                continue
+            limit = LIMITS.get(name)
+            over = value["latency"] / value["macs"]
+            verdict = "" if limit is None else f"{over:.3f} of {limit}"
+            how = [one["model"], one["tokens"], one["batch"], f"{one['dtype']} {one['mode']}", name]
+            memory = "" if "naive" in name else f"{value['memory']:.3f}"
+            rows.append([*map(str, how), f"{value['latency']:.3f}", f"{value['macs']:.3f}", verdict, memory])
+    header = ["model", "tokens", "batch", "how", "plan", "latency", "multiply-adds", "their quotient", "memory"]
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
