@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scoring_cost.py
 	$(BIN)/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/closed_form_cost.py --clips 64
-	$(BIN)/python benchmarks/decoupled_latency.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/latency_budget.py
 	$(BIN)/python benchmarks/scoring_memory.py
 	$(BIN)/python benchmarks/accuracy.py keywords
