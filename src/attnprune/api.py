@@ -23,7 +23,7 @@ from .report import Measured, Report
 from .rounding import auto_rounding, check_rounding
 from .scorers import LossFn, Scorer
 from .spec import AttentionSpec
-from .surgery import OptimizerPatch, Surgeon, check_expressible, check_views, commit_all, masked_views
+from .surgery import OptimizerPatch, Step, Surgeon, check_expressible, check_views, commit_all, masked_views
 from .views import AttentionView
 
 if TYPE_CHECKING:
@@ -165,6 +165,22 @@ def apply_plan(
     >>> apply_plan(model, make_plan(model, 0.5)).achieved["v"]
     0.5
     """
+    return apply_along(
+        model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure
+    )
+
+
+def apply_along(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any,
+    optimizer: Any,
+    averages: Iterable[nn.Module],
+    measure: bool,
+    also: Sequence[Step] = (),
+) -> Report:
+    """:func:`apply_plan`, with other steps that are taken along with the surgery, or not at all."""
     if measure and example_inputs is None:
         raise OptionError("measure", "example_inputs to run", "none", "pass example_inputs=")
     model = plain(model)
@@ -180,7 +196,7 @@ def apply_plan(
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = _latency(model, surgeon, plan, example_inputs) if measure else None
     notes += _missed(plan, latency)
-    commit_all([*steps, *entries, *patches])
+    commit_all([*steps, *entries, *patches, *also])
     counts = None if macs is None else (macs, count_macs(model, example_inputs))
     return Report(plan, (before, count_parameters(model)), counts, notes, latency)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import distributed
 from .adapters.registry import find_views, plain
 from .allocate import Rules
-from .api import apply_plan, make_plan
+from .api import apply_along, apply_plan, make_plan
 from .asking import check_table, check_ways, cost_now, table_for
 from .counting import count_parameters
 from .errors import DataError, OptionError, PlanMismatchError
@@ -25,6 +25,7 @@ from .scorers import Fisher, Scorer, Taylor
 from .scorers.gradient import GradientScorer
 from .scores import Scores
 from .spec import KIND_OF, PROJECTIONS, AttentionSpec, Projection
+from .surgery import Assignment
 from .timetable import LatencyTable
 from .views import AttentionView
 
@@ -253,14 +254,15 @@ class AttentionPruner:
         plan = make_plan(self.model, **{**options, **due})
         if distributed.active():
             distributed.check_same(plan)
-        report = apply_plan(self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs)
-        self._plan = self._plan.then(plan) if self.steps_done else plan
-        self.steps_done += 1
-        if self.budget is not None and self._plan.asked is not None and self._plan.asked.budget is not None:
-            asked = replace(self._plan.asked.budget, share=self._left(self.steps_done))  # of the beginning
-            self._plan = replace(self._plan, asked=replace(self._plan.asked, budget=asked))
-        self._seen, self._observations = {}, 0
-        return report
+        number, whole = self.steps_done + 1, self._plan.then(plan) if self.steps_done else plan
+        if self.budget is not None and whole.asked is not None and whole.asked.budget is not None:
+            asked = replace(whole.asked.budget, share=self._left(number))  # of the beginning
+            whole = replace(whole, asked=replace(whole.asked, budget=asked))
+        mine = Assignment(self, _plan=whole, steps_done=number, _seen={}, _observations=0)
+        return apply_along(
+            self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs, measure=False,
+            also=[mine],
+        )  # fmt: skip
 
     def _gone(self, share: float, number: int) -> float:
         """Of a final share that goes, what is gone after step ``number``."""

@@ -2,13 +2,15 @@
 
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
-from .optimizer import OptimizerPatch, commit_all
+from .optimizer import Assignment, OptimizerPatch, Step, commit_all
 from .patch import ParamChange, ParamMap, Surgeon, as_linears
 
 __all__ = [
+    "Assignment",
     "OptimizerPatch",
     "ParamChange",
     "ParamMap",
+    "Step",
     "Surgeon",
     "as_linears",
     "check_expressible",

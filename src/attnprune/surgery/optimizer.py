@@ -35,6 +35,20 @@ def commit_all(steps: Sequence[Step]) -> None:
         raise
 
 
+class Assignment:
+    """Gives an object new attributes, all in one step."""
+
+    def __init__(self, owner: Any, **values: Any) -> None:
+        self.owner, self.values = owner, values
+        self.before = {name: getattr(owner, name) for name in values}
+
+    def commit(self) -> None:
+        self.owner.__dict__.update(self.values)
+
+    def undo(self) -> None:
+        self.owner.__dict__.update(self.before)
+
+
 class OptimizerPatch:
     """Puts new parameters in the place of old ones in an optimizer, with all that it knows about them.
 
