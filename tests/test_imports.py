@@ -17,6 +17,7 @@ LAYERS = (
     ("spec",),
     ("ratios",),
     ("folds",),
+    ("layer_plan",),
     ("plots",),
     ("scores", "plan", "moments"),
     ("timetable",),

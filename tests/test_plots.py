@@ -27,7 +27,7 @@ from attnprune import (
     score_attention,
 )
 from attnprune.errors import CalibrationError, OptionError
-from attnprune.plan import make_layer
+from attnprune.layer_plan import make_layer
 from attnprune.spec import KINDS
 
 from .conformance import fresh

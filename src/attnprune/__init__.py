@@ -15,7 +15,8 @@ from .adapters import Adapter, register_adapter, unregister_adapter
 from .allocate import Rules, allocate
 from .api import apply_plan, find_attention, make_plan, masked, prune_attention
 from .by_hand import prune_channels, prune_heads
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 from .ratios import Ratios
 from .report import Report
 from .scorers import Scorer

@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from .errors import AllocationError, OptionError, ScorerError
-from .plan import Asked, LayerPlan, Plan, make_layer
+from .layer_plan import LayerPlan, make_layer
+from .plan import Asked, Plan
 from .ratios import Ratios
 from .scores import Scores
 from .spec import KINDS, AttentionSpec, Kind

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from .allocate import Layer, Move, Rules, check_scores, greedy, groups_of, no_scores
 from .errors import AllocationError, OptionError
 from .knapsack import Choice, choose
-from .plan import Asked, LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Asked, Plan
 from .ratios import Budget, Ratios
 from .scores import Scores
 from .spec import KINDS, PROJECTIONS, AttentionSpec, Kind

@@ -13,7 +13,8 @@ from .adapters import find_views
 from .adapters.registry import plain
 from .api import apply_plan
 from .errors import UnknownUnitError
-from .plan import Channels, LayerPlan, Plan, make_layer
+from .layer_plan import Channels, LayerPlan, make_layer
+from .plan import Plan
 from .report import Report
 from .spec import KINDS, Kind
 from .views import AttentionView

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .folds import Fold
+from .layer_plan import LayerPlan
 from .moments import LayerMoments, Moments
-from .plan import LayerPlan
 from .spec import KINDS, AttentionSpec, Kind, Projection
 from .views import AttentionView
 

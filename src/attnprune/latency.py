@@ -18,7 +18,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from .adapters.registry import find_views, plain
 from .allocate import OPTIONS, Granularity
 from .errors import AttnPruneWarning, LatencyError, OptionError
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 from .rounding import auto_rounding, check_rounding
 from .spec import AttentionSpec
 from .surgery import Surgeon, check_views

@@ -17,7 +17,8 @@ from .api import apply_along, apply_plan, make_plan
 from .asking import check_table, check_ways, cost_now, table_for
 from .counting import count_parameters
 from .errors import DataError, OptionError, PlanMismatchError
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 from .ratios import RESOURCES, Ratios, RatiosLike
 from .report import Report
 from .rounding import auto_rounding

@@ -13,8 +13,9 @@ from .allocate import Rules, unmatched
 from .calibration import check_calibration
 from .closed_form import Turn, turn, white_moments
 from .errors import OptionError
+from .layer_plan import make_layer
 from .moments import Calibration
-from .plan import Asked, Plan, make_layer
+from .plan import Asked, Plan
 from .ratios import Ratios
 from .spec import KINDS, AttentionSpec, Kind
 

@@ -11,7 +11,8 @@ from torch import nn
 from ..adapters.registry import all_views
 from ..counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
-from ..plan import Asked, LayerPlan, Plan
+from ..layer_plan import LayerPlan
+from ..plan import Asked, Plan
 from ..report import Report
 from ..spec import KINDS
 from ..surgery import Surgeon

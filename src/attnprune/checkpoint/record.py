@@ -14,7 +14,8 @@ from torch import nn
 from .. import fields
 from ..adapters.registry import all_views, sound_views
 from ..errors import AttnPruneError, CheckpointError
-from ..plan import Channels, LayerPlan, Plan
+from ..layer_plan import Channels, LayerPlan
+from ..plan import Plan
 from ..spec import KINDS, AttentionSpec
 from ..views import AttentionView
 from .folder import refuse

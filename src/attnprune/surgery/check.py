@@ -19,7 +19,8 @@ from ..errors import (
     ShardedError,
     WrappedModelError,
 )
-from ..plan import Plan, difference
+from ..layer_plan import difference
+from ..plan import Plan
 from ..views import AttentionView, Slot
 
 _WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again", "FullyShardedDataParallel": (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plan import LayerPlan
+from ..layer_plan import LayerPlan
 from ..spec import PROJECTIONS, HeadLayout, Kind, Projection
 from ..views import AttentionView
 

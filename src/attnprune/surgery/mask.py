@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
-from ..plan import LayerPlan, Plan
+from ..layer_plan import LayerPlan
+from ..plan import Plan
 from ..spec import Kind
 from ..views import AttentionView
 from .check import check_fit, check_views

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
-from ..plan import LayerPlan, Plan
+from ..layer_plan import LayerPlan
+from ..plan import Plan
 from ..spec import HeadLayout
 from ..views import AttentionView, Slot
 from .check import check_expressible, check_fit, check_views
