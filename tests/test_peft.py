@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,18 +86,24 @@ def test_updates_are_of_the_rank_and_scale_asked_for() -> None:
     assert set(ranks) == {2}
 
 
-def test_peft_by_hand_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("decay", ["linear", "cosine", "none"])
+def test_peft_by_hand_gives_the_same_bits(decay: str) -> None:
     """The oracle: PEFT's own functions, torch's Adam and the schedule written out."""
     model, oracle = fresh("ViT", 0), fresh("ViT", 0)
     for one in (model, oracle):
         prune_attention(one, 0.5, scorer="magnitude")
     data, loss_fn = batches("ViT", 10), loss_of("ViT")
-    lora_recover(model, data, epochs=2, warmup=0.2, loss_fn=loss_fn, seed=3, progress=False)
+    lora_recover(model, data, epochs=2, warmup=0.2, decay=decay, loss_fn=loss_fn, seed=3, progress=False)
     torch.manual_seed(3)
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=lora_targets(oracle))
     adapted = peft.inject_adapter_in_model(config, oracle)
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 1e-4)
-    rates = [1e-4 * x for x in (0.25, 0.5, 0.75, 1.0, *(1 - i / 16 for i in range(16)))]
+    falls = {
+        "linear": [1 - i / 16 for i in range(16)],
+        "cosine": [math.cos(math.pi * i / 32) ** 2 for i in range(16)],
+        "none": [1.0] * 16,
+    }
+    rates = [1e-4 * x for x in (0.25, 0.5, 0.75, 1.0, *falls[decay])]
     for rate, batch in zip(rates, data * 2, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
@@ -132,6 +139,14 @@ def test_the_best_by_validation_loss_is_kept() -> None:
     worse = trained(validation=[(-1.0, data[0])], checks=4)
     assert all(torch.equal(worse[key], dense[key]) for key in dense)
     assert [mode for mode, _ in looked] == [False] * 9
+    looked.clear()
+    forced = trained(validation=[(-1.0, data[0])], checks=4, never_worse=False)
+    assert len(looked) == 8
+    model = fresh("ViT", 0)
+    model.load_state_dict(forced)
+    kept = -float(loss_of("ViT")(model, data[0]).detach())
+    assert abs(kept - min(loss for _, loss in looked)) < 1e-12
+    assert any(not torch.equal(forced[key], dense[key]) for key in dense)
     looked.clear()
     mixed = trained(validation=[(1.0, data[0])] * 2, checks=4)
     model = fresh("ViT", 0)
@@ -264,6 +279,7 @@ def test_what_is_refused() -> None:
         ({"lr": -1.0}, "lr"),
         ({"warmup": 1.5}, "warmup"),
         ({"dropout": "0"}, "dropout"),
+        ({"decay": "step"}, "linear, cosine, none"),
         ({"loss_fn": loss_fn, "teacher": model}, "teacher"),
     ):
         with pytest.raises(OptionError, match=words):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, cos, pi
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ from ..distillation import teacher_loss
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..passes import LossFn, batches, device_of, loss_of
 from ..surgery import check_views
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - cos(pi * left)) / 2,
+    "none": lambda left: 1.0,
+}
+"""The learning rate by the fraction of steps that are left after warm-up, as a factor."""
 
 
 def lora_targets(
@@ -58,10 +65,12 @@ def lora_recover(
     lr: float = 1e-4,
     epochs: int = 1,
     warmup: float = 0.05,
+    decay: str = "linear",
     dropout: float = 0.0,
     mlp: bool = True,
     validation: Iterable[Any] | None = None,
     checks: int = 1,
+    never_worse: bool = True,
     loss_fn: LossFn | None = None,
     teacher: nn.Module | None = None,
     include: str | Sequence[str] | None = None,
@@ -83,11 +92,13 @@ def lora_recover(
         lr: Adam's learning rate after warm-up.
         epochs: passes over the data.
         warmup: the fraction of all steps in which the rate rises linearly.
+        decay: how it falls after that: ``"linear"`` or ``"cosine"`` to 0, or ``"none"``.
         dropout: on the updates' inputs.
         mlp: whether the other Linears of the blocks are trained too.
-        validation: batches; the updates with the lowest mean loss over them are kept. "No update" is in the
-            running too, so that the model never gets worse on them. None: the last ones are kept.
+        validation: batches; the updates with the lowest mean loss over them are kept. None: the last ones are kept.
         checks: passes over ``validation`` in an epoch, the last at its end.
+        never_worse: whether "no update" is in the running too, so that the loss over ``validation`` never rises.
+            False: the best of the checks is kept, whatever the loss was before.
         loss_fn: ``loss_fn(model, batch) -> scalar``; None for the model's own loss.
         teacher: instead of labels, the output of this model (usually the dense one) is to be matched:
             ``loss_fn=attnprune.teacher_loss(teacher)``.
@@ -100,7 +111,7 @@ def lora_recover(
         The model itself, with plain Linears again.
 
     Raises:
-        OptionError: a number out of range, or both ``loss_fn`` and ``teacher``.
+        OptionError: a number out of range, an unknown ``decay``, or both ``loss_fn`` and ``teacher``.
         DataError: no batch, or a loss that is not a finite scalar.
         TiedWeightsError: a target shares its weight with another module, which a merged update would change too.
 
@@ -115,6 +126,8 @@ def lora_recover(
     """
     _check(rank=rank, epochs=epochs, checks=checks)
     _check_range(alpha=(alpha, 1e9), lr=(lr, 1e9), warmup=(warmup, 1.0), dropout=(dropout, 1.0))
+    if decay not in DECAYS:
+        raise OptionError("decay", f"one of {', '.join(DECAYS)}", repr(decay), "check it")
     if teacher is not None and loss_fn is not None:
         raise OptionError("teacher", "no loss_fn beside it", "both", "combine them in one loss_fn (teacher_loss)")
     loss_fn = loss_fn if teacher is None else teacher_loss(teacher)
@@ -131,7 +144,7 @@ def lora_recover(
         for parameter in whole.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()  # the updates; PEFT's layers cast their inputs
-        _train(whole, data, validation, loss_fn, lr, epochs, warmup, checks, progress)
+        _train(whole, data, validation, loss_fn, lr, epochs, warmup, DECAYS[decay], checks, never_worse, progress)
         weights = [(p, p.detach().clone()) for name in targets for p in tuner.model.get_submodule(name).parameters()]
         try:
             tuner.merge_and_unload()
@@ -179,7 +192,9 @@ def _train(
     lr: float,
     epochs: int,
     warmup: float,
+    decay: Callable[[float], float],
     checks: int,
+    never_worse: bool,
     progress: bool,
 ) -> None:
     """Leaves the best updates in place."""
@@ -189,7 +204,7 @@ def _train(
     rise = ceil(warmup * total)
 
     def rate(done: int) -> float:
-        return (done + 1) / rise if done < rise else (total - done) / max(total - rise, 1)
+        return (done + 1) / rise if done < rise else decay((total - done) / max(total - rise, 1))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     at = {ceil(len(data) * (i + 1) / checks) for i in range(checks)}
@@ -203,7 +218,8 @@ def _train(
         if best is None or loss < best[0]:
             best = loss, [p.detach().clone() for p in parameters]
 
-    look()
+    if never_worse:
+        look()
     for epoch in range(epochs):
         model.train()
         for number, batch in enumerate(batches(data, device, progress, f"LoRA, epoch {epoch + 1} of {epochs}"), 1):
