@@ -13,7 +13,7 @@ import attnprune
 ROOT = Path(attnprune.__file__).parent
 LAYERS = (
     ("errors",),
-    ("fields",),
+    ("fields", "processes"),
     ("spec",),
     ("ratios",),
     ("folds",),
@@ -38,6 +38,7 @@ LAYERS = (
     ("planning", "asking"),
     ("report", "checkpoint", "scoring", "export"),
     ("api",),
+    ("schedules", "observing"),
     ("pruner", "by_hand"),
     ("integrations",),
     ("cli",),

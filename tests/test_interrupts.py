@@ -26,7 +26,7 @@ def state(model: Any, optimizer: Any, average: Any, pruner: Any) -> Any:
     ]
     weights = [{key: value.tolist() for key, value in one.state_dict().items()} for one in (model, average)]
     own = {key: value for key, value in pruner.state_dict().items() if key != "seen"}
-    return weights, moments, held, own, {key: [x.tolist() for x in part] for key, part in pruner._seen.items()}
+    return weights, moments, held, own, {key: [x.tolist() for x in part] for key, part in pruner._seen.sums.items()}
 
 
 def interrupted(pruner: Any, optimizer: Any, average: Any, at: int) -> tuple[bool, int]:

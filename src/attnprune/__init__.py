@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .export import export_onnx
     from .moments import Calibration
     from .packing import pack_qkv, unpack_qkv
+    from .processes import across_processes
     from .pruner import AttentionPruner
     from .scoring import score_attention
     from .target import energy_curves
@@ -62,6 +63,7 @@ __all__ = [
     "Scores",
     "Slot",
     "Surgeon",
+    "across_processes",
     "adapters",
     "allocate",
     "apply_plan",
@@ -101,6 +103,7 @@ _LATER = {  # loaded when asked for
     "AttentionPruner": "pruner",
     "Calibration": "moments",
     "LatencyTable": "timetable",
+    "across_processes": "processes",
     "apply_to_checkpoint": "checkpoint.stream",
     "calibrate": "calibration",
     "capture": "distillation",

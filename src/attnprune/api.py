@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from .checkpoint.record import ConfigEntry
 from .counting import count_macs, count_parameters
 from .errors import AttnPruneWarning, OptionError
 from .plan import Plan
+from .processes import agree
 from .ratios import Ratios, RatiosLike
 from .report import Measured, Report
 from .rounding import auto_rounding, check_rounding
@@ -97,6 +98,8 @@ def make_plan(
     )  # fmt: skip
     check_table(latency)
     if stock is not False:
+        from .checkpoint.stock import check_possible, check_stock
+
         rules = stock_rules(stock, rules, qkvo_ratios)
     target_error = None if target_error is None else check_target(target_error, rules)
     ratios = None if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
@@ -108,26 +111,28 @@ def make_plan(
     if method.sequential and data is None:
         raise OptionError("sequential", "data to run layer by layer", "a calibration alone", "pass data=")
     model = plain(model)
-    views = find_views(model, include, exclude)
-    check_views(model, views)
-    if stock:
-        from .checkpoint.stock import check_possible, check_stock
 
-        check_possible(model, views, granularity)
-    if round_to == "auto":
-        rules = replace(rules, round_to=auto_rounding(views, granularity))
-    costs = None
-    if budget is not None:
-        rules = replace(rules, split="auto")
-        costs, rules = costs_for(budget, model, views, example_inputs, latency, rules, progress)
-    plan = decide(
-        model, views, ratios, rules, method, costs=costs, scorer=scorer, data=data, calibration=calibration,
-        loss_fn=loss_fn, target_error=target_error, seed=seed, progress=progress,
-    )  # fmt: skip
-    check_expressible(views, plan)
-    if stock:
-        check_stock(model, plan.after)
-    return plan
+    def decided() -> Plan:
+        views = find_views(model, include, exclude)
+        check_views(model, views, shards=not has_data)
+        if stock:
+            check_possible(model, views, granularity)
+        whole, costs = rules, None
+        if round_to == "auto":
+            whole = replace(whole, round_to=auto_rounding(views, granularity))
+        if budget is not None:
+            whole = replace(whole, split="auto")
+            costs, whole = costs_for(budget, model, views, example_inputs, latency, whole, progress)
+        plan = decide(
+            model, views, ratios, whole, method, costs=costs, scorer=scorer, data=data, calibration=calibration,
+            loss_fn=loss_fn, target_error=target_error, seed=seed, progress=progress,
+        )  # fmt: skip
+        check_expressible(views, plan)
+        if stock:
+            check_stock(model, plan.after)
+        return plan
+
+    return agree(decided, digest=lambda plan: plan.digest)
 
 
 def apply_plan(
@@ -165,22 +170,27 @@ def apply_plan(
     >>> apply_plan(model, make_plan(model, 0.5)).achieved["v"]
     0.5
     """
-    return apply_along(
+    commit = prepare_plan(
         model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure
     )
+    return commit()
 
 
-def apply_along(
+def prepare_plan(
     model: nn.Module,
     plan: Plan,
     *,
-    example_inputs: Any,
-    optimizer: Any,
-    averages: Iterable[nn.Module],
-    measure: bool,
+    example_inputs: Any = None,
+    optimizer: Any = None,
+    averages: Iterable[nn.Module] = (),
+    measure: bool = False,
     also: Sequence[Step] = (),
-) -> Report:
-    """:func:`apply_plan`, with other steps that are taken along with the surgery, or not at all."""
+) -> Callable[[], Report]:
+    """:func:`apply_plan` in two: here everything is checked and built, and what is returned commits it.
+
+    Args:
+        also: other steps that are taken along with the surgery, or not at all.
+    """
     if measure and example_inputs is None:
         raise OptionError("measure", "example_inputs to run", "none", "pass example_inputs=")
     model = plain(model)
@@ -196,9 +206,13 @@ def apply_along(
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = _latency(model, surgeon, plan, example_inputs) if measure else None
     notes += _missed(plan, latency)
-    commit_all([*steps, *entries, *patches, *also])
-    counts = None if macs is None else (macs, count_macs(model, example_inputs))
-    return Report(plan, (before, count_parameters(model)), counts, notes, latency)
+
+    def commit() -> Report:
+        commit_all([*steps, *entries, *patches, *also])
+        counts = None if macs is None else (macs, count_macs(model, example_inputs))
+        return Report(plan, (before, count_parameters(model)), counts, notes, latency)
+
+    return commit
 
 
 def _missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .adapters.registry import find_views, plain
 from .errors import CalibrationError, NonFiniteError, OptionError
 from .moments import Calibration, LayerMoments, Running
 from .passes import LossFn, batches, device_of, forward, undisturbed
+from .processes import agree
 from .surgery import as_linears, check_views
 from .views import AttentionView
 
@@ -57,9 +58,13 @@ def calibrate(
     {'qk': 120.0, 'vo': 120.0}
     """
     model = plain(model)
-    views = find_views(model, include, exclude)
-    check_views(model, views)
-    found = moments_of(model, views, data, loss_fn, across_heads, progress)
+
+    def seen() -> Calibration:
+        views = find_views(model, include, exclude)
+        check_views(model, views)
+        return moments_of(model, views, data, loss_fn, across_heads, progress)
+
+    found = agree(seen)
     if resume is None:
         return found
     if not isinstance(resume, Calibration):
@@ -86,7 +91,7 @@ def moments_of(
             _ = forward(model, batch) if loss_fn is None else loss_fn(model, batch)
             for tap in taps:
                 tap.check(number)
-    return Calibration({tap.view.name: tap.moments() for tap in taps})
+    return Calibration({tap.view.name: tap.moments() for tap in taps}).pooled()
 
 
 def check_calibration(calibration: Calibration, views: Sequence[AttentionView], across_heads: bool) -> None:

@@ -127,7 +127,7 @@ def white_moments(view: AttentionView) -> LayerMoments:
         found = []
         slot = view.slots.get(f"{projection}.bias")
         weight = view.weight(projection).double().cpu()
-        bias = torch.zeros(len(weight)).double() if slot is None else slot.cut(slot.parameter.detach()).double().cpu()
+        bias = torch.zeros(len(weight)).double() if slot is None else slot.cut(slot.values).double().cpu()
         for b in spec.layout.buckets:
             rows = slice(b.qk_start, b.qk_stop) if kind == "qk" else slice(b.vo_start, b.vo_stop)
             each = rearrange(weight[rows], "(h d) e -> h d e", h=len(b.heads))

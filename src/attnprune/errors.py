@@ -22,6 +22,7 @@ __all__ = [
     "ParametrizedError",
     "PlanFormatError",
     "PlanMismatchError",
+    "ProcessError",
     "QuantizedError",
     "RatioError",
     "ScorerError",
@@ -128,6 +129,10 @@ class StateDictError(AttnPruneError, RuntimeError):
 
     As always in ``load_state_dict``, modules before this one may have been loaded by then.
     """
+
+
+class ProcessError(AttnPruneError, RuntimeError):
+    """Planning failed in another process of ``torch.distributed``, so it ends here too."""
 
 
 class WrappedModelError(AttnPruneError, TypeError):

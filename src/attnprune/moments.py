@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .processes import add_up, pooled, sharing
 from .spec import AttentionSpec, Kind
 
 FORMAT = "attnprune.calibration"
@@ -225,17 +227,16 @@ class Calibration(Mapping[str, LayerMoments]):
 
     def reduce(self, group: Any = None) -> Calibration:
         """The calibration of all processes of a ``torch.distributed`` group together; all of them must call it."""
-        from torch import distributed
+        return self._total(partial(add_up, group=group))
 
-        backend = distributed.get_backend(group)
-        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    def pooled(self) -> Calibration:
+        """:meth:`reduce` inside :func:`attnprune.across_processes`; itself elsewhere."""
+        return self._total(pooled) if sharing() else self
 
+    def _total(self, add: Callable[[list[Tensor]], list[Tensor]]) -> Calibration:
         def total(one: Moments) -> Moments:
-            parts = [torch.tensor([one.count], dtype=torch.float64), one.mean * one.count, one.second * one.count]
-            for i, part in enumerate(parts):
-                parts[i] = part.to(device)
-                distributed.all_reduce(parts[i], group=group)
-            count, sums, products = (part.cpu() for part in parts)
+            number = torch.tensor(one.count, dtype=torch.float64)
+            count, sums, products = add([number, one.mean * one.count, one.second * one.count])
             n = max(float(count), 1.0)
             mean = sums / n
             return Moments(float(count), mean, products - n * mean[:, :, None] * mean[:, None, :])

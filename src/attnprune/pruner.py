@@ -7,39 +7,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import distributed
 from .adapters.registry import find_views, plain
 from .allocate import Rules
-from .api import apply_along, apply_plan, make_plan
+from .api import apply_plan, make_plan, prepare_plan
 from .asking import check_table, check_ways, cost_now, table_for
 from .counting import count_parameters
 from .errors import DataError, OptionError, PlanMismatchError
 from .layer_plan import LayerPlan
+from .observing import Observations, observer, read
 from .plan import Plan
+from .processes import across_processes, active, agree, exchange
 from .ratios import RESOURCES, Ratios, RatiosLike
 from .report import Report
 from .rounding import auto_rounding
-from .scorers import Fisher, Scorer, Taylor
-from .scorers.gradient import GradientScorer
-from .scores import Scores
-from .spec import KIND_OF, PROJECTIONS, AttentionSpec, Projection
+from .schedules import MOST, Schedule, check_schedule, gone, of_what_is_left
+from .spec import PROJECTIONS
 from .surgery import Assignment
 from .timetable import LatencyTable
 from .views import AttentionView
 
-Schedule = str | Callable[[float], float]
-SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
-    "one-shot": lambda share, t: share,
-    "linear": lambda share, t: share * t,
-    "cubic": lambda share, t: share * (1 - (1 - t) ** 3),
-    "geometric": lambda share, t: 1 - (1 - share) ** t,
-}
-"""By name: the share removed when the fraction t of all steps is done, for a final share."""
 _OPTIONS = frozenset(inspect.signature(make_plan).parameters) - {"model", "qkvo_ratios", "target_error", "calibration"}
-_MOST = 1 - 1e-9
 _TARGETS = tuple(f"target_{resource}" for resource in RESOURCES)
 
 
@@ -49,6 +38,7 @@ class AttentionPruner:
     After ``steps`` calls of :meth:`step` the model has lost ``qkvo_ratios`` of the weights that it had when the pruner
     was made. Every call removes what is due by the schedule, measured against that model, so rounding does not add up.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
     >>> optimizer = torch.optim.AdamW(model.parameters())
@@ -95,11 +85,7 @@ class AttentionPruner:
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:
             raise OptionError("AttentionPruner", f"options of {sorted(_OPTIONS)}", str(unknown), "check the spelling")
-        if not callable(schedule) and schedule not in SCHEDULES:
-            found = repr(schedule)
-            raise OptionError("schedule", f"one of {', '.join(SCHEDULES)}, or a function", found, "pick one of them")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise OptionError("steps", "a whole number of at least 1", repr(steps), "use 1 for one-shot pruning")
+        check_schedule(schedule, steps)
         # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
         inner = model.module if type(model).__name__ == "DistributedDataParallel" else model
         self.model = plain(inner)  # type: ignore[arg-type]
@@ -113,8 +99,7 @@ class AttentionPruner:
         self._dense = tuple(view.spec for view in views)
         self._plan = Plan(tuple(LayerPlan(spec) for spec in self._dense))
         self._before = count_parameters(self.model)
-        self._seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._observations = 0
+        self._seen = Observations()
         self._cost = 0.0
         if options.get("round_to") == "auto":  # what is left later would be rounded finer
             options["round_to"] = auto_rounding(views, options.get("granularity", "channel"))
@@ -163,68 +148,31 @@ class AttentionPruner:
             DataError: no gradient, or (without a scaler) one that is not finite.
             OptionError: the scorer cannot use gradients.
         """
-        scorer = self._observer()
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        views = self._views()
-        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for view in views:
-            grads = {}
-            for key, slot in view.slots.items():
-                grad = slot.parameter.grad
-                if grad is not None:
-                    exact = torch.promote_types(grad.dtype, torch.float32)
-                    grads[key] = slot.cut(grad.detach()).to(exact) / scale
-            missing = [p for p in PROJECTIONS if f"{p}.weight" not in grads]
-            if missing:
-                raise DataError(
-                    f"{view.name}: {missing[0]}.weight.grad", "a gradient", "None",
-                    "call observe after loss.backward() and before zero_grad; attention weights must require gradients",
-                )  # fmt: skip
-            with torch.no_grad():
-                found[view.name] = scorer.reduce(view, grads)
-        if not all(bool(part.isfinite().all()) for parts in found.values() for part in parts):
-            if scaler is not None:
-                return
-            raise DataError(
-                "observe", "finite gradients", "NaN or infinite ones", "pass scaler=, or look for overflow in the loss"
-            )
-        for name, parts in found.items():
-            old = self._seen.get(name)
-            new = tuple(part.double().cpu() for part in parts)
-            self._seen[name] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
-        self._observations += 1
+        found = read(observer(self.options), self._views(), scale)
+        if all(bool(part.isfinite().all()) for parts in found.values() for part in parts):
+            self._seen = self._seen.plus(found)
+        elif scaler is None:
+            remedy = "pass scaler=, or look for overflow in the loss"
+            raise DataError("observe", "finite gradients", "NaN or infinite ones", remedy)
 
     @property
     def observes(self) -> bool:
         """Whether :meth:`observe` can be called: scores come from gradients."""
         try:
-            self._observer()
+            observer(self.options)
         except OptionError:
             return False
         return True
-
-    def _observer(self) -> GradientScorer:
-        scorer = self.options.get("scorer", "auto")
-        if self.options.get("data") is not None:
-            raise OptionError("observe", "a pruner without data", "data", "give one of the two")
-        if self.options.get("basis") == "rotated":
-            found = 'basis="rotated"'
-            raise OptionError("observe", 'basis="channels"', found, "bases are found from data=")
-        if scorer in ("auto", "fisher"):
-            return Fisher()
-        if scorer == "taylor":
-            return Taylor()
-        if isinstance(scorer, GradientScorer) and not getattr(scorer, "per_sample", False):
-            return scorer
-        found = repr(scorer)
-        raise OptionError("observe", 'scorer="taylor" or "fisher"', found, "scores of other scorers need data=")
 
     # pruning
 
     def step(self, optimizer: Any = None, *, averages: Iterable[nn.Module] = (), example_inputs: Any = None) -> Report:
         """Removes what is due; model, optimizer and averages change together or not at all.
 
-        In several processes of ``torch.distributed`` all of them must call it: observed scores are averaged over them.
+        In several processes of ``torch.distributed`` all of them must call it: what they observed, and scores and
+        moments of the ``data`` that each of them has, are put together (:func:`attnprune.across_processes`). Where one
+        of them cannot, none does.
 
         Args:
             optimizer: an optimizer (or several, in a list) whose parameters and state are cut along. Learning rate
@@ -239,58 +187,69 @@ class AttentionPruner:
             OptionError: all steps have been taken.
             DataError: the scorer needs gradients, and none were observed since the last step.
             PlanMismatchError: processes of ``torch.distributed`` came to different plans; raised in all of them.
+            ProcessError: another of them failed.
         """
+        self._check_open()
+
+        def prepared() -> tuple[Plan, Callable[[], Report]]:
+            plan = self._next()
+            number, whole = self.steps_done + 1, self._plan.then(plan) if self.steps_done else plan
+            if self.budget is not None and whole.asked is not None and whole.asked.budget is not None:
+                asked = replace(whole.asked.budget, share=self._left(number))  # of the beginning
+                whole = replace(whole, asked=replace(whole.asked, budget=asked))
+            mine = Assignment(self, _plan=whole, steps_done=number, _seen=Observations())
+            return plan, prepare_plan(
+                self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs, also=[mine]
+            )
+
+        with across_processes():
+            _, commit = agree(prepared, digest=lambda both: both[0].digest)
+        return commit()
+
+    def next_plan(self) -> Plan:
+        """What :meth:`step` would do now, without doing it: for a model that is sharded (FSDP2), say.
+
+        Raises:
+            The errors of :meth:`step`; nothing changes.
+        """
+        self._check_open()
+        with across_processes():
+            return agree(self._next, digest=lambda plan: plan.digest)
+
+    def _check_open(self) -> None:
         if self.done:
             raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
+
+    def _next(self) -> Plan:
         due = self._due(self.steps_done + 1) if self.budget is None else self._share_due(self.steps_done + 1)
-        options = dict(self.options)
-        seen, observations = self._seen, self._observations
-        if distributed.active():
-            seen, observations = distributed.add_up(seen, observations)
-        if observations:
-            options["scorer"] = _Observed(self._observer(), seen, observations)
+        options, seen = dict(self.options), self._seen.pooled()
+        if seen.count:
+            options["scorer"] = seen.scorer(observer(options))
         elif options.get("data") is None and options.get("scorer") in ("fisher", "taylor"):
             remedy = "call observe() after loss.backward(), or give data"
             raise DataError("step", "gradients to score by", "none", remedy)
-        plan = make_plan(self.model, **{**options, **due})
-        if distributed.active():
-            distributed.check_same(plan)
-        number, whole = self.steps_done + 1, self._plan.then(plan) if self.steps_done else plan
-        if self.budget is not None and whole.asked is not None and whole.asked.budget is not None:
-            asked = replace(whole.asked.budget, share=self._left(number))  # of the beginning
-            whole = replace(whole, asked=replace(whole.asked, budget=asked))
-        mine = Assignment(self, _plan=whole, steps_done=number, _seen={}, _observations=0)
-        return apply_along(
-            self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs, measure=False,
-            also=[mine],
-        )  # fmt: skip
+        return make_plan(self.model, **{**options, **due})
 
     def _gone(self, share: float, number: int) -> float:
         """Of a final share that goes, what is gone after step ``number``."""
-        t = number / self.steps
-        if not callable(self.schedule):
-            return SCHEDULES[self.schedule](share, t)
-        fraction = self.schedule(t)
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-            raise OptionError("schedule", "a function that gives numbers in [0, 1]", repr(fraction), "check it")
-        return share * fraction
+        return gone(self.schedule, share, number / self.steps)
 
     def _due(self, number: int) -> dict[str, Ratios]:
         """What step ``number`` is to remove of what is left."""
         now = tuple(view.spec for view in self._views())
         found = {p: self._gone(self.ratios.of(p), number) for p in PROJECTIONS}
-        return {"qkvo_ratios": _of_what_is_left(found, self._dense, now, self._together)}
+        return {"qkvo_ratios": of_what_is_left(found, self._dense, now, self._together)}
 
     def _left(self, number: int) -> float:
         """What is left after step ``number`` of what the model cost in the beginning."""
         assert self.budget is not None
-        return min(1 - self._gone(1 - self.budget.share, number), _MOST)
+        return min(1 - self._gone(1 - self.budget.share, number), MOST)
 
     def _share_due(self, number: int) -> dict[str, float]:
         """The budget of step ``number``, as a share of what the model costs now."""
         assert self.budget is not None
         now = cost_now(self.budget, self.model, self._views(), self.options.get("example_inputs"), self._table)
-        return {f"target_{self.budget.resource}": min(self._left(number) * self._cost / now, _MOST)}
+        return {f"target_{self.budget.resource}": min(self._left(number) * self._cost / now, MOST)}
 
     @property
     def _table(self) -> LatencyTable | None:
@@ -306,7 +265,8 @@ class AttentionPruner:
         check_table(self._table)
         if self.budget.resource == "latency" and self._table is None:
             rules = Rules(options.get("granularity", "channel"), round_to=options.get("round_to", 1))
-            options["latency"] = table_for(self.model, views, inputs, rules, options.get("progress", True))
+            table = table_for(self.model, views, inputs, rules, options.get("progress", True))
+            options["latency"] = exchange(table)[0] if active() else table  # one clock for all processes
         return cost_now(self.budget, self.model, views, inputs, self._table)
 
     # checkpoints
@@ -324,15 +284,17 @@ class AttentionPruner:
             "latency": None if self._table is None else self._table.to_json(),
             "plan": bare.to_json(),
             "parameters": self._before,
-            "observations": self._observations,
-            "seen": {name: list(parts) for name, parts in self._seen.items()},
+            "observations": self._seen.count,
+            "seen": {name: list(parts) for name, parts in self._seen.sums.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, optimizer: Any = None, averages: Iterable[nn.Module] = ()
+    ) -> None:
         """Goes on where :meth:`state_dict` was taken.
 
-        A model as it was in the beginning is given the shapes that it had then; load its weights, and the state of an
-        optimizer made for it, afterwards.
+        A model as it was in the beginning is given the shapes that it had then, and so are an optimizer that was made
+        for it already and averages; load the weights and the optimizer's state afterwards.
 
         Raises:
             OptionError: the state of a pruner with other ratios or steps.
@@ -354,48 +316,13 @@ class AttentionPruner:
                     "state", f"attention modules {sorted(now)[:4]}", f"{sorted(s.name for s in plan.specs)[:4]}",
                     "load it into a pruner of the model it was saved from",
                 )  # fmt: skip
-            apply_plan(self.model, plan)
+            apply_plan(self.model, plan, optimizer=optimizer, averages=averages)
         self._plan, self._dense = plan, plan.specs
         if self.budget is not None:
             self._cost = float(state["cost"])
             if state["latency"] is not None:
                 self.options["latency"] = LatencyTable.from_json(state["latency"])
         self._before = int(state["parameters"])
-        self.steps_done, self._observations = int(state["steps_done"]), int(state["observations"])
-        self._seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}
-
-
-class _Observed(Scorer):
-    """Scores that a training loop's own gradients gave."""
-
-    def __init__(
-        self, scorer: GradientScorer, seen: Mapping[str, tuple[Tensor, Tensor, Tensor]], observations: int
-    ) -> None:
-        self.scorer, self.seen, self.observations = scorer, seen, observations
-
-    @property
-    def name(self) -> str:
-        return self.scorer.name
-
-    def score(self, model: nn.Module, views: Sequence[AttentionView], **_: Any) -> dict[str, Scores]:
-        return {
-            view.name: self.scorer.finish(view, *(part / self.observations for part in self.seen[view.name]))
-            for view in views
-        }
-
-
-def _of_what_is_left(
-    gone: Mapping[Projection, float], dense: Sequence[AttentionSpec], now: Sequence[AttentionSpec], together: bool
-) -> Ratios:
-    """Shares of what is left, from shares of the dense model that are to be gone."""
-
-    def weights(specs: Sequence[AttentionSpec], p: Projection) -> int:
-        return sum(spec.weights(p) for spec in specs)
-
-    left: dict[Projection, float] = {}
-    for p in PROJECTIONS:
-        pool = PROJECTIONS if together else tuple(one for one in PROJECTIONS if KIND_OF[one] == KIND_OF[p])
-        wanted = sum((1 - gone[one]) * weights(dense, one) for one in pool)
-        share = 1 - wanted / sum(weights(now, one) for one in pool)
-        left[p] = min(max(share, 0.0), 1 - 1e-9)
-    return Ratios(**left)
+        self.steps_done = int(state["steps_done"])
+        seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}
+        self._seen = Observations(seen, int(state["observations"]))

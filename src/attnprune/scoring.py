@@ -11,6 +11,7 @@ from .adapters.registry import find_views, plain
 from .allocate import Rules, Split
 from .moments import Calibration
 from .planning import Basis, Method, scored
+from .processes import agree
 from .scorers import LossFn, Scorer
 from .scores import Scores
 from .surgery import check_views
@@ -62,9 +63,13 @@ def score_attention(
     has_data = data is not None or calibration is not None
     method = Method.resolve(basis, "auto", False, rules, has_data=has_data)
     model = plain(model)
-    views = find_views(model, include, exclude)
-    check_views(model, views)
-    return scored(
-        model, views, rules, method, scorer=scorer, data=data, calibration=calibration, loss_fn=loss_fn, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+
+    def found() -> dict[str, Scores]:
+        views = find_views(model, include, exclude)
+        check_views(model, views, shards=not has_data)
+        return scored(
+            model, views, rules, method, scorer=scorer, data=data, calibration=calibration, loss_fn=loss_fn, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+
+    return agree(found)

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from .adapters.base import Adapter
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded among processes (a DTensor), whole; every process must ask. Others as they are."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """A run of channels in one parameter: all of it, or a part of a packed one."""
@@ -40,6 +48,11 @@ class Slot:
     def cut(self, tensor: Tensor) -> Tensor:
         """``(channels, ...)``: these channels of a tensor shaped like the parameter, first; a view."""
         return tensor.narrow(self.axis, self.start, self.size).movedim(self.axis, 0)
+
+    @property
+    def values(self) -> Tensor:
+        """The parameter's values, detached: itself, or gathered from all processes where it is sharded among them."""
+        return gathered(self.parameter.detach())
 
     @property
     def whole(self) -> bool:
@@ -78,7 +91,7 @@ class AttentionView:
     def weight(self, projection: Projection) -> Tensor:
         """``(channels, in)`` weight rows of Q, K, V, or columns of O, in stored order, detached; a view."""
         slot = self.slots[f"{projection}.weight"]
-        return slot.cut(slot.parameter.detach())
+        return slot.cut(slot.values)
 
     def heads(self, projection: Projection) -> list[Tensor]:
         """Per head ``(channel, in)``: the weights of a projection in logical order; views.

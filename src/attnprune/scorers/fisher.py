@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
 from ..passes import LossFn, batches, device_of, loss_of, undisturbed
+from ..processes import pooled
 from ..scores import Scores
 from ..spec import PROJECTIONS, Projection
 from ..surgery import as_linears
@@ -95,7 +96,7 @@ def squared_gradients(
         finally:
             for tap in taps.values():
                 tap.handle.remove()
-    return {view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count
+    return pooled(({view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count))
 
 
 def _one_batch(loss: Tensor, switch: Tensor, taps: Sequence[_Tap], number: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
 from ..passes import LossFn, batches, device_of, loss_of, projection_loss, undisturbed
+from ..processes import pooled
 from ..scores import Scores
 from ..spec import Kind
 from ..surgery import as_linears
@@ -93,6 +94,9 @@ class Gate(Scorer):
                         "give loss_fn batches whose first dimension stays first",
                     )
                 count += samples.pop()
+        count = pooled(count)
+        for tap in taps:
+            tap.share()
         return {tap.view.name: tap.scores(count, self.centred) for tap in taps}
 
     def _some(self, data: Iterable[Any] | None) -> Iterable[Any] | None:
@@ -133,6 +137,11 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (tuple, list)):
         for value in batch:
             yield from _tensors(value)
+
+
+_SUMS = (
+    "qk", "products", "crossed", "plain", "total", "tokens", "head_products", "head_crossed", "head_plain",
+)  # fmt: skip
 
 
 class _Gates:
@@ -209,6 +218,10 @@ class _Gates:
             self.head_crossed[rows] += whole @ b[:, rows]
             self.head_plain[head] += b[:, rows].T @ b[:, rows]
         return samples
+
+    def share(self) -> None:
+        """Adds what other processes saw."""
+        self.__dict__.update(pooled({name: getattr(self, name) for name in _SUMS}))
 
     def scores(self, count: int, centred: bool) -> Scores:
         kept = centred and self.view.spec.bias[3]  # without a bias of O, the mean goes with the channel

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, NonFiniteError
 from ..passes import LossFn, batches, device_of, loss_of, undisturbed
+from ..processes import pooled
 from ..scores import Scores
 from ..spec import Kind
 from ..views import AttentionView, Slot
@@ -103,6 +104,7 @@ class GradientScorer(Scorer):
                 totals[view.name] = parts if old is None else tuple(a + b for a, b in zip(old, parts, strict=True))
 
         count = gradients(model, views, data, loss_fn, progress, self.name, add)
+        totals, count = pooled((totals, count))
         return {view.name: self.finish(view, *(total / count for total in totals[view.name])) for view in views}
 
     @abstractmethod

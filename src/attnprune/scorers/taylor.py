@@ -31,8 +31,8 @@ class Taylor(GradientScorer):
         sums: dict[Kind, Tensor] = {}
         for key, grad in grads.items():
             slot, kind = view.slots[key], view.kinds[key]
-            products = (slot.cut(slot.parameter.detach()) * grad).flatten(1) if grad.dim() > 1 else None
-            value = products.sum(1) if products is not None else slot.cut(slot.parameter.detach()) * grad
+            products = slot.cut(slot.values) * grad
+            value = products.flatten(1).sum(1) if grad.dim() > 1 else products
             sums[kind] = sums[kind] + value.double() if kind in sums else value.double()
         head = head_sums(view, "qk", sums["qk"]) + head_sums(view, "vo", sums["vo"])
         size = torch.square if self.squared else torch.abs

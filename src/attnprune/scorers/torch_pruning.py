@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import ScorerError
 from ..passes import LossFn
+from ..processes import pooled
 from ..scores import Scores
 from ..spec import PROJECTIONS, Kind, Projection
 from ..surgery import as_linears
-from ..views import AttentionView
+from ..views import AttentionView, gathered
 from .base import Scorer
 from .gradient import Gradients, gradients, head_sums
 
@@ -68,13 +69,13 @@ class TorchPruning(Scorer):
 
     def _held(self, view: AttentionView) -> dict[str, Tensor]:
         """The gradients that the importance has gathered itself, or that the model holds, as ``(channels, ...)``."""
-        gathered, counts = getattr(self.importance, "_accu_grad", {}), getattr(self.importance, "_counter", {})
+        held, counts = getattr(self.importance, "_accu_grad", {}), getattr(self.importance, "_counter", {})
         found = {}
         for key, slot in view.slots.items():
             p = slot.parameter
-            grad = gathered[p] / counts[p] if p in gathered else p.grad
+            grad = held[p] / counts[p] if p in held else p.grad
             if grad is not None:
-                found[key] = slot.cut(grad)
+                found[key] = slot.cut(gathered(grad))
         return found
 
     def _gradients(
@@ -91,6 +92,7 @@ class TorchPruning(Scorer):
                     total[name][key] = total[name][key].add_(value) if key in total[name] else value
 
         count = gradients(model, views, data, loss_fn, progress, self.name, add)
+        total, count = pooled((total, count))
         return {name: {key: value / count for key, value in keys.items()} for name, keys in total.items()}
 
     def _one(self, view: AttentionView, linears: dict[Any, nn.Linear]) -> Scores:
@@ -133,7 +135,7 @@ def _lend(view: AttentionView, projection: Projection, grads: Mapping[str, Tenso
     linear = nn.Linear(inputs, outputs, bias=len(keys) == 2, device="meta")
     for key in keys:
         part = key.partition(".")[2]
-        parameter = nn.Parameter(view.slots[key].parameter.detach())
+        parameter = nn.Parameter(view.slots[key].values)
         if key in grads:
             parameter.grad = (grads[key].movedim(0, 1) if across and part == "weight" else grads[key]).clone()
         setattr(linear, part, parameter)

@@ -21,22 +21,31 @@ from ..errors import (
 )
 from ..layer_plan import difference
 from ..plan import Plan
-from ..views import AttentionView, Slot
+from ..views import AttentionView, Slot, gathered
 
 _WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again", "FullyShardedDataParallel": (
     "prune before wrapping; a plan made elsewhere can be applied on every rank")}  # fmt: skip
 _QUANTIZED = ("quant", "bitsandbytes", "bnb", "awq", "gptq", "qat", "torchao", "hqq")
 
 
-def check_views(model: nn.Module, views: Iterable[AttentionView], blank: bool = False) -> None:
-    """Raises a named error if a projection is wrapped, sharded, parametrised, quantised, without data or not finite.
-
-    A ``blank`` model may lack data: only its shapes are of interest.
-    """
+def check_wrappers(model: nn.Module) -> None:
+    """Raises WrappedModelError if a wrapper that holds on to parameters is, or is in, the model."""
     for name, module in model.named_modules():
         remedy = _WRAPPERS.get(type(module).__name__)
         if remedy is not None:
             raise WrappedModelError(name or "model", "a plain module", f"a {type(module).__name__}", remedy)
+
+
+def check_views(model: nn.Module, views: Iterable[AttentionView], *, blank: bool = False, shards: bool = False) -> None:
+    """Raises a named error if a projection is wrapped, sharded, parametrised, quantised, without data or not finite.
+
+    Args:
+        model: the model that they are from.
+        views: the attention modules to check.
+        blank: parameters may lack data, as only their shapes are of interest.
+        shards: parameters may be shards, as values are only read.
+    """
+    check_wrappers(model)
     for view in views:
         if "forward" in view.module.__dict__:
             raise WrappedModelError(
@@ -49,7 +58,7 @@ def check_views(model: nn.Module, views: Iterable[AttentionView], blank: bool = 
         for key, slot in view.slots.items():
             if slot.owner is not view.module:
                 _check_owner(f"{view.name}: {key}", slot)
-            parameter = _check_parameter(f"{view.name}: {key}", slot, blank)
+            parameter = _check_parameter(f"{view.name}: {key}", slot, blank, shards)
             if id(parameter) not in seen and not blank:
                 seen.add(id(parameter))
                 _check_finite(f"{view.name}: {key}", parameter)
@@ -77,14 +86,18 @@ def _check_owner(where: str, slot: Slot) -> None:
     raise WrappedModelError(where, "a plain nn.Linear", found, "merge or unwrap it, or exclude this layer")
 
 
-def _check_parameter(where: str, slot: Slot, blank: bool) -> nn.Parameter:
+def _check_parameter(where: str, slot: Slot, blank: bool, shards: bool) -> nn.Parameter:
     owner, name = slot.owner, slot.name
     parameter = owner._parameters.get(name)
     if parameter is None:
         raise _not_a_parameter(where, slot)
     kind = type(parameter)
+    if shards and kind.__name__ == "DTensor" and parameter.is_floating_point():
+        return parameter
     if "DTensor" in kind.__name__ or "FlatParameter" in kind.__name__:
-        raise ShardedError(where, "a whole parameter", f"a {kind.__name__}", "apply the plan before sharding")
+        raise ShardedError(
+            where, "a whole parameter", f"a {kind.__name__}", "apply the plan before sharding, on the whole model"
+        )
     if (parameter.is_meta and not blank) or "Uninitialized" in kind.__name__:
         raise MetaTensorError(where, "a parameter with data", f"one on {parameter.device}", "load the weights first")
     if kind is not nn.Parameter or not parameter.is_floating_point():
@@ -111,9 +124,10 @@ def _not_a_parameter(where: str, slot: Slot) -> AttnPruneError:
 
 def _check_finite(where: str, parameter: nn.Parameter) -> None:
     # a finite sum proves finite weights without a second pass; an infinite one may be an overflow of finite weights
-    if bool(parameter.detach().sum(dtype=torch.float32).isfinite()):
+    values = gathered(parameter.detach())
+    if bool(values.sum(dtype=torch.float32).isfinite()):
         return
-    bad = int((~parameter.detach().isfinite()).sum())
+    bad = int((~values.isfinite()).sum())
     if bad:
         raise NonFiniteError(
             where, "finite weights", f"{bad} of {parameter.numel()} NaN or infinite", "load a checkpoint from before"

@@ -15,7 +15,7 @@ from ..layer_plan import LayerPlan
 from ..plan import Plan
 from ..spec import HeadLayout
 from ..views import AttentionView, Slot
-from .check import check_expressible, check_fit, check_views
+from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, logical_channels
 
 
@@ -235,10 +235,11 @@ class Surgeon:
             NotExpressibleError: an adapter has no forward for the shape that the plan gives.
             WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
         """
+        check_wrappers(model)
         check_fit(model, views, plan)
         by_name = {view.name: view for view in views}
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
-        check_views(model, [view for view, _ in work], blank)
+        check_views(model, [view for view, _ in work], blank=blank)
         check_expressible(views, plan)
         tensors, operations = _Tensors(), []
         for view, layer in work:
