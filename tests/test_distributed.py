@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +29,7 @@ from attnprune.errors import (
     ShardedError,
     WrappedModelError,
 )
+from attnprune.integrations.accelerate import AcceleratedPruner
 
 
 def build() -> nn.TransformerEncoder:
@@ -209,6 +211,36 @@ def shards(rank: int) -> Any:
     return {"weights": by_weights, "plan": plan, "losses": losses, "state": state}
 
 
+def accelerated(rank: int, folder: str) -> Any:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+
+    def run() -> Any:
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
+        model = build()
+        model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), 1e-2))
+        pruner = AttentionPruner(model, 0.5, steps=2)
+        return accelerator, model, optimizer, AcceleratedPruner(accelerator, pruner, model, optimizer)
+
+    def train(steps: range, accelerator: Any, model: Any, optimizer: Any, pruning: AcceleratedPruner) -> Any:
+        for step in steps:
+            optimizer.zero_grad()
+            accelerator.backward(loss_of(model, batch(2 * step + rank)))
+            pruning.observe()
+            optimizer.step()
+            if step % 2 and not pruning.done:
+                pruning.step()
+        return {key: value.clone() for key, value in model.module.state_dict().items()}
+
+    first = run()
+    train(range(3), *first)
+    first[0].save_state(f"{folder}/state")
+    whole = train(range(3, 6), *first)
+    again = run()
+    again[0].load_state(f"{folder}/state")
+    return {"whole": whole, "again": train(range(3, 6), *again), "plan": again[3].pruner.plan}
+
+
 PARTS = (ddp, own_gradients, one_saw_nothing, shared_data, shared_scores, with_pruner, failures, shards)
 
 
@@ -216,6 +248,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {part.__name__: part(rank) for part in PARTS}
+    found["accelerated"] = accelerated(rank, folder)
     torch.save(found, f"{folder}/{rank}")
     distributed.barrier()
     os._exit(0)  # gloo's threads may outlive the interpreter
@@ -320,6 +353,27 @@ def test_shards_are_planned_on_and_whole_models_are_cut(both: Any) -> None:
         assert abs(float(loss.detach()) - (one["losses"][step] + two["losses"][step]) / 2) < 1e-9
     for key, value in model.state_dict().items():
         assert torch.allclose(value, one["state"][key], rtol=0, atol=1e-9)
+
+
+def test_an_accelerator_of_two_processes_and_its_checkpoint(both: Any) -> None:
+    one, two = (found["accelerated"] for found in both)
+    assert one["plan"] == two["plan"]
+    for found in (one["again"], two["whole"], two["again"]):
+        assert all(torch.equal(value, found[key]) for key, value in one["whole"].items())
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    pruner = AttentionPruner(model, 0.5, steps=2)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss_of(model, torch.cat([batch(2 * step), batch(2 * step + 1)])).backward()
+        if not pruner.done:
+            pruner.observe()
+        optimizer.step()
+        if step % 2 and not pruner.done:
+            pruner.step(optimizer)
+    assert pruner.plan == one["plan"]
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, one["whole"][key], rtol=0, atol=1e-9)
 
 
 def test_only_a_wrapper_is_wrapped_anew() -> None:

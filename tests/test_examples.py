@@ -6,11 +6,14 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_loop(capsys: Any) -> None:
-    runpy.run_path(str(EXAMPLES / "loop.py"))["main"]()
+@pytest.mark.parametrize("name", ["loop", "accelerate_loop"])
+def test_loop(capsys: Any, name: str) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[-1].endswith("50% of Q removed")

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .adapters.registry import plain
 from .errors import WrappedModelError
 
 
-def rewrap(ddp: nn.Module) -> DistributedDataParallel:
+def rewrap(ddp: nn.Module) -> Any:
     """Makes a ``DistributedDataParallel`` anew around its module, with the same settings: call it after a step.
 
     It reduced gradients of parameters that are gone. The wrapper stays the same object, so whoever holds it (an
@@ -20,7 +21,7 @@ def rewrap(ddp: nn.Module) -> DistributedDataParallel:
     register them again. All processes must call this together.
 
     Args:
-        ddp: the wrapper that the module was trained in.
+        ddp: the wrapper that the module was trained in, compiled or not.
 
     Returns:
         The same object.
@@ -28,6 +29,7 @@ def rewrap(ddp: nn.Module) -> DistributedDataParallel:
     Raises:
         WrappedModelError: not a DistributedDataParallel.
     """
+    given, ddp = ddp, plain(ddp)
     if not isinstance(ddp, DistributedDataParallel):
         remedy = "only DistributedDataParallel is wrapped anew"
         raise WrappedModelError("rewrap", "a DistributedDataParallel", f"a {type(ddp).__name__}", remedy)
@@ -46,4 +48,4 @@ def rewrap(ddp: nn.Module) -> DistributedDataParallel:
     module, kept = ddp.module, {key: value for key, value in known.items() if key == "training" or "_hooks" in key}
     DistributedDataParallel.__init__(ddp, module, **options)  # the old reducer goes, and its hooks with it
     ddp.__dict__.update(kept)
-    return ddp
+    return given

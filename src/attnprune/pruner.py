@@ -87,8 +87,8 @@ class AttentionPruner:
             raise OptionError("AttentionPruner", f"options of {sorted(_OPTIONS)}", str(unknown), "check the spelling")
         check_schedule(schedule, steps)
         # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
-        inner = model.module if type(model).__name__ == "DistributedDataParallel" else model
-        self.model = plain(inner)  # type: ignore[arg-type]
+        inner = plain(model)
+        self.model = plain(inner.module) if type(inner).__name__ == "DistributedDataParallel" else inner  # type: ignore[arg-type]
         targets = {name: options.pop(name, None) for name in _TARGETS}
         self.budget = check_ways(qkvo_ratios=qkvo_ratios, target_error=None, **targets)
         self.ratios = Ratios() if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
