@@ -120,6 +120,13 @@ def test_groups_keep_their_settings_and_order() -> None:
     assert keys[1:4] == [f"second.{p}_proj.weight" for p in "qkv"]
 
 
+def test_a_group_with_other_modules_keeps_the_order_that_a_new_optimizer_would_have() -> None:
+    whole = nn.Sequential(nn.Linear(4, 4), fresh("MHA", 0), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
+    apply_plan(whole[1], random_plan(whole[1], 1, qkvo_ratios=0.5), optimizer=optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in whole.parameters()]
+
+
 def test_a_carried_optimizer_does_not_spike_where_a_fresh_one_does() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 1).double()

@@ -59,7 +59,8 @@ class OptimizerPatch:
     Args:
         optimizer: a ``torch.optim.Optimizer``, or a wrapper that has one as ``.optimizer``.
         changes: what became of the model's parameters: a surgeon's ``changes``.
-        model: the model; groups that follow the order of its parameters still do afterwards.
+        model: the model; groups that follow the order of its parameters, beside those of other modules, still do
+            afterwards.
 
     Raises:
         OptimizerStateError: not an optimizer, or state that cannot be cut along.
@@ -79,7 +80,7 @@ class OptimizerPatch:
         self._state: list[tuple[nn.Parameter, dict[str, Any]]] = []
         for group in self.optimizer.param_groups:
             old: list[nn.Parameter] = group["params"]
-            places = [rank.get(id(parameter), -1) for parameter in old]
+            places = [rank[id(parameter)] for parameter in old if id(parameter) in rank]
             new: list[nn.Parameter] = []
             for parameter in old:
                 found = successors.get(id(parameter))
@@ -89,7 +90,7 @@ class OptimizerPatch:
                         self._state.append((change.new, _carried(change, self.optimizer.state[change.old])))
                 if found is not None:
                     self._gone.append(parameter)
-            self._groups.append((new, places == sorted(places) and -1 not in places))
+            self._groups.append((new, places == sorted(places)))
 
     def commit(self) -> None:
         """Changes the optimizer; comes after the model's own commit."""
@@ -97,7 +98,10 @@ class OptimizerPatch:
         self._before = ([list(group["params"]) for group in optimizer.param_groups], dict(optimizer.state))
         rank = {id(parameter): i for i, parameter in enumerate(self.model.parameters())}
         for group, (parameters, ordered) in zip(optimizer.param_groups, self._groups, strict=True):
-            group["params"][:] = sorted(parameters, key=lambda p: rank[id(p)]) if ordered else parameters
+            if ordered:
+                own = iter(sorted((p for p in parameters if id(p) in rank), key=lambda p: rank[id(p)]))
+                parameters = [next(own) if id(p) in rank else p for p in parameters]
+            group["params"][:] = parameters
         for parameter in self._gone:
             optimizer.state.pop(parameter, None)
         for parameter, state in self._state:
