@@ -19,3 +19,13 @@ def test_loop(capsys: Any, name: str) -> None:
     assert lines[-1].endswith("50% of Q removed")
     first, last = (float(line.split("loss ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
     assert last < first
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own, with new versions of torch
+@pytest.mark.parametrize("name", ["lightning_fit", "hf_trainer"])
+def test_trainer(capsys: Any, name: str) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "50% of Q removed" in last
+    first, final = (float(number) for number in last.split(",")[0].removeprefix("loss ").split(" -> "))
+    assert final < first

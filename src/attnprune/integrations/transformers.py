@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..adapters.registry import plain
 from ..errors import CheckpointError, OptionError, WrappedModelError
 from ..pruner import AttentionPruner
+from .checks import check_when
 
 FILE = "attnprune.pt"
 
@@ -40,13 +41,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, pruner: AttentionPruner, *, every: int = 1, unit: str = "epochs") -> None:
-        if not isinstance(pruner, AttentionPruner):
-            found = f"a {type(pruner).__name__}"
-            raise OptionError("pruner", "an AttentionPruner", found, "make it for the Trainer's model")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise OptionError("every", "a whole number of at least 1", repr(every), "use 1 for every epoch")
-        if unit not in ("epochs", "steps"):
-            raise OptionError("unit", '"epochs" or "steps"', repr(unit), "pick one of them")
+        check_when(pruner, every, unit)
         self.pruner, self.every, self.unit = pruner, every, unit
         self._weights: dict[str, Any] | None = None  # to load once the Trainer has loaded its own
 
