@@ -27,7 +27,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
     Gradients are read once an optimizer step, after those of all accumulated batches are there. The Trainer has clipped
     them by then (``max_grad_norm``), which multiplies all gradients of a step by one number; ``max_grad_norm=0`` gives
     them as they are. Optimizer state is cut along; the pruner's own state is written into every checkpoint, and
-    :func:`resume` goes on from one.
+    :func:`resume` goes on from one. With ``load_best_model_at_end`` the best checkpoint is looked for anew after every
+    step of the pruner: in the end it is the best one of the final shape.
 
     Args:
         pruner: made for the model that the Trainer trains.
@@ -35,8 +36,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
         unit: ``"epochs"`` or ``"steps"``.
 
     Raises:
-        OptionError: not a pruner, ``every`` below 1, an unknown unit; when training begins: another model, or
-            ``load_best_model_at_end``, as the best model may have had another shape.
+        OptionError: not a pruner, ``every`` below 1, an unknown unit; when training begins: another model.
         WrappedModelError: when training begins in several processes, whose wrapper holds on to parameters.
     """
 
@@ -50,9 +50,6 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
             raise OptionError(
                 "pruner", "a pruner of the Trainer's model", "one of another", "make it for trainer.model"
             )
-        if args.load_best_model_at_end:
-            remedy = "turn it off, and keep the checkpoint of your choice"
-            raise OptionError("load_best_model_at_end", "False", "True: the best may have another shape", remedy)
         if args.world_size > 1:
             remedy = "prune between calls of train(), or write the loop with accelerate"
             raise WrappedModelError("Trainer", "one process", f"{args.world_size}, by DistributedDataParallel", remedy)
@@ -70,15 +67,22 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.unit == "steps" and state.global_step % self.every == 0:
-            self._step(optimizer)
+            self._step(state, optimizer)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.unit == "epochs" and round(state.epoch) % self.every == 0:
-            self._step(optimizer)
+            self._step(state, optimizer)
 
-    def _step(self, optimizer: Any) -> None:
+    def _step(self, state: Any, optimizer: Any) -> None:
         if not self.pruner.done:
             self.pruner.step(optimizer)
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None  # of another shape
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            weights = torch.load(Path(state.best_model_checkpoint) / FILE, weights_only=True)["model"]
+            if weights is not None:  # the Trainer knew none of the names
+                self.pruner.model.load_state_dict(weights)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
