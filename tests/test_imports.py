@@ -47,6 +47,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
 
+OWN = {"auto": {"transformers"}}  # else the module's own name
 WHEN_CALLED = {"plots": {"matplotlib"}, "checkpoint": {"transformers"}, "cli": {"transformers"}}
 
 
@@ -80,7 +81,7 @@ def test_imports_go_down_only() -> None:
         parts = path.relative_to(ROOT).with_suffix("").parts
         here = RANK[parts[0]]
         for name, own in imports(path):
-            own_framework = {parts[-1]} if parts[0] == "integrations" else set()
+            own_framework = OWN.get(parts[-1], {parts[-1]}) if parts[0] == "integrations" else set()
             assert name.split(".")[0] not in FRAMEWORKS - WHEN_CALLED.get(parts[0], own_framework), (path, name)
             if not own:
                 continue

@@ -46,7 +46,7 @@ def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> 
     """
     model, record, _ = _opened(Folder.at(directory))
     if not dense:
-        _shrunk(model, record)
+        shrunk(model, record, MANIFEST)
     return model
 
 
@@ -69,7 +69,7 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
     """
     model, record, saved = _opened(Folder.at(directory))
     before = count_parameters(model)
-    plan = _shrunk(model, record)
+    plan = shrunk(model, record, MANIFEST)
     whole = Report(plan, (before, count_parameters(model)))
     return _remembered(whole, saved) or whole
 
@@ -89,20 +89,24 @@ def _opened(folder: Folder) -> tuple[nn.Module, Record, Mapping[str, Any]]:
         refuse(MANIFEST, f"this file, or {hf.CONFIG} of a model of transformers", "neither", "check the path")
     with Weights(folder, files) as weights:
         try:
-            return blank(hf.maker(raw), weights.entries), record, saved
+            return blank(hf.maker(raw, weights.entries), weights.entries), record, saved
         except AttnPruneError:
             raise
         except Exception as error:  # numbers that the class itself can make nothing of
             raise CheckpointError(hf.CONFIG, "a config of the model", str(error)[:80], "save the model anew") from error
 
 
-def _shrunk(model: nn.Module, record: Record) -> Plan:
-    """Gives a model without data the shapes of a record; the plan that did it, with the modules that it left alone."""
+def shrunk(model: nn.Module, record: Record, where: str) -> Plan:
+    """Gives a model without data the shapes of a record; the plan that did it, with the modules that it left alone.
+
+    Raises:
+        CheckpointError: the model is not the one that ``where`` says.
+    """
     record = record.inside(model)
     views = all_views(model)
-    plan = record.plan(views, MANIFEST)
+    plan = record.plan(views, where)
     Surgeon.prepare(model, views, plan, blank=True).commit()
-    record.settle(model, MANIFEST)
+    record.settle(model, where)
     named = {layer.spec.name: layer for layer in plan}
     return Plan(tuple(named.get(view.name, LayerPlan(view.spec)) for view in views))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 _REMEDY = "pass a dense model of the same class as model="
 _DROPPED = {  # entries by which a config leads elsewhere: to code, other files, kernels to fetch
     "auto_map", "transformers_weights", "fusion_config", "kernel_config", "custom_pipelines", "distributed_config",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
-    "_experts_implementation", "_experts_implementation_internal", "trust_remote_code", "_commit_hash",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "trust_remote_code",
+    "_commit_hash",
 }  # fmt: skip
 _DTYPES = ("dtype", "torch_dtype")
 _MANY = 1 << 16  # layers or labels that a config may name
@@ -102,14 +103,16 @@ def _counts(key: str) -> bool:
     return any(word in key for word in ("layer", "label", "depth", "block"))
 
 
-def maker(raw: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """A function that builds the dense model of a config."""
+def maker(raw: Mapping[str, Any], keys: Iterable[str]) -> Callable[[], nn.Module]:
+    """A function that builds the dense model of a config; without a pooler, where ``keys`` of its weights name none."""
     cls = architecture(raw)
     config_of(cls, raw)
+    pooled = "add_pooling_layer" not in inspect.signature(cls).parameters or any("pooler" in key for key in keys)
+    options = {} if pooled else {"add_pooling_layer": False}  # what a class is told beside its config
 
     def make() -> nn.Module:
         try:
-            built: nn.Module = cls(config_of(cls, raw))
+            built: nn.Module = cls(config_of(cls, raw), **options)
             return built
         except CheckpointError:
             raise

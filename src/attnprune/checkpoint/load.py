@@ -147,7 +147,7 @@ def _built(
     dtype: torch.dtype | None,
 ) -> nn.Module | None:
     """The model of a config; None where a dense one needs transformers itself, which merges and splits tensors."""
-    make = hf.maker(raw)
+    make = hf.maker(raw, weights.entries)
     try:
         model = blank(make, weights.entries)
         if names is None and not record.attention:

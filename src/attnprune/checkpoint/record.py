@@ -77,12 +77,14 @@ class Record:
         return cls(tuple(saved))
 
     def inside(self, model: nn.Module) -> Record:
-        """The same for a base model of transformers that was saved on its own, out of one with a head on top."""
+        """The same for a base model of transformers without the head that it was saved with, or with a head on top."""
         prefix = f"{getattr(model, 'base_model_prefix', '') or ' '}."
         inner = [one for one in self.attention if one.spec.name.startswith(prefix)]
-        if not inner or hasattr(model, prefix[:-1]):
+        if bool(inner) == hasattr(model, prefix[:-1]):
             return self
-        return Record(tuple(Saved(replace(one.spec, name=one.spec.name[len(prefix) :]), one.kept) for one in inner))
+        if inner:
+            return Record(tuple(Saved(replace(one.spec, name=one.spec.name[len(prefix) :]), one.kept) for one in inner))
+        return Record(tuple(Saved(replace(one.spec, name=prefix + one.spec.name), one.kept) for one in self.attention))
 
     def plan(self, views: Sequence[AttentionView], where: str) -> Plan:
         """What gives attention modules the shapes of the record; which channels go is of no matter.

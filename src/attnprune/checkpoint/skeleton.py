@@ -149,7 +149,8 @@ class Filling:
             own, others = [one for one in group if one in back], [tied[one] for one in group if one in tied]
             name = next(iter(own + others), None)
             if name is None:
-                refuse(f"{where}: {group[0][:80]}", "a tensor for it in the weights", "none", "save the model anew")
+                remedy = "pass a dense model of the class saved as model="
+                refuse(f"{where}: {group[0][:80]}", "a tensor for it in the weights", "none", remedy)
             together.setdefault(name, []).extend(group)
         for name, group in together.items():
             for one in group:

@@ -72,7 +72,8 @@ def apply_to_checkpoint(
         raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", remedy)
     limit = parse_size(max_shard_size)
     with _opened(source, verify, need_config=model is None) as found:
-        skeleton = blank(hf.maker(found.raw), found.weights.entries) if model is None else plain(model)
+        entries = found.weights.entries
+        skeleton = plain(model) if model is not None else blank(hf.maker(found.raw, entries), entries)
         with _pruned(skeleton, found, plan) as (items, tied):
             record, config = Record.of(all_views(skeleton)), config_json(skeleton)
             manifest = Manifest(class_name(skeleton), record, (), config, tied)

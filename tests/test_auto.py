@@ -1,0 +1,151 @@
+"""Pruned models by transformers' own ``from_pretrained``, its Auto classes too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from attnprune import find_attention, from_pretrained, prune_attention
+from attnprune.errors import CheckpointError
+from attnprune.integrations.auto import AttnPruneConfig
+
+from .conformance import close, family, fresh, inputs
+from .families import FAMILIES, HFFamily
+from .test_checkpoint import PIXELS, logits, pruned, same, vit
+
+HUGGING_FACE = [name for name, cls in FAMILIES.items() if issubclass(cls, HFFamily)]  # type: ignore[arg-type]
+
+
+def load(cls: Any, folder: Path, **options: Any) -> Any:
+    return cls.from_pretrained(folder, quantization_config=AttnPruneConfig(), **options)
+
+
+def unmarked(model: nn.Module) -> bool:
+    """Whether nothing says that a model is quantised."""
+    marks = ("hf_quantizer", "is_quantized", "quantization_method")
+    configs = [vars(module.config) for module in model.modules() if hasattr(module, "config")]
+    return not any(hasattr(model, mark) for mark in marks) and not any("quantization_config" in one for one in configs)
+
+
+@pytest.mark.parametrize("way", ["decoupled", "ragged", "heads", "compensated"])
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_it_is_the_model_that_our_own_loader_gives(name: str, way: str, tmp_path: Path) -> None:
+    model: Any = pruned(name, 0, way, torch.float64)
+    model.save_pretrained(tmp_path)
+    extra = {} if getattr(model, "pooler", model) is not None else {"add_pooling_layer": False}
+    again = load(type(model), tmp_path, dtype="auto", attn_implementation="eager", **extra)
+    same(model, again)
+    assert find_attention(again) == find_attention(model)
+    assert unmarked(again)
+    assert not again.training
+    assert again.config.attnprune == from_pretrained(tmp_path).config.attnprune == model.config.attnprune
+    given = inputs(name, 0)
+    found, expected = (family(name).run(one, given).detach() for one in (again, model))
+    close(found, expected, 1e-14, "output")
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "auto"}, {"device_map": "cpu", "attn_implementation": "eager"}])
+def test_auto_classes_and_their_options(options: dict[str, Any], tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5, heads="ragged")
+    model.save_pretrained(tmp_path / "one", max_shard_size="5KB")
+    again = load(transformers.AutoModelForImageClassification, tmp_path / "one", **options)
+    same(model, again)
+    assert (logits(again) - logits(model)).abs().max() < 1e-6
+    assert unmarked(again)
+    half = load(transformers.AutoModelForImageClassification, tmp_path / "one", dtype=torch.bfloat16, **options)
+    same(model.bfloat16(), half)
+    prune_attention(again, 0.3, heads="ragged")  # and once more, by all ways
+    again.save_pretrained(tmp_path / "two")
+    assert "quantization_config" not in json.loads((tmp_path / "two/config.json").read_text())
+    same(again, load(transformers.ViTForImageClassification, tmp_path / "two"))
+    same(again, from_pretrained(tmp_path / "two"))
+
+
+def test_a_base_model_takes_another_head_and_the_other_way_round(tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5, heads="ragged")
+    model.save_pretrained(tmp_path / "whole")
+    base = load(transformers.AutoModel, tmp_path / "whole", add_pooling_layer=False)
+    same(model.vit, base)
+    base.save_pretrained(tmp_path / "base")
+    same(base, from_pretrained(tmp_path / "base"))
+    again = load(transformers.AutoModelForImageClassification, tmp_path / "base", num_labels=7)
+    same(base, again.vit)
+    assert again.classifier.out_features == 7
+    loss = again(PIXELS, labels=torch.tensor([1, 6])).loss
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in again.parameters())
+    again.save_pretrained(tmp_path / "again")
+    same(again, from_pretrained(tmp_path / "again"))
+    other = load(transformers.ViTForImageClassification, tmp_path / "whole", num_labels=7, ignore_mismatched_sizes=True)
+    same(model.vit, other.vit)
+
+
+def test_a_trainer_takes_it(tmp_path: Path) -> None:
+    """It refuses models that are quantised."""
+    model = vit()
+    prune_attention(model, 0.5)
+    model.save_pretrained(tmp_path / "model")
+    again = load(transformers.AutoModelForImageClassification, tmp_path / "model")
+    data = [{"pixel_values": image, "labels": i} for i, image in enumerate(PIXELS)]
+    args = transformers.TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+        save_strategy="steps", save_steps=1, dataloader_pin_memory=False,
+    )  # fmt: skip
+    transformers.Trainer(again, args, train_dataset=data).train()
+    same(again, load(transformers.AutoModelForImageClassification, tmp_path / "out/checkpoint-1"))
+
+
+def test_composite_models(tmp_path: Path) -> None:
+    text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 12,
+            "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19}  # fmt: skip
+    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+             "image_size": 16, "patch_size": 8}  # fmt: skip
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+    prune_attention(model, 0.5, heads="ragged")
+    model.save_pretrained(tmp_path)
+    again = load(transformers.AutoModel, tmp_path)
+    same(model, again)
+    assert unmarked(again)
+    assert again.config.text_config is again.text_model.config
+
+
+def test_a_dense_directory_gives_the_dense_model(tmp_path: Path) -> None:
+    model = vit()
+    model.save_pretrained(tmp_path)
+    again = load(transformers.AutoModelForImageClassification, tmp_path)
+    same(model, again)
+    assert unmarked(again)
+    assert not hasattr(again.config, "attnprune")
+
+
+def test_an_entry_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5)
+    model.save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    for change in (
+        {"attnprune": {**found["attnprune"], "version": 2}},
+        {"attnprune": {**found["attnprune"], "attention": []}},
+        {"attnprune": [1]},
+        {"num_hidden_layers": 1},
+        {"num_attention_heads": 2},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**found, **change}))
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load(transformers.AutoModelForImageClassification, tmp_path)
+
+
+def test_without_it_transformers_refuses(tmp_path: Path) -> None:
+    model = fresh("DeiT", 0)
+    prune_attention(model, 0.5)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="mismatched"):
+        transformers.AutoModel.from_pretrained(tmp_path)
