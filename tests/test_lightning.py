@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, multiprocessing, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from attnprune import AttentionPruner, find_attention
 from attnprune.errors import CheckpointError, OptionError, WrappedModelError
-from attnprune.integrations.lightning import PruningCallback, restore_shapes
+from attnprune.integrations.lightning import PruningCallback, _check_strategy, restore_shapes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own, with new versions of torch
@@ -71,9 +73,9 @@ def build(
     torch.manual_seed(0)
     module = net()
     pruner = AttentionPruner(module.net[0], 0.5, steps=2, heads="ragged")
-    options = {"max_epochs": 3, "logger": False, **options}
+    options = {"max_epochs": 3, "logger": False, "devices": 1, **options}
     trainer = lightning.Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
         callbacks=[*callbacks, PruningCallback(pruner, every=every, unit=unit)],
         enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks), **options,
     )  # fmt: skip
@@ -173,7 +175,7 @@ def by_hand(module: Net, *, scaler: Any = None, dtype: Any = None, clip: float =
 @pytest.mark.parametrize("kind", ["accumulated and clipped", "fp16", "bf16", "by hand"])
 def test_training_is_that_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
     def scaler() -> Any:
-        return torch.amp.GradScaler("cpu", init_scale=2.0**20, backoff_factor=2.0**-10)  # the first step overflows
+        return torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)  # the first step overflows
 
     plugins = [MixedPrecision("16-mixed", "cpu", scaler())] if kind == "fp16" else []
     given = {"precision": "bf16-mixed"} if kind == "bf16" else {"plugins": plugins}
@@ -193,6 +195,28 @@ def test_training_is_that_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
     assert pruner.done
     assert pruner.plan == other.plan
     assert same(dict(module.state_dict()), dict(expected.state_dict()))
+
+
+def in_two_processes(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    trainer, module, pruner = build(Path(folder), strategy="ddp", devices=2, num_sanity_val_steps=0)
+    trainer.fit(module, Batches(batches()[rank::2]), batches(1))
+    found = {"model": module.state_dict(), "plan": pruner.plan.to_json(), "done": pruner.done}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    expected = Net()
+    pruner = by_hand(expected)
+    multiprocessing.spawn(in_two_processes, (str(tmp_path), find_free_network_port()), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert same(first, second)
+    assert first["done"]
+    assert first["plan"] == pruner.plan.to_json()
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(first["model"][key], value, rtol=1e-3, atol=1e-5)
 
 
 def test_batches_without_a_loss_and_a_run_cut_short(tmp_path: Path) -> None:
@@ -324,14 +348,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     trainer, module, pruner = build(tmp_path)
     with pytest.raises(CheckpointError, match="save_weights_only"):
         fit(trainer, module, ckpt_path=tmp_path / "bare.ckpt")
-    trainer.strategy.__class__ = type(
-        "Sharded",
-        (Strategy,),
-        {
-            "__abstractmethods__": frozenset(),
-            **{name: getattr(type(trainer.strategy), name) for name in Strategy.__abstractmethods__},
-        },
-    )
-    with pytest.raises(WrappedModelError, match="Sharded"):
-        fit(trainer, module)
+    forking = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", logger=False).strategy
+    for strategy, words in ((FSDPStrategy(), "FSDPStrategy"), (forking, "inside fit")):
+        with pytest.raises(WrappedModelError, match=words):
+            _check_strategy(strategy)
     assert same(dict(module.state_dict()), before)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from ..adapters.registry import all_views, find_views, plain
 from ..api import apply_plan
+from ..distributed import rewrap
 from ..errors import CheckpointError, OptionError, WrappedModelError
 from ..plan import Plan
 from ..pruner import AttentionPruner
@@ -31,7 +33,8 @@ class PruningCallback(Callback):  # type: ignore[misc]
     Gradients are read once an optimizer step: of all accumulated batches, unscaled, before they are clipped. A step of
     the pruner comes at the end of a batch, before validation and checkpoints, which thus see the pruned model; all of
     the Trainer's optimizers are cut along, and moving averages: those of Lightning's averaging callbacks, and every
-    ``torch.optim.swa_utils.AveragedModel`` that a callback or the LightningModule holds.
+    ``torch.optim.swa_utils.AveragedModel`` that a callback or the LightningModule holds. In several processes
+    (``strategy="ddp"``) scores are of the averaged gradients, and the wrapper is made anew in place after a step.
 
     The pruner's state is a part of every checkpoint. To resume, make module, pruner, callback and Trainer as in the
     beginning and call ``trainer.fit(module, ckpt_path=...)``: the module gets the shapes of the checkpoint before its
@@ -47,8 +50,9 @@ class PruningCallback(Callback):  # type: ignore[misc]
     Raises:
         OptionError: not a pruner, ``every`` below 1, an unknown unit; when the Trainer begins: a pruner of another
             model.
-        WrappedModelError: when training begins, before anything changes: a strategy whose wrapper holds on to
-            parameters (several processes), or an averaging callback whose average cannot be reached.
+        WrappedModelError: when training begins, before anything changes: a strategy that shards the module, or starts
+            processes inside ``fit`` (``"ddp"`` does not, ``"ddp_spawn"`` does); a communication hook; an averaging
+            callback whose average cannot be reached.
         CheckpointError: a checkpoint has other shapes than the module, and no state of the callback that explains them
             (``save_weights_only=True``, say).
         PlanMismatchError: a checkpoint from before the module's last pruning: make the module anew.
@@ -72,10 +76,8 @@ class PruningCallback(Callback):  # type: ignore[misc]
         if stage == "fit" and self._away:
             remedy = "make it for the LightningModule, or for a module inside it"
             raise OptionError("pruner", "a pruner of the module that the Trainer fits", "one of another", remedy)
-        if stage == "fit" and all(kind.__name__ != "SingleDeviceStrategy" for kind in type(trainer.strategy).__mro__):
-            found = f"{type(trainer.strategy).__name__}, whose wrapper holds on to parameters"
-            remedy = "prune between calls of fit(), or train in one process"
-            raise WrappedModelError("Trainer.strategy", "one device", found, remedy)
+        if stage == "fit":
+            _check_strategy(trainer.strategy)
         self._unhook(pl_module)
         theirs = getattr(pl_module, HOOK)
 
@@ -89,6 +91,9 @@ class PruningCallback(Callback):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._unhook(pl_module)
+        if getattr(trainer.strategy.model, "_comm_hooks", None):
+            remedy = "train without: the wrapper is made anew after pruning, and loses it"
+            raise WrappedModelError("Trainer.strategy", "no communication hook", "one", remedy)
         for callback in trainer.callbacks:
             if _averages(callback) and not _held(callback, pl_module):
                 raise WrappedModelError(
@@ -144,6 +149,8 @@ class PruningCallback(Callback):  # type: ignore[misc]
         self._settled = self._steps
         if due and not self.pruner.done:
             self.pruner.step(trainer.optimizers, averages=self._copies(trainer, pl_module))
+            if isinstance(trainer.strategy.model, DistributedDataParallel):
+                rewrap(trainer.strategy.model)
 
     def _copies(self, trainer: Any, pl_module: Any) -> list[nn.Module]:
         """The pruner's model as it is in every moving average of it, or of a module around it."""
@@ -242,6 +249,18 @@ def _shape(model: nn.Module, plan: Plan) -> None:
     now = [(view.name, view.spec.qk_dims, view.spec.vo_dims) for view in all_views(model, {s.name for s in plan.specs})]
     if now != [(spec.name, spec.qk_dims, spec.vo_dims) for spec in plan.after]:
         apply_plan(model, plan)
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Refuses strategies that hold on to parameters and cannot be told of new ones."""
+    kinds = {kind.__name__ for kind in type(strategy).__mro__}
+    if not kinds & {"SingleDeviceStrategy", "DDPStrategy"} or "DeepSpeedStrategy" in kinds:
+        found = f"{type(strategy).__name__}, which shards or wraps parameters"
+        remedy = "prune before training: attnprune.prune_attention"
+        raise WrappedModelError("Trainer.strategy", "one device, or DDPStrategy", found, remedy)
+    if "MultiProcessing" in type(strategy.launcher).__name__:  # the Trainer loads their weights into the dense model
+        found = "processes that are forked or spawned inside fit()"
+        raise WrappedModelError("Trainer.strategy", "processes of their own", found, 'use strategy="ddp"')
 
 
 def _path_of(model: nn.Module, root: nn.Module) -> str | None:
