@@ -127,6 +127,24 @@ def test_a_group_with_other_modules_keeps_the_order_that_a_new_optimizer_would_h
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in whole.parameters()]
 
 
+def test_a_scheduler_brings_its_optimizer() -> None:
+    model = fresh("ViT", 0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    pruner = AttentionPruner(model, 0.5, steps=3, scorer="magnitude")
+    for given in ((optimizer, schedule), (None, schedule), ([optimizer], [schedule])):
+        train("ViT", model, optimizer, range(2))
+        pruner.step(*given)
+        schedule.step()
+        assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    assert schedule.get_last_lr() == [0.1 / 8]
+    again = AttentionPruner(model, 0.5, steps=1, scorer="magnitude")
+    for odd in (model, 0.1, optimizer):
+        with pytest.raises(OptimizerStateError, match="scheduler"):
+            again.step(optimizer, odd)
+    assert not again.done
+
+
 def test_a_carried_optimizer_does_not_spike_where_a_fresh_one_does() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 1).double()

@@ -24,7 +24,16 @@ from .report import Measured, Report
 from .rounding import auto_rounding, check_rounding
 from .scorers import LossFn, Scorer
 from .spec import AttentionSpec
-from .surgery import OptimizerPatch, Step, Surgeon, check_expressible, check_views, commit_all, masked_views
+from .surgery import (
+    OptimizerPatch,
+    Step,
+    Surgeon,
+    check_expressible,
+    check_views,
+    commit_all,
+    masked_views,
+    optimizers_of,
+)
 from .views import AttentionView
 
 if TYPE_CHECKING:
@@ -197,10 +206,9 @@ def prepare_plan(
     views = all_views(model, _names(plan))
     surgeon = Surgeon.prepare(model, views, plan)
     copies = [plain(_averaged(one)) for one in averages]
-    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
     entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
-    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers]
+    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers_of(optimizer)]
     notes = _notes(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)

@@ -24,7 +24,7 @@ from .report import Report
 from .rounding import auto_rounding
 from .schedules import MOST, Schedule, check_schedule, gone, of_what_is_left
 from .spec import PROJECTIONS
-from .surgery import Assignment
+from .surgery import Assignment, optimizers_of
 from .timetable import LatencyTable
 from .views import AttentionView
 
@@ -167,7 +167,10 @@ class AttentionPruner:
 
     # pruning
 
-    def step(self, optimizer: Any = None, *, averages: Iterable[nn.Module] = (), example_inputs: Any = None) -> Report:
+    def step(
+        self, optimizer: Any = None, scheduler: Any = None, *, averages: Iterable[nn.Module] = (),
+        example_inputs: Any = None,
+    ) -> Report:  # fmt: skip
         """Removes what is due; model, optimizer and averages change together or not at all.
 
         In several processes of ``torch.distributed`` all of them must call it: what they observed, and scores and
@@ -175,8 +178,9 @@ class AttentionPruner:
         of them cannot, none does.
 
         Args:
-            optimizer: an optimizer (or several, in a list) whose parameters and state are cut along. Learning rate
-                schedulers need nothing: groups stay the same objects.
+            optimizer: an optimizer (or several, in a list) whose parameters and state are cut along.
+            scheduler: a learning rate scheduler (or several). It goes on as it is, for groups stay the same objects;
+                its optimizer is cut along, if it is not given by itself.
             averages: moving averages of the model to prune by the same plan.
             example_inputs: where given, the report counts multiply-adds.
 
@@ -198,8 +202,14 @@ class AttentionPruner:
                 asked = replace(whole.asked.budget, share=self._left(number))  # of the beginning
                 whole = replace(whole, asked=replace(whole.asked, budget=asked))
             mine = Assignment(self, _plan=whole, steps_done=number, _seen=Observations())
+            optimizers = optimizers_of(optimizer, scheduler)
             return plan, prepare_plan(
-                self.model, plan, optimizer=optimizer, averages=averages, example_inputs=example_inputs, also=[mine]
+                self.model,
+                plan,
+                optimizer=optimizers_of(optimizer, scheduler),
+                averages=averages,
+                example_inputs=example_inputs,
+                also=[mine],
             )
 
         with across_processes():

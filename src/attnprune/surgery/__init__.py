@@ -2,7 +2,7 @@
 
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
-from .optimizer import Assignment, OptimizerPatch, Step, commit_all
+from .optimizer import Assignment, OptimizerPatch, Step, commit_all, optimizers_of
 from .patch import ParamChange, ParamMap, Surgeon, as_linears
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "check_views",
     "commit_all",
     "masked_views",
+    "optimizers_of",
 ]

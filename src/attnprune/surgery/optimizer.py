@@ -131,6 +131,29 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def optimizers_of(optimizer: Any, scheduler: Any = None) -> list[torch.optim.Optimizer]:
+    """The optimizers given, and those of learning rate schedulers, each once.
+
+    Args:
+        optimizer: one, several in a list, or None; wrappers count as what they wrap.
+        scheduler: one, several in a list, or None; also accelerate's wrapper around one.
+
+    Raises:
+        OptimizerStateError: something else.
+    """
+    given, schedulers = (
+        [] if one is None else list(one) if isinstance(one, (list, tuple)) else [one] for one in (optimizer, scheduler)
+    )
+    found = [_plain(one) for one in given]
+    for one in schedulers:
+        held = getattr(getattr(one, "scheduler", one), "optimizer", None)
+        if held is None or isinstance(one, torch.optim.Optimizer):
+            remedy = "pass a scheduler of torch.optim.lr_scheduler"
+            raise OptimizerStateError("scheduler", "one with an optimizer", f"a {type(one).__name__}", remedy)
+        found.append(_plain(held))
+    return list({id(one): one for one in found}.values())
+
+
 def _carried(change: ParamChange, state: Mapping[str, Any]) -> dict[str, Any]:
     """What the state of an old parameter is for the new one."""
     return {key: _value(change, key, value) for key, value in state.items()}
