@@ -24,6 +24,7 @@ from attnprune.integrations.lightning import PruningCallback, _check_strategy, r
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own, with new versions of torch
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty"),
+    pytest.mark.filterwarnings("ignore:.training_step. returned .None."),
 ]
 
 
@@ -59,6 +60,7 @@ class Net(lightning.LightningModule):
 class Restoring(Net):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_shapes(self, checkpoint)
+        self.restored = checkpoint["epoch"]
 
 
 def batches(number: int = 4) -> Batches:
@@ -131,7 +133,7 @@ class Manual(Net):
         return [torch.optim.AdamW(self.net[i].parameters(), lr=1e-2) for i in (1, 0)]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.manual_backward(self.loss(batch) / 2)
+        (self.loss(batch) / 2).backward()
         if batch_idx % 2:
             for optimizer in self.optimizers():
                 optimizer.step()
@@ -140,8 +142,10 @@ class Manual(Net):
 
 
 class Unlucky(Net):
+    until = 9
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
-        return None if batch_idx == 2 else self.loss(batch)
+        return None if batch_idx == 2 or self.current_epoch >= self.until else self.loss(batch)
 
 
 def by_hand(module: Net, *, scaler: Any = None, dtype: Any = None, clip: float = 0.0) -> AttentionPruner:
@@ -192,6 +196,7 @@ def test_training_is_that_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
     )  # fmt: skip
     if kind == "fp16":
         assert trainer.scaler.get_scale() == 2.0**10
+    assert trainer.callbacks[-1].state_dict()["optimizer_steps"] == 6
     assert pruner.done
     assert pruner.plan == other.plan
     assert same(dict(module.state_dict()), dict(expected.state_dict()))
@@ -221,9 +226,12 @@ def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Pat
 
 def test_batches_without_a_loss_and_a_run_cut_short(tmp_path: Path) -> None:
     trainer, module, pruner = build(tmp_path, Unlucky, every=2, unit="steps", max_epochs=2)
-    with pytest.warns(UserWarning, match="returned `None`"):
-        fit(trainer, module)
+    fit(trainer, module)
     assert pruner.done
+    trainer, module, pruner = build(tmp_path, Unlucky)
+    module.until = 1  # no gradients to score by after the first epoch
+    fit(trainer, module)
+    assert pruner.steps_done == 1
     trainer, module, pruner = build(tmp_path, max_steps=6)
     fit(trainer, module)
     assert pruner.steps_done == 1  # the second epoch did not come to its end
@@ -310,8 +318,9 @@ def test_pruned_checkpoints_come_back(tmp_path: Path) -> None:
     weights = dict(module.state_dict())
     loaded = Restoring.load_from_checkpoint(tmp_path / "last.ckpt")
     assert same(dict(loaded.state_dict()), weights)
-    again, fresh, resumed = build(tmp_path, callbacks=[saver()], max_epochs=4)
+    again, fresh, resumed = build(tmp_path, Restoring, callbacks=[saver()], max_epochs=4)
     fit(again, fresh, ckpt_path="last")
+    assert fresh.restored == 2
     assert resumed.plan == pruner.plan
     again, fresh, _ = build(tmp_path, callbacks=[saver()])
     again.test(fresh, batches(1), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)
@@ -352,4 +361,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for strategy, words in ((FSDPStrategy(), "FSDPStrategy"), (forking, "inside fit")):
         with pytest.raises(WrappedModelError, match=words):
             _check_strategy(strategy)
+    trainer.strategy.model = nn.Identity()
+    trainer.strategy.model._comm_hooks = ["half precision"]
+    with pytest.raises(WrappedModelError, match="communication hook"):
+        trainer.callbacks[-1].on_fit_start(trainer, module)
     assert same(dict(module.state_dict()), before)

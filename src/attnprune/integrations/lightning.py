@@ -54,8 +54,8 @@ class PruningCallback(Callback):  # type: ignore[misc]
             processes inside ``fit`` (``"ddp"`` does not, ``"ddp_spawn"`` does); a communication hook; an averaging
             callback whose average cannot be reached.
         CheckpointError: a checkpoint has other shapes than the module, and no state of the callback that explains them
-            (``save_weights_only=True``, say).
-        PlanMismatchError: a checkpoint from before the module's last pruning: make the module anew.
+            (``save_weights_only=True``, say); or it is from another step of a module that was pruned since: make module
+            and pruner anew.
     """
 
     def __init__(self, pruner: AttentionPruner, *, every: int = 1, unit: str = "epochs") -> None:
@@ -119,11 +119,11 @@ class PruningCallback(Callback):  # type: ignore[misc]
         self._loss = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if not self._has_attention(trainer.optimizers, optimizer):
+        skipped = pl_module.automatic_optimization and not self._loss  # training_step gave None
+        if skipped or not self._has_attention(trainer.optimizers, optimizer):
             return
         self._steps += 1
-        skipped = pl_module.automatic_optimization and not self._loss  # training_step gave None
-        if self.pruner.done or skipped or not self.pruner.observes:
+        if self.pruner.done or not self.pruner.observes:
             return
         scaler = trainer.scaler
         if scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -142,8 +142,8 @@ class PruningCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.unit == "steps":
             due = self._steps // self.every > self._settled // self.every
-        elif trainer.is_last_batch:
-            due = (trainer.current_epoch + 1) % self.every == 0 and self._steps > self._settled
+        elif trainer.is_last_batch and (trainer.current_epoch + 1) % self.every == 0:
+            due = self._steps > self._settled
         else:
             return
         self._settled = self._steps
