@@ -206,7 +206,7 @@ class AttentionPruner:
             return plan, prepare_plan(
                 self.model,
                 plan,
-                optimizer=optimizers_of(optimizer, scheduler),
+                optimizer=optimizers,
                 averages=averages,
                 example_inputs=example_inputs,
                 also=[mine],
