@@ -232,6 +232,10 @@ def test_batches_without_a_loss_and_a_run_cut_short(tmp_path: Path) -> None:
     module.until = 1  # no gradients to score by after the first epoch
     fit(trainer, module)
     assert pruner.steps_done == 1
+    for options in ({"every": 2}, {"every": 3, "unit": "steps", "max_epochs": 1}):
+        trainer, module, pruner = build(tmp_path, **options)
+        fit(trainer, module)
+        assert pruner.steps_done == 1
     trainer, module, pruner = build(tmp_path, max_steps=6)
     fit(trainer, module)
     assert pruner.steps_done == 1  # the second epoch did not come to its end
@@ -285,6 +289,7 @@ class Teacher(Net):
         super().__init__()
         self.teacher = AveragedModel(self.net)
         self.frozen = copy.deepcopy(self.net[0])
+        self.other = nn.Sequential(nn.Linear(2, 2))  # of the averaged module's class
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.teacher.update_parameters(self.net)
@@ -352,6 +357,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     trainer.callbacks[0].setup = lambda *_, **__: None
     with pytest.raises(WrappedModelError, match="EMAWeightAveraging"):
         fit(trainer, module)
+    assert "on_load_checkpoint" not in vars(module)
     trainer, module, pruner = build(tmp_path, callbacks=[ModelCheckpoint(tmp_path, "bare", save_weights_only=True)])
     fit(trainer, module)
     trainer, module, pruner = build(tmp_path)
