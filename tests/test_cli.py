@@ -21,6 +21,7 @@ from attnprune import Plan, cli, find_attention, from_pretrained, make_plan, pru
 from attnprune.checkpoint.tensors import Weights
 from attnprune.cli import main, timing
 from attnprune.cli.inputs import example_inputs
+from attnprune.timetable import Grid, LatencyTable
 
 CONFIG = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
 IMAGE = {**CONFIG, "image_size": 16, "patch_size": 8, "num_labels": 5}
@@ -154,6 +155,65 @@ def test_plan_and_prune_are_those_of_the_library(way: str, run: Run, place: Path
         assert not (folder / "training_args.bin").exists()
     del done["written"]
     assert {**read_report(tmp_path / "a").to_dict(), "plan": 0} == {**done, "plan": 0}
+
+
+def test_target_latency_is_measured_and_planned_as_by_the_library(
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are made up, so that both see the same ones: attention is 0.8 of all, and as fast as it is small."""
+    asked = []
+
+    def measure(model: nn.Module, inputs: Any, **options: Any) -> LatencyTable:
+        asked.append((inputs["pixel_values"].shape, options["round_to"]))
+        dims = tuple(range(1, 7))
+        shares = tuple(0.1 * heads * (qk + vo) / 12 for heads in range(1, 5) for qk in dims for vo in dims)
+        names = tuple((spec.name, 0) for spec in find_attention(model))
+        return LatencyTable({}, 1.0, 0.2, names, (Grid((1, 2, 3, 4), dims, dims, shares),), 1, 3)
+
+    monkeypatch.setattr("attnprune.latency.measure", measure)
+    model = from_pretrained(place / "dense")
+    expected = make_plan(model, target_latency=0.7, example_inputs={"pixel_values": torch.zeros(1, 3, 16, 16)})
+    facts = told(run, "plan", "dense", "--target-latency", ".7", "-o", tmp_path / "plan.json")
+    assert Plan.from_json((tmp_path / "plan.json").read_text()) == expected
+    assert expected.asked is not None
+    assert expected.asked.budget is not None
+    assert facts["latency"]["promised"] == expected.asked.budget.promised <= 0.7
+    assert facts["how"]["budget"]["resource"] == "latency"
+    done = told(run, "prune", "dense", "--target-latency", ".7", "-o", tmp_path / "a")
+    assert done["latency"]["promised"] == facts["latency"]["promised"]
+    assert asked == [((1, 3, 16, 16), "auto")] * 3
+    assert "budget: latency x 0.700, predicted x" in run("report", tmp_path / "a")[1]
+    assert run("plan", "dense", "--target-latency", ".1")[0] == 1  # less than what is not attention takes
+
+
+def test_a_model_that_is_not_of_transformers(run: Run, tmp_path: Path) -> None:
+    """Its config builds nothing, so what is known is in the manifest; the rest says what to do."""
+    model = nn.TransformerEncoderLayer(32, 4, 16)
+    whole = sum(p.numel() for p in model.parameters())
+    report = prune_attention(model, 0.5, granularity="joint", heads="ragged")
+    attnprune.save_pruned(model, tmp_path / "a", report=report)
+    found = told(run, "inspect", tmp_path / "a")
+    assert found["class"] == "torch.nn.modules.transformer.TransformerEncoderLayer"
+    assert found["parameters"] == sum(p.numel() for p in model.parameters()) < whole
+    assert found["attention"][0]["qk_dims"] == list(find_attention(model)[0].qk_dims)
+    facts = told(run, "report", tmp_path / "a", "--plot", tmp_path / "a.png")
+    assert {**facts, "plan": 0, "written": 0} == {**report.to_dict(), "plan": 0, "written": 0}
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    for words in (["plan", "--qkvo", ".5"], ["export", "--onnx", tmp_path / "x"], ["bench", "--against", "dense"]):
+        code, out, err = run(words[0], tmp_path / "a", *words[1:])
+        assert (code, out) == (1, "")
+        assert "TransformerEncoderLayer" in err
+        assert "attnprune.load_pruned" in err
+    attnprune.save_pruned(model, tmp_path / "b")
+    code, _, err = run("report", tmp_path / "b")
+    assert code == 1
+    assert "report=" in err
+    other = nn.TransformerEncoderLayer(32, 4, 16)
+    prune_attention(other, 0.25)
+    attnprune.save_pruned(other, tmp_path / "c", report=report)
+    code, _, err = run("report", tmp_path / "c")
+    assert code == 1
+    assert "report" in err
 
 
 def test_report_and_pictures(run: Run, place: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from attnprune import from_pretrained, load_pruned, prune_attention, save_pruned
+from attnprune import from_pretrained, load_pruned, prune_attention, read_report, save_pruned
 from attnprune.checkpoint.folder import Folder
 from attnprune.checkpoint.record import digest_of
 from attnprune.errors import AttnPruneError, CheckpointError
@@ -310,3 +311,27 @@ def test_a_class_that_transformers_lacks_is_not_imported(tmp_path: Path) -> None
     write(path, {**json.loads(path.read_text()), "class": "os.system"})
     same(model, from_pretrained(tmp_path))
     assert isinstance(from_pretrained(tmp_path), transformers.ViTForImageClassification)
+
+
+def test_an_altered_report_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    """Where no config tells what the dense model was, the report does; the digest is made good each time."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 8), 3, enable_nested_tensor=False)
+    report = prune_attention(model, 0.5, heads="ragged")
+    save_pruned(model, tmp_path, report=report)
+    good = json.loads((tmp_path / "attnprune.json").read_text())
+    large = [(1 << 18) - 1] * 4
+    for change in (
+        {"layers": [{**one, "qk_dims": [large, large]} for one in good["report"]["layers"]]},
+        {"layers": [{**one, "vo_dims": [large]} for one in good["report"]["layers"]]},
+        {"layers": [{**one, "name": "other"} for one in good["report"]["layers"]]},
+        {"layers": [{**one, "heads": None, "qk_dims": [[1], [1]]} for one in good["report"]["layers"]]},
+        {"layers": [1]}, {"layers": None}, {"layers": [{}]}, {"layers": good["report"]["layers"] * 2},
+        {"model_parameters": [1]}, {"model_parameters": [-1, 2]}, {"model_parameters": [1e9, 2]}, {"asked": [1]},
+        {"how": {"round_to": "x"}}, {"macs": [1]}, {"macs": "no"}, {"notes": 3},
+    ):  # fmt: skip
+        write(tmp_path / "attnprune.json", {**good, "report": {**good["report"], **change}})
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match=r"report|qk channels"):
+            read_report(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+        tracemalloc.stop()

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from .. import fields
 from ..adapters.registry import all_views
 from ..counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
 from ..layer_plan import LayerPlan
 from ..plan import Asked, Plan
 from ..report import Report
-from ..spec import KINDS
+from ..spec import KINDS, AttentionSpec
 from ..surgery import Surgeon
 from . import hf
 from .folder import Folder, refuse
 from .manifest import MANIFEST, Manifest
-from .record import ENTRY, Record, from_entry
+from .record import ENTRY, Record, from_entry, layer_between
 from .skeleton import blank
 from .tensors import Weights
 
@@ -50,14 +52,41 @@ def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> 
     return model
 
 
-def read_report(directory: str | os.PathLike[str]) -> Report:
-    """What was pruned from the Hugging Face model of a directory, against the dense model of its config.
+class Overview(NamedTuple):
+    """A model in a directory, in short."""
 
-    Shapes alone tell; what was asked for, multiply-adds and notes are there if the model was saved with ``report=``,
-    and pruned once. The report's plan counts how many channels went from every head, but does not know which.
+    model_class: str
+    attention: tuple[AttentionSpec, ...]
+    parameters: int
+    """Of models that are not of transformers: all numbers in the files of weights, buffers too."""
+
+
+def overview(directory: str | os.PathLike[str]) -> Overview:
+    """The class, attention and size of a model in a directory, of any kind; reads JSON and headers of weights.
 
     Raises:
         CheckpointError: as in :func:`load_pruned`.
+    """
+    folder = Folder.at(directory)
+    manifest = without_config(folder)
+    if manifest is None:
+        model = load_skeleton(directory)
+        specs = tuple(view.spec for view in all_views(model))
+        return Overview(type(model).__name__, specs, count_parameters(model))
+    with Weights(folder, [one.name for one in manifest.shards]) as weights:
+        size = sum(prod(entry.shape) for entry in weights.entries.values())
+    return Overview(manifest.model_class, tuple(one.spec for one in manifest.record.attention), size)
+
+
+def read_report(directory: str | os.PathLike[str]) -> Report:
+    """What was pruned from the model of a directory; for Hugging Face models, against the dense model of its config.
+
+    There shapes alone tell; what was asked for, multiply-adds and notes are there if the model was saved with
+    ``report=``, and pruned once. For any other model such a report is all there is. The report's plan counts how many
+    channels went from every head, but does not know which.
+
+    Raises:
+        CheckpointError: as in :func:`load_pruned`; no report of a model that is not of transformers.
 
     >>> import tempfile
     >>> from attnprune import prune_attention, save_pruned
@@ -67,11 +96,47 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
     >>> str(read_report(save_pruned(model, tempfile.mkdtemp(), report=report))) == str(report)
     True
     """
-    model, record, saved = _opened(Folder.at(directory))
+    folder = Folder.at(directory)
+    manifest = without_config(folder)
+    if manifest is not None:
+        return _as_saved(manifest)
+    model, record, saved = _opened(folder)
     before = count_parameters(model)
     plan = shrunk(model, record, MANIFEST)
     whole = Report(plan, (before, count_parameters(model)))
     return _remembered(whole, saved) or whole
+
+
+def without_config(folder: Folder) -> Manifest | None:
+    """The manifest of a model that is not of transformers; None where there is a config."""
+    manifest = Manifest.read(folder) if folder.has(MANIFEST) else None
+    return None if manifest is None or manifest.config is not None or folder.has(hf.CONFIG) else manifest
+
+
+def _as_saved(manifest: Manifest) -> Report:
+    """The report in a manifest, if it is about the shapes there."""
+    where, remedy = f"{MANIFEST}: report", "save the model with save_pruned(..., report=report) after one pruning"
+    if manifest.report is None:
+        refuse(where, "one, as no config tells what the dense model was", "none", remedy)
+    try:
+        by_name = {one.spec.name: one for one in manifest.record.attention}
+        layers, count = [], 0
+        for raw in fields.array(where, manifest.report["layers"]):
+            saved = by_name[raw["name"]]
+            dims = {f"{kind}_dims": raw[f"{kind}_dims"][0] for kind in KINDS}
+            spec = AttentionSpec.from_dict({**saved.spec.to_dict(), **dims}, where)
+            count = fields.integer(f"{where}: channels of all layers", count + sum(spec.qk_dims) + sum(spec.vo_dims))
+            layers.append(layer_between(spec, range(spec.heads), saved, MANIFEST))
+        before, after = (
+            fields.integer(f"{where}.model_parameters", one)
+            for one in fields.array(where, manifest.report["model_parameters"], 2)
+        )
+        found = _remembered(Report(Plan(tuple(layers)), (before, after)), manifest.report)
+    except (AttnPruneError, LookupError, TypeError) as error:
+        raise CheckpointError(where, "one of this model", str(error)[:80], remedy) from error
+    if found is None:
+        refuse(where, "one of this model", "one of other shapes", remedy)
+    return found
 
 
 def _opened(folder: Folder) -> tuple[nn.Module, Record, Mapping[str, Any]]:

@@ -22,6 +22,7 @@ from .folder import refuse
 
 ENTRY = "attnprune"
 """The entry of a Hugging Face config that holds a record."""
+_OTHER = "pass a dense model of the class that was saved"
 
 
 class Saved(NamedTuple):
@@ -128,22 +129,36 @@ def _kept(view: AttentionView) -> tuple[int, ...]:
 
 def _shrink(saved: Saved, views: Mapping[str, AttentionView], where: str) -> LayerPlan:
     view = views.get(saved.spec.name)
-    where, remedy = f"{where}: {saved.spec.name[:80]}", "pass a dense model of the class that was saved"
     if view is None:
-        refuse(where, f"an attention module of this name (the model has {list(views)[:4]})", "none", remedy)
-    spec = view.spec
-    present = _kept(view)
+        found = f"an attention module of this name (the model has {list(views)[:4]})"
+        refuse(f"{where}: {saved.spec.name[:80]}", found, "none", _OTHER)
+    return layer_between(view.spec, _kept(view), saved, where)
+
+
+def layer_between(spec: AttentionSpec, present: Sequence[int], saved: Saved, where: str) -> LayerPlan:
+    """What gives an attention module the shape of a saved one.
+
+    Args:
+        spec: the module before.
+        present: for every head of it, its number before any pruning.
+        saved: what it becomes.
+        where: the file that says so, for messages.
+
+    Raises:
+        CheckpointError: it has fewer heads or channels than that.
+    """
+    where = f"{where}: {saved.spec.name[:80]}"
     if spec.qk_dims == saved.spec.qk_dims and spec.vo_dims == saved.spec.vo_dims:
         return LayerPlan(spec)
     if not set(saved.kept) <= set(present):
-        refuse(where, f"heads of {list(present)[:16]}", str(list(saved.kept))[:80], remedy)
+        refuse(where, f"heads of {list(present)[:16]}", str(list(saved.kept))[:80], _OTHER)
     places = [present.index(number) for number in saved.kept]
     channels: dict[str, Channels] = {}
     for kind in KINDS:
         removed: list[tuple[int, ...]] = [()] * spec.heads
         for place, dim in zip(places, saved.spec.dims(kind), strict=True):
             if dim > spec.dims(kind)[place]:
-                refuse(where, f"at most {spec.dims(kind)[place]} {kind} channels", str(dim), remedy)
+                refuse(where, f"at most {spec.dims(kind)[place]} {kind} channels", str(dim), _OTHER)
             removed[place] = tuple(range(dim, spec.dims(kind)[place]))
         channels[kind] = tuple(removed)
     gone = tuple(sorted(set(range(spec.heads)) - set(places)))

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..api import apply_plan, find_attention, make_plan
-from ..checkpoint.describe import load_skeleton, read_report
+from ..api import apply_plan, make_plan
+from ..checkpoint.describe import overview, read_report, without_config
+from ..checkpoint.folder import Folder
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
 from ..checkpoint.stock import export_stock
@@ -57,11 +58,10 @@ def quiet() -> Iterator[None]:
 
 def inspect(args: argparse.Namespace) -> Done:
     """Attention modules, dims and parameters."""
-    model = load_skeleton(args.directory)
-    specs, total = find_attention(model), count_parameters(model)
+    name, specs, total = overview(args.directory)
     own = sum(spec.parameters for spec in specs)
     facts = {
-        "class": type(model).__name__,
+        "class": name,
         "parameters": total,
         "attention_parameters": own,
         "attention": [
@@ -84,7 +84,7 @@ def inspect(args: argparse.Namespace) -> Done:
         ]
         for spec in specs
     ]
-    head = f"{type(model).__name__}: {total:,} parameters, {own:,} of them ({own / total:.1%}) in attention"
+    head = f"{name}: {total:,} parameters, {own:,} of them ({own / max(total, 1):.1%}) in attention"
     return Done(facts, f"{head}\n{_table(rows)}")
 
 
@@ -228,6 +228,10 @@ def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = No
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError("--device", "a device of this machine", repr(device), str(error)[:80]) from error
+    manifest = without_config(Folder.at(directory))
+    if manifest is not None:
+        remedy = "use attnprune.load_pruned(directory, model) in Python; inspect and report work here"
+        raise OptionError(str(directory), "a model that its config builds", f"a {manifest.model_class}", remedy)
     return from_pretrained(directory, device=place, dtype=dtype).eval()
 
 
