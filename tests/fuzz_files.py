@@ -247,7 +247,7 @@ def well_formed(base: Base, model: nn.Module, same_bytes: bool) -> str:
         return "a tensor without data"
     if same_bytes:
         for key, tensor in state.items():
-            expected = base.state.get(key)
+            expected = base.state.get(key, base.state.get(f"vit.{key}"))  # its config may say that it is a base model
             if expected is None or expected.shape != tensor.shape or not torch.equal(expected, tensor):
                 return f"{key} has other values"
     return ""
