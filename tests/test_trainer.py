@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,9 +179,44 @@ def test_what_is_refused(tmp_path: Path) -> None:
     callback_of(other).pruner = pruner
     with pytest.raises(OptionError, match="of another"):
         other.train()
-    args = SimpleNamespace(world_size=2)
-    with pytest.raises(WrappedModelError, match="one process"):
+    args: Any = SimpleNamespace(world_size=2)
+    with pytest.raises(WrappedModelError, match="a ViTForImageClassification"):
+        PruningCallback(pruner).attach(trainer).on_train_begin(args, None, None, model=trainer.model)
+    with pytest.raises(WrappedModelError, match=r"attach\(trainer\)"):
         PruningCallback(pruner).on_train_begin(args, None, None, model=trainer.model)
     trainer.callback_handler.callbacks = []
     with pytest.raises(OptionError, match="PruningCallback"):
         resume(trainer, tmp_path)
+
+
+# two processes
+
+
+def _two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for name in ("whole", "again"):
+        trainer, pruner = build(Path(folder) / "run")
+        if name == "whole":
+            callback_of(trainer).attach(trainer)
+            trainer.train()
+        else:
+            resume(trainer, Path(folder) / "run" / "checkpoint-4")
+        found[name] = (pruner.plan, trainer.model.state_dict())
+        trainer.accelerator.wait_for_everyone()
+    torch.save(found, f"{folder}/{rank}")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may outlive the interpreter
+
+
+def test_two_processes_train_prune_and_resume_alike(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_two, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
+    plan, weights = found[0]["whole"]
+    assert plan.fraction("q") == 0.5
+    for one in (found[0]["again"], found[1]["whole"], found[1]["again"]):
+        assert one[0] == plan
+        assert one[1].keys() == weights.keys()
+        assert all(torch.equal(value, weights[key]) for key, value in one[1].items())

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.registry import plain
+from ..distributed import rewrap
 from ..errors import CheckpointError, OptionError, WrappedModelError
 from ..pruner import AttentionPruner
 from .checks import check_when
@@ -37,22 +39,40 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         OptionError: not a pruner, ``every`` below 1, an unknown unit; when training begins: another model.
-        WrappedModelError: when training begins in several processes, whose wrapper holds on to parameters.
+        WrappedModelError: when training begins in several processes without :meth:`attach`, or with a wrapper that
+            shards parameters.
     """
 
     def __init__(self, pruner: AttentionPruner, *, every: int = 1, unit: str = "epochs") -> None:
         check_when(pruner, every, unit)
         self.pruner, self.every, self.unit = pruner, every, unit
         self._weights: dict[str, Any] | None = None  # to load once the Trainer has loaded its own
+        self._trainer: Any = None
+
+    def attach(self, trainer: Any) -> PruningCallback:
+        """Tells the callback its Trainer, as training in several processes needs: DistributedDataParallel, which no
+        event of a Trainer shows, is made anew after every step of the pruner. :func:`resume` calls it.
+
+        Args:
+            trainer: the Trainer that the callback was given to.
+
+        Returns:
+            The callback.
+        """
+        self._trainer = trainer
+        return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if plain(model) is not self.pruner.model:
             raise OptionError(
                 "pruner", "a pruner of the Trainer's model", "one of another", "make it for trainer.model"
             )
-        if args.world_size > 1:
-            remedy = "prune between calls of train(), or write the loop with accelerate"
-            raise WrappedModelError("Trainer", "one process", f"{args.world_size}, by DistributedDataParallel", remedy)
+        if args.world_size > 1 and not isinstance(self._wrapper, DistributedDataParallel):
+            wrapper = "not known to the callback" if self._trainer is None else f"a {type(self._wrapper).__name__}"
+            remedy = (
+                "call callback.attach(trainer) before trainer.train(); shards are planned on, see the documentation"
+            )
+            raise WrappedModelError("Trainer", "a DistributedDataParallel of several processes", wrapper, remedy)
         if self._weights is not None:
             self.pruner.model.load_state_dict(self._weights)
             self._weights = None
@@ -76,7 +96,14 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
     def _step(self, state: Any, optimizer: Any) -> None:
         if not self.pruner.done:
             self.pruner.step(optimizer)
+            if isinstance(self._wrapper, DistributedDataParallel):
+                rewrap(self._wrapper)
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None  # of another shape
+
+    @property
+    def _wrapper(self) -> Any:
+        """What the Trainer runs in place of the model, if the callback knows it."""
+        return None if self._trainer is None else plain(self._trainer.model_wrapped)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -85,6 +112,8 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]
                 self.pruner.model.load_state_dict(weights)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not args.should_save:  # another process does
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         draft = folder / f".{FILE}.draft"
         model = self.pruner.model.state_dict() if _renamed(folder, self.pruner.model) else None
@@ -126,6 +155,6 @@ def resume(trainer: Any, checkpoint: str | os.PathLike[str] | bool = True, **opt
         remedy = "resume from an earlier one: this one was not finished, or was written without the callback"
         raise CheckpointError(str(folder), f"a checkpoint with {FILE}", "none", remedy)
     state = torch.load(file, weights_only=True)
-    found[0].pruner.load_state_dict(state["pruner"])
+    found[0].attach(trainer).pruner.load_state_dict(state["pruner"])
     found[0]._weights = state["model"]
     return trainer.train(resume_from_checkpoint=str(folder), **options)
