@@ -70,7 +70,7 @@ COMPAT ?= 4.48.3 4.53.3 4.57.6
 test-compat:
 	for version in $(COMPAT); do \
 	  $(PYTHON) -m venv .venv-compat-$$version && \
-	  .venv-compat-$$version/bin/pip install -q torch==2.13.0 "transformers==$$version" -e . pytest hypothesis && \
+	  .venv-compat-$$version/bin/pip install -q torch==2.13.0 "transformers==$$version" -e . accelerate pytest hypothesis && \
 	  .venv-compat-$$version/bin/pytest tests/test_compat.py -o addopts= || exit 1; \
 	done
 

@@ -103,7 +103,7 @@ def _counts(key: str) -> bool:
     return any(word in key for word in ("layer", "label", "depth", "block"))
 
 
-def maker(raw: Mapping[str, Any], keys: Iterable[str]) -> Callable[[], nn.Module]:
+def maker(raw: Mapping[str, Any], keys: Iterable[str] = ("pooler",)) -> Callable[[], nn.Module]:
     """A function that builds the dense model of a config; without a pooler, where ``keys`` of its weights name none."""
     cls = architecture(raw)
     config_of(cls, raw)
