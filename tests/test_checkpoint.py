@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -89,6 +90,42 @@ def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
         assert not list(folder.glob("*.draft"))
 
     check()
+
+
+def test_a_fresh_process_loads_every_family_and_way(tmp_path: Path) -> None:
+    """Into dense models with other weights, built there; equal in all bits, and in what they give."""
+    names, kinds = list(FAMILIES), [torch.float64, torch.float32, torch.bfloat16]
+    expected, jobs = {}, []
+    for i, (name, way) in enumerate(itertools.product(names, WAYS)):
+        case = i % len(family(name).cases())
+        model = pruned(name, case, way, kinds[i % 3], i)
+        save_pruned(model, tmp_path / f"{name}-{way}", max_shard_size=("5GB", 3000)[i % 2])
+        given = inputs(name, case, i)
+        found = None if i % 3 else family(name).run(model, given).detach()
+        expected[f"{name}-{way}"] = (model.state_dict(), found)
+        jobs.append((name, way, case, i))
+    code = (
+        "import json, sys, torch, attnprune\n"
+        "from tests.conformance import family, inputs\n"
+        "found = {}\n"
+        "for name, way, case, i in json.loads(sys.argv[2]):\n"
+        "    one = family(name)\n"
+        "    dense = one.build(**one.cases()[case])\n"
+        "    [p.data.fill_(7) for p in dense.parameters()]\n"
+        "    model = attnprune.load_pruned(f'{sys.argv[1]}/{name}-{way}', dense)\n"
+        "    given = None if i % 3 else one.run(model, inputs(name, case, i)).detach()\n"
+        "    found[f'{name}-{way}'] = model.state_dict(), given\n"
+        "torch.save(found, f'{sys.argv[1]}/out.pt')"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), json.dumps(jobs)], check=True, cwd=root)
+    loaded = torch.load(tmp_path / "out.pt")
+    assert loaded.keys() == expected.keys()
+    for key, (state, given) in expected.items():
+        again, found = loaded[key]
+        assert list(again) == list(state), key
+        assert all(torch.equal(value, again[one]) and value.dtype == again[one].dtype for one, value in state.items())
+        assert given is None or torch.equal(found, given), key
 
 
 def vit(**config: Any) -> Any:
