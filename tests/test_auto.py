@@ -74,6 +74,9 @@ def test_a_base_model_takes_another_head_and_the_other_way_round(tmp_path: Path)
     model.save_pretrained(tmp_path / "whole")
     base = load(transformers.AutoModel, tmp_path / "whole", add_pooling_layer=False)
     same(model.vit, base)
+    assert [one["spec"]["name"] for one in base.config.attnprune["attention"]] == [
+        f"layers.{i}.attention" for i in range(2)
+    ]
     base.save_pretrained(tmp_path / "base")
     same(base, from_pretrained(tmp_path / "base"))
     again = load(transformers.AutoModelForImageClassification, tmp_path / "base", num_labels=7)
