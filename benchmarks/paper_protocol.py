@@ -9,12 +9,11 @@ and the state after it is one file, replaced in one step, so a run that was inte
 from __future__ import annotations
 
 import copy
-import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnprune
+from attnprune.errors import CheckpointError
 from attnprune.integrations.peft import lora_recover
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "examples" / "keywords")]
@@ -33,18 +33,19 @@ Options = dict[str, Any]
 Record = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Tensor]
 LETTER: Options = {"basis": "channels", "compensate": False, "heads": "uniform", "split": "fixed"}
-CHECKS = 2  # looks at the validation loss in a round's epoch; the best is kept
+SMOOTHING = 0.1  # of labels, as in the checkpoint's own training
 FREE: Options = {"split": "auto", "heads": "ragged"}
 
 
 class Recipe(NamedTuple):
-    """How a round recovers."""
+    """How a round recovers: by LoRA, the best of the checks by validation loss, whatever the loss was before."""
 
     lr: float
     passes: int  # over the shipped train clips, newly augmented each time; together they are the round's one epoch
-    batch: int = 8  # 114 steps a round; with 32 there are 29, too few to recover by
-    how: str = "lora"  # or "full": all parameters
     distil: float = 0.0  # weight of the divergence from the dense model's outputs; the rest is cross entropy
+    batch: int = 8
+    checks: int = 3  # looks at the validation loss in a round, the last at its end
+    smoothing: float = SMOOTHING  # of labels, in the loss that is trained and in the one that chooses
 
 
 class Way(NamedTuple):
@@ -55,10 +56,11 @@ class Way(NamedTuple):
     recipe: Recipe | None  # None: no recovery; every share is removed from the dense model at once
 
 
-PAPER_STEPS = tuple(range(1, 11))
+PAPER_STEPS = tuple(range(1, 10))  # a tenth round ends at 62.9 %, past the paper's last column
+HALF_STEPS = tuple(range(1, 8))
 OUR_STEPS = (2, 4, 7, 9, 14)
-READ = {2: 20, 4: 30, 7: 50, 9: 60, 14: 75}  # steps read on the test split, and the column they go to
-LORA, FULL = Recipe(3e-3, 1), Recipe(1e-4, 1, how="full", distil=1.0)
+READ = {1: 10, 2: 20, 4: 30, 5: 40, 7: 50, 9: 60, 14: 75}  # steps read on the test split, and the column they go to
+LABELS, DISTILLED = Recipe(1e-3, 3), Recipe(1e-3, 3, distil=1.0)
 VARIANTS = {
     f"{scheme}-{scope[0].upper()}-{score}": {"granularity": granularity, "scope": scope, "scorer": scorer, **LETTER}
     for score, scorer in (("FI", "fisher"), ("MAG", "magnitude"))
@@ -66,16 +68,14 @@ VARIANTS = {
     for scope in ("global", "local")
 }
 OURS = {"rotated": {}, "rotated, free": FREE, "rotated, joint": {"granularity": "joint", **FREE}}
-RECOVERIES = {"no recovery": None, "LoRA": LORA, "full, distilled": FULL}
 WAYS: dict[str, Way] = {
-    **{name: Way(options, PAPER_STEPS, LORA) for name, options in VARIANTS.items()},
-    "dense": Way(None, PAPER_STEPS, LORA),
-    **{
-        f"{name}; {how}": Way(options, OUR_STEPS, recipe)
-        for name, options in OURS.items()
-        for how, recipe in RECOVERIES.items()
-        if how == "no recovery" or name == "rotated, free" or (name, how) == ("rotated", "LoRA")
-    },
+    **{name: Way(options, PAPER_STEPS, LABELS) for name, options in VARIANTS.items()},
+    "dense": Way(None, PAPER_STEPS, LABELS),
+    **{f"{name}; distilled": Way(VARIANTS[name], HALF_STEPS, DISTILLED) for name in VARIANTS if name.endswith("FI")},
+    **{f"{name}; no recovery": Way(options, tuple(READ), None) for name, options in OURS.items()},
+    "rotated; LoRA": Way(OURS["rotated"], OUR_STEPS, LABELS),
+    "rotated, free; LoRA": Way(FREE, OUR_STEPS, LABELS),
+    "rotated, free; distilled": Way(FREE, OUR_STEPS, DISTILLED),
 }
 
 
@@ -95,12 +95,12 @@ class Clips(NamedTuple):
         return [{"input_values": x, "labels": y} for x, y in pairs]
 
     @torch.inference_mode()
-    def measure(self, model: nn.Module) -> tuple[float, float]:
-        """Mean cross entropy, and accuracy in per cent."""
+    def measure(self, model: nn.Module, smoothing: float = 0.0) -> tuple[float, float]:
+        """Mean cross entropy against smoothed labels, and accuracy in per cent."""
         model.eval()
         logits = torch.cat([model(input_values=x).logits for x in self.features.split(64)])
         hits = (logits.argmax(-1) == self.labels).float()
-        return float(F.cross_entropy(logits, self.labels)), 100 * float(hits.double().mean())
+        return float(F.cross_entropy(logits, self.labels, label_smoothing=smoothing)), 100 * float(hits.double().mean())
 
 
 class Task(NamedTuple):
@@ -138,64 +138,27 @@ def keywords(device: str = "cpu") -> Task:
     return Task(load_model().to(device), *splits, augment, torch.device(device))
 
 
-def train(
-    model: nn.Module,
-    data: Sequence[Batch],
-    lr: float,
-    loss_fn: LossFn,
-    validate: Callable[[nn.Module], float],
-    *,
-    warm_up: float = 0.05,
-    checks: int = CHECKS,
-) -> None:
-    """One epoch of Adam on what requires gradients: linear warm-up, linear decay; ends at the best of the checks."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, steps = torch.optim.Adam(parameters, lr=lr), len(data)
-    warm = max(1, math.ceil(warm_up * steps))
-    pace = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-    )
-    looks = {math.ceil(steps * (i + 1) / checks) for i in range(checks)}
-    best, kept = validate(model), [p.detach().clone() for p in parameters]  # no update is in the running too
-    for step, batch in enumerate(data, 1):
-        model.train()
-        optimizer.zero_grad()
-        loss_fn(model, batch).backward()
-        optimizer.step()
-        pace.step()
-        if step in looks and (found := validate(model)) < best:
-            best, kept = found, [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for p, value in zip(parameters, kept, strict=True):
-            p.copy_(value)
-    model.eval()
-
-
-def loss_of(task: Task, distil: float) -> LossFn:
-    """Cross entropy, with a share of the divergence from the dense model on the same clips."""
+def loss_of(task: Task, recipe: Recipe) -> LossFn:
+    """Cross entropy with smoothed labels, and a share of the divergence from the dense model on the same clips."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = model(input_values=batch["input_values"]).logits
-        hard = F.cross_entropy(logits, batch["labels"])
-        if not distil:
+        hard = F.cross_entropy(logits, batch["labels"], label_smoothing=recipe.smoothing)
+        if not recipe.distil or not model.training:  # what is kept is chosen by the labels
             return hard
         with torch.no_grad():
             dense = task.model(input_values=batch["input_values"]).logits
-        return (1 - distil) * hard + distil * attnprune.distillation_loss(logits, dense)
+        return (1 - recipe.distil) * hard + recipe.distil * attnprune.distillation_loss(logits, dense)
 
     return loss
 
 
 def recover(task: Task, model: nn.Module, recipe: Recipe, seed: int) -> None:
-    """One round's recovery in place."""
-    data, loss = task.epoch(recipe.passes, recipe.batch), loss_of(task, recipe.distil)
-    if recipe.how == "lora":  # rank 16, alpha 16, attention and MLP, Adam, 5 % warm-up
-        lora_recover(
-            model, data, lr=recipe.lr, loss_fn=loss, validation=task.validation.batches(70), checks=CHECKS, seed=seed,
-            progress=False,
-        )  # fmt: skip
-    else:
-        train(model, data, recipe.lr, loss, lambda candidate: task.validation.measure(candidate)[0])
+    """One round's recovery in place: rank 16, alpha 16, attention and MLP, Adam, 5 % warm-up, then linear decay."""
+    lora_recover(
+        model, task.epoch(recipe.passes, recipe.batch), lr=recipe.lr, loss_fn=loss_of(task, recipe),
+        validation=task.validation.batches(70), checks=recipe.checks, never_worse=False, seed=seed, progress=False,
+    )  # fmt: skip
 
 
 def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] = print) -> list[Record]:
@@ -205,12 +168,15 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
         task: from :func:`keywords`.
         way: what to do.
         seed: of the order of clips, augmentation and LoRA's first values.
-        file: the state, read if there, replaced after every round.
+        file: the state, read if there, replaced after every round; it says which way and seed it is of.
         say: told one line per round.
 
     Returns:
         One record per round: step, the share of attention weights that is gone, validation loss and accuracy and
         test accuracy (None between the steps that are read), seconds of the processor and of the clock.
+
+    Raises:
+        CheckpointError: the state is of another way (options, steps, recipe) or of another seed.
     """
     model, ratios = copy.deepcopy(task.model), [share(step) for step in way.steps]
     pruner, options = None, {}
@@ -225,6 +191,7 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
     records: list[Record] = []
     if file.exists():
         state = torch.load(file, weights_only=True, map_location=task.device)
+        check(file, state.get("of", {}), way, seed)
         records = state["records"]
         if pruner is not None and state["pruner"]:
             pruner.load_state_dict(state["pruner"])
@@ -245,20 +212,39 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
         gone = 0.0 if report is None else sum(report.achieved.values()) / 4
         loss, accuracy, tested = None, None, None
         if step in READ:
-            (loss, accuracy), (_, tested) = task.validation.measure(model), task.test.measure(model)
+            (loss, accuracy), (_, tested) = task.validation.measure(model, SMOOTHING), task.test.measure(model)
         record: Record = {"step": step, "removed": gone, "loss": loss, "validation": accuracy, "test": tested}
         records.append({**record, "cpu": _cpu() - cpu, "wall": time.perf_counter() - clock})
         goes_on = way.recipe is not None
-        weights = model.state_dict() if goes_on else {}
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        torch.save(
-            {"records": records, "model": weights, "pruner": pruner.state_dict() if goes_on and pruner else {}}, part
-        )
+        kept = {
+            "of": identity(way, seed), "records": records, "model": model.state_dict() if goes_on else {},
+            "pruner": pruner.state_dict() if goes_on and pruner else {},
+        }  # fmt: skip
+        torch.save(kept, part)
         os.replace(part, file)
         found = "" if loss is None else f"validation {loss:.4f} {accuracy:.2f} %, "
         say(f"step {step}: {gone:.1%} removed, {found}{records[-1]['cpu']:.0f} s")
     return records
+
+
+def identity(way: Way, seed: int) -> Record:
+    """What a state is of, as plain values."""
+    return {
+        "seed": seed,
+        "options": way.options,
+        "steps": list(way.steps),
+        "recipe": way.recipe and way.recipe._asdict(),
+    }
+
+
+def check(file: Path, found: Record, way: Way, seed: int) -> None:
+    """Raises unless a state is of this way and seed."""
+    for key, expected in identity(way, seed).items():
+        if key not in found or found[key] != expected:
+            remedy = "move the file away, or take another work directory; states of two recipes are not mixed"
+            raise CheckpointError(str(file), f"{key} {expected}", str(found.get(key, "none recorded")), remedy)
 
 
 def _cpu() -> float:

@@ -6,7 +6,7 @@
 Prune, fine-tune with LoRA, merge, again (:mod:`paper_protocol`). Every round of every run leaves its state in the work
 directory, so the same command continues what was interrupted. Results go to ``results/paper_table.json``, from which
 ``paper_render.py`` writes the Markdown table, the table of the documentation and the plot. No choice is made on the
-test split: the learning rate and the length of an epoch were chosen by validation loss.
+test split: the recipe was chosen by validation loss. A state of another recipe is refused.
 """
 
 from __future__ import annotations

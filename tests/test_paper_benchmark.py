@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import ASTConfig, ASTForAudioClassification
+
+from attnprune.errors import CheckpointError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -34,7 +37,7 @@ def task(protocol: Any) -> Any:
     return protocol.Task(model, *clips, lambda x: x + 0.1 * torch.randn_like(x), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["PH-G-FI", "EH-L-MAG", "dense", "rotated, free; full, distilled"])
+@pytest.mark.parametrize("name", ["PH-G-FI", "EH-L-MAG", "dense", "rotated, free; distilled"])
 def test_a_run_continues_where_it_was(protocol: Any, task: Any, name: str, tmp_path: Path) -> None:
     way = protocol.WAYS[name]._replace(steps=(4, 7))
     said: list[str] = []
@@ -55,6 +58,70 @@ def test_a_run_continues_where_it_was(protocol: Any, task: Any, name: str, tmp_p
         assert whole[1]["removed"] == pytest.approx(0.5)
 
 
+def test_a_state_of_another_recipe_is_refused(protocol: Any, task: Any, tmp_path: Path) -> None:
+    way, file = protocol.WAYS["PH-L-MAG"]._replace(steps=(4, 7)), tmp_path / "state.pt"
+    protocol.run(task, way, 0, file, lambda line: None)
+    before = file.read_bytes()
+    others = [
+        ("recipe", way._replace(recipe=way.recipe._replace(lr=way.recipe.lr / 2)), 0),
+        ("recipe", way._replace(recipe=None), 0),
+        ("steps", way._replace(steps=(4, 7, 9)), 0),
+        ("options", way._replace(options={**way.options, "scope": "global"}), 0),
+        ("seed", way, 1),
+    ]
+    for key, other, seed in others:
+        with pytest.raises(CheckpointError, match=f"state.pt: expected {key} .* another work directory"):
+            protocol.run(task, other, seed, file)
+    assert file.read_bytes() == before
+    state = torch.load(file, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "of"}, file)
+    with pytest.raises(CheckpointError, match="none recorded"):
+        protocol.run(task, way, 0, file)
+
+
+def test_the_recipe_is_one(protocol: Any) -> None:
+    """All variants and the dense reference recover in the same way; both recipes are there for ours too."""
+    recipes = {name: protocol.WAYS[name].recipe for name in (*protocol.VARIANTS, "dense", "rotated; LoRA")}
+    assert set(recipes.values()) == {protocol.WAYS["rotated, free; LoRA"].recipe}
+    distilled = {way.recipe for name, way in protocol.WAYS.items() if name.endswith("; distilled")}
+    assert distilled == {recipes["dense"]._replace(distil=1.0)}
+
+
+def test_an_update_is_kept_though_it_is_worse(protocol: Any, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper trains, always: "no update" is not in the running."""
+    model = copy.deepcopy(task.model)
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:  # any change is for the worse on validation
+        logits = model(input_values=batch["input_values"]).logits
+        if model.training:
+            return torch.nn.functional.cross_entropy(logits, batch["labels"])
+        return (logits - task.model(input_values=batch["input_values"]).logits).square().mean()
+
+    monkeypatch.setattr(protocol, "loss_of", lambda task, recipe: loss)
+    protocol.recover(task, model, protocol.LABELS, 0)
+    after = model.state_dict()
+    assert any(not torch.equal(value, after[name]) for name, value in task.model.state_dict().items())
+
+
+def test_distances_are_from_both_dense_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper_render
+
+    runs = {"dense": (70, 81, 90), "PH-G-FI": (60, 80, 70)}
+    results: Any = {
+        "dense": {"test": 80},
+        "runs": {
+            name: {
+                str(seed): [{"step": 7, "test": test, "loss": 1.0, "removed": 0.5}] for seed, test in enumerate(tests)
+            }
+            for name, tests in runs.items()
+        },
+    }
+    assert paper_render.distance(results, "PH-G-FI", 7) == (3, -10, -20, 0)
+    assert paper_render.distance(results, "PH-G-FI", 7, tuned=True) == (3, -10, -20, -1)  # the median of -10, -1, -20
+    assert paper_render.distance(results, "PH-G-FI", 2) is None
+
+
 def test_the_protocol_is_the_papers(protocol: Any) -> None:
     shares = [protocol.share(step) for step in range(15)]
     left = [1 - share for share in shares]
@@ -64,13 +131,17 @@ def test_the_protocol_is_the_papers(protocol: Any) -> None:
     assert len(protocol.VARIANTS) == 8
 
 
-def test_shipped_results_render(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is shipped is what the shipped results give."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_shipped_results_render(protocol: Any, tmp_path: Path) -> None:
+    """What is shipped is what the shipped results give, and they are of the recipes that the program has."""
     import paper_render
 
-    text = paper_render.render(json.loads((BENCHMARKS / "results" / "paper_table.json").read_text()), tmp_path)
+    results = json.loads((BENCHMARKS / "results" / "paper_table.json").read_text())
+    text = paper_render.render(results, tmp_path)
     assert text + "\n" == (BENCHMARKS / "results" / "paper_table.md").read_text()
     shipped, drawn = (root / "docs" / "_static" / "paper_table.csv" for root in (BENCHMARKS.parent, tmp_path))
     assert shipped.read_text() == drawn.read_text()
-    assert set(paper_render.PAPER) <= set(json.loads((BENCHMARKS / "results" / "paper_table.json").read_text())["runs"])
+    assert set(paper_render.PAPER) <= set(results["runs"])
+    assert results["recipes"] == {name: way.recipe and way.recipe._asdict() for name, way in protocol.WAYS.items()}
+    for name, runs in results["runs"].items():
+        for records in runs.values():
+            assert [record["step"] for record in records] == list(protocol.WAYS[name].steps)[: len(records)]
