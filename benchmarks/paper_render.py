@@ -133,8 +133,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         panel.grid(color="0.92", linewidth=0.6)
         panel.tick_params(labelsize=7.5)
         panel.xaxis.set_major_locator(MultipleLocator(20))
-        panel.set_ylim(min(panel.get_ylim()[0], -4), 1)
         panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[0]:  # one scale a column, by both of its panels
+        panel.set_ylim(min(panel.get_ylim()[0], -4), 1)
     figure.supxlabel("attention weights removed, %", fontsize=8.5)
     figure.supylabel("accuracy, points from the dense model as shipped", fontsize=8.5)
     figure.legend(
