@@ -132,7 +132,7 @@ def white_moments(view: AttentionView) -> LayerMoments:
             rows = slice(b.qk_start, b.qk_stop) if kind == "qk" else slice(b.vo_start, b.vo_stop)
             each = rearrange(weight[rows], "(h d) e -> h d e", h=len(b.heads))
             mean = rearrange(bias[rows], "(h d) -> h d", h=len(b.heads))
-            found.append(Moments(1.0, 0 * mean if projection == "k" else mean, each @ each.transpose(1, 2)))
+            found.append(Moments.full(1.0, 0 * mean if projection == "k" else mean, each @ each.transpose(1, 2)))
         return tuple(found)
 
     return LayerMoments(spec, of("qk", "q"), of("qk", "k"), of("vo", "v"))

@@ -22,6 +22,8 @@ FORMAT = "attnprune.calibration"
 class Moments:
     """Count, mean and scatter of vectors, for several groups at once; float64. Merging is exact and in any order.
 
+    Half of a symmetric matrix is kept, as a model has many of them while gates take their gradients.
+
     >>> x = torch.arange(12, dtype=torch.float64).reshape(6, 1, 2)  # 6 vectors of 2 channels, one group
     >>> whole, parts = Moments.of(x), Moments.of(x[:1]).merge(Moments.of(x[1:]))
     >>> torch.equal(whole.mean, parts.mean), torch.allclose(whole.covariance, parts.covariance)
@@ -32,14 +34,29 @@ class Moments:
     """Number of vectors."""
     mean: Tensor
     """``(groups, channels)``."""
-    scatter: Tensor
-    """``(groups, channels, channels)``: the sum of outer products of deviations from the mean."""
+    packed: Tensor
+    """``(groups, channels * (channels + 1) / 2)``: the lower triangles of :attr:`scatter`, row by row."""
 
     @classmethod
     def zero(cls, groups: int, channels: int) -> Moments:
         """Moments of nothing."""
-        shape = (groups, channels)
-        return cls(0.0, torch.zeros(shape, dtype=torch.float64), torch.zeros(*shape, channels, dtype=torch.float64))
+        return cls.full(0.0, torch.zeros(groups, channels).double(), torch.zeros(groups, channels, channels).double())
+
+    @classmethod
+    def full(cls, count: float, mean: Tensor, scatter: Tensor) -> Moments:
+        """From whole scatter matrices; their upper triangles are not read."""
+        rows, columns = torch.tril_indices(*scatter.shape[1:])
+        return cls(count, mean, scatter[:, rows, columns])
+
+    @property
+    def scatter(self) -> Tensor:
+        """``(groups, channels, channels)``: the sum of outer products of deviations from the mean; made when asked."""
+        groups, channels = self.mean.shape
+        rows, columns = torch.tril_indices(channels, channels)
+        whole = self.packed.new_empty(groups, channels, channels)
+        whole[:, rows, columns] = self.packed
+        whole[:, columns, rows] = self.packed
+        return whole
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
@@ -54,8 +71,9 @@ class Moments:
         if not count:
             return self
         apart = other.mean - self.mean
-        between = apart[:, :, None] * apart[:, None, :] * (self.count * other.count / count)
-        return Moments(count, self.mean + apart * (other.count / count), self.scatter + other.scatter + between)
+        rows, columns = torch.tril_indices(apart.shape[1], apart.shape[1])
+        between = apart[:, rows] * apart[:, columns] * (self.count * other.count / count)
+        return Moments(count, self.mean + apart * (other.count / count), self.packed + other.packed + between)
 
     @property
     def covariance(self) -> Tensor:
@@ -99,11 +117,13 @@ class Running:
 
     def moments(self) -> Moments:
         """Of all vectors so far; uses up what was summed."""
-        if not self.count or self.shift is None:
-            return Moments(float(self.count), torch.zeros_like(self.sum), self.products)
-        apart = self.sum / self.count
-        scatter = self.products.baddbmm_(apart[:, :, None], apart[:, None, :], alpha=-self.count)
-        return Moments(float(self.count), self.shift.cpu().double() + apart, scatter)
+        mean, scatter = torch.zeros_like(self.sum), self.products
+        self.products = scatter[:0]
+        if self.count and self.shift is not None:
+            apart = self.sum / self.count
+            mean = self.shift.cpu().double() + apart
+            scatter.baddbmm_(apart[:, :, None], apart[:, None, :], alpha=-self.count)
+        return Moments.full(float(self.count), mean, scatter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +259,7 @@ class Calibration(Mapping[str, LayerMoments]):
             count, sums, products = add([number, one.mean * one.count, one.second * one.count])
             n = max(float(count), 1.0)
             mean = sums / n
-            return Moments(float(count), mean, products - n * mean[:, :, None] * mean[:, None, :])
+            return Moments.full(float(count), mean, products - n * mean[:, :, None] * mean[:, None, :])
 
         return Calibration({name: layer.map(total) for name, layer in self.items()})
 
@@ -297,4 +317,4 @@ def _read(state: Mapping[str, Tensor], place: str, like: Moments) -> Moments:
                 f"calibration: {place}/{key}", f"finite numbers of shape {tuple(shape)}", got, "write it anew"
             )
         found[key] = value.double().cpu()
-    return Moments(float(found["count"]), found["mean"], found["scatter"])
+    return Moments.full(float(found["count"]), found["mean"], found["scatter"])

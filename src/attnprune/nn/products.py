@@ -83,11 +83,12 @@ def products(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) 
     mask, dead = _mask(plain.mask)
     pairs = q.shape[0] * q.shape[1] * k.shape[1]
     in_place = _in_place(q, k, v)
-    pieces = in_place and pairs * max(len(bucket.heads) for bucket in layout.buckets) > WHOLE
+    most = max(len(bucket.heads) for bucket in layout.buckets)
+    pieces = in_place and pairs * most > WHOLE
     qk, vo = ([bucket.width(kind) for bucket in layout.buckets] for kind in KINDS)
     qs, ks, vs = torch.split(q * plain.scale, qk, -1), torch.split(k, qk, -1), torch.split(v, vo, -1)
     context = q.new_empty(*q.shape[:2], v.shape[-1]) if pieces else None
-    buffer = q.new_empty(max(PIECE, k.shape[1])) if pieces else None
+    buffer = q.new_empty(_size(most, q.shape[1], k.shape[1])) if pieces else None
     contexts = []
     for bucket, q, k, v in zip(layout.buckets, qs, ks, vs, strict=True):
         rows = None if mask is None else plain.rows(mask, bucket)
@@ -136,12 +137,22 @@ def _whole(
     return context.transpose(1, 2).flatten(2) if heads > 1 else context
 
 
+def _together(heads: int, queries: int, keys: int) -> int:
+    """How many whole heads are worked on at a time; 1 also where a head is cut into runs of queries."""
+    return max(1, min(heads, WHOLE // (queries * keys)))
+
+
+def _size(heads: int, queries: int, keys: int) -> int:
+    """Scores that a buffer needs room for: of all of these heads, or of a piece, or of one query."""
+    return max(min(PIECE, _together(heads, queries, keys) * queries * keys), keys)
+
+
 def _pieces(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, buffer: Tensor, context: Tensor
 ) -> None:
     """Fills ``context`` ``(batch, heads, queries, dim)``: a run of a head's queries at a time, or a few whole heads."""
     heads, dim, queries, keys = context.shape[1], context.shape[3], q.shape[1], k.shape[1]
-    together = max(1, min(heads, WHOLE // (queries * keys)))
+    together = _together(heads, queries, keys)
     run = min(queries, max(1, PIECE // (together * keys)), CAUSAL if causal else queries)
     later = _later(q, k) if causal else None
     q, k = _split(q, heads), _split(k, heads).mT
