@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,17 +88,18 @@ def test_exact_in_every_layout(name: str, layout: str) -> None:
         seed=seeds, qk=ratios, vo=ratios, heads=st.sampled_from(["uniform", "ragged"]), train=st.booleans(),
         case=st.integers(0, len(family(name).cases()) - 1), gather=st.booleans(),
         call=st.sampled_from([0, 300, 1 << 60]),
-        whole=st.sampled_from([0, 1 << 60]), piece=st.sampled_from([1, 20, 60, 1 << 20]),
+        whole=st.sampled_from([0, 1 << 60]), piece=st.sampled_from([1, 20, 60, 1 << 20]), row=st.sampled_from([1, 32]),
     )  # fmt: skip
     def check(
         seed: int, qk: float, vo: float, heads: str, train: bool, case: int, gather: bool, call: int, whole: int,
-        piece: int,
+        piece: int, row: int,
     ) -> None:  # fmt: skip
         model = fresh(name, case, train=train)
         plan = random_plan(model, seed, qkvo_ratios={"qk": qk, "vo": vo}, heads=heads)
         with pytest.MonkeyPatch.context() as patch, execution(layout):
             patch.setattr(attend_module, "FEW", 1 << 60 if gather else 0)
             patch.setitem(layouts.CALL, "cpu", call)
+            patch.setitem(layouts.ALIGNED, "cpu", row)
             patch.setattr(products, "WHOLE", whole)
             patch.setattr(products, "PIECE", piece)
             patch.setattr(products, "CAUSAL", 2)
@@ -150,19 +153,18 @@ def test_products(
 @settings(max_examples=60)
 @given(
     dims=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=6), pairs=st.integers(1, 50),
-    call=st.integers(0, 2000),
+    call=st.integers(0, 2000), multiple=st.sampled_from([1, 4, 8]),
 )  # fmt: skip
-def test_groups_cost_the_least(dims: list[tuple[int, int]], pairs: int, call: int) -> None:
+def test_groups_cost_the_least(dims: list[tuple[int, int]], pairs: int, call: int, multiple: int) -> None:
     """Against every partition of the buckets."""
 
     def cost(parts: Sequence[Sequence[Bucket]]) -> int:
-        return sum(
-            call + 2 * pairs * sum(len(b.heads) for b in part) * max(max(b.qk_dim, b.vo_dim) for b in part)
-            for part in parts
-        )
+        widths = [math.ceil(max(max(b.qk_dim, b.vo_dim) for b in part) / multiple) * multiple for part in parts]
+        heads = [sum(len(b.heads) for b in part) for part in parts]
+        return sum(call + 2 * pairs * count * width for count, width in zip(heads, widths, strict=True))
 
     buckets = HeadLayout(*map(tuple, zip(*dims, strict=True))).buckets
-    found = layouts.partition(buckets, pairs, call)
+    found = layouts.partition(buckets, pairs, call, multiple)
     assert sorted(part for group in found for part in group.parts) == sorted(buckets)
     assert cost([group.parts for group in found]) == min(map(cost, partitions(list(buckets))))
 
@@ -196,6 +198,79 @@ def test_the_layout_that_shapes_suggest(monkeypatch: pytest.MonkeyPatch) -> None
         assert [group.bucket for group in arrange(near, x, x)] == list(near.buckets)
     with pytest.raises(OptionError, match="one of auto"), execution("fast"):  # type: ignore[arg-type]
         pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_products_are_for_few_threads_on_a_cpu_at_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would lose by them, or could not write in place, keeps its kernels."""
+    layout = HeadLayout(qk=(4, 2, 4), vo=(3, 3, 4))
+    x, other = torch.zeros(1, 8, 10), torch.zeros(1, 8, 10, requires_grad=True)
+    assert products.pays(layout, x, x, x)
+    assert products.pays(layout, x.double(), x, x)
+    assert not products.pays(layout, x.to("meta"), x, x), "another device"
+    assert not products.pays(layout, x.bfloat16(), x, x)
+    assert not products.pays(layout, nn.Parameter(x, requires_grad=False), x, x), "what may override functions"
+    for one in ((other, x, x), (x, other, x), (x, x, other)):
+        assert not products.pays(layout, *one), "training"
+        with torch.no_grad():
+            assert products.pays(layout, *one)
+    with torch.autocast("cpu"):
+        assert not products.pays(layout, x, x, x)
+    seen: list[bool] = []
+    torch.vmap(lambda y: seen.append(products._in_place(y, y, y)) or y)(x)
+    torch.jit.trace(lambda y: seen.append(products.pays(layout, y, y, y)) or y, x, check_trace=False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert [*seen, products.pays(layout, x, x, x), products._in_place(x, x, x)] == [False] * 4
+    monkeypatch.undo()
+    for threads, fine in ((products.THREADS, True), (products.THREADS + 1, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert products.pays(layout, x, x, x) == fine
+
+
+@pytest.mark.parametrize(("tokens", "heads", "batch"), [(64, 4, 16), (128, 16, 1), (32, 16, 16)])
+def test_equal_dims_take_products_up_to_a_number_of_scores(tokens: int, heads: int, batch: int) -> None:
+    assert batch * heads * tokens * tokens == products.EQUAL
+    layout = HeadLayout(qk=(2,) * heads, vo=(2,) * heads)
+    for more, fine in ((0, True), (1, False)):
+        x = torch.zeros(batch, tokens + more, 2 * heads)
+        assert products.pays(layout, x, x, x) == fine
+    assert products.pays(HeadLayout(qk=(2,) * heads, vo=(1,) * heads), x, x, x), "unequal dims always do"
+    assert products.pays(HeadLayout(qk=(1, 3), vo=(1, 3)), torch.zeros(1, 2000, 4), x, x), "and ragged heads"
+
+
+def test_buffers_are_no_larger_than_what_is_worked_on() -> None:
+    assert products._size(8, 512, 512) == products.WHOLE, "four heads at a time"
+    assert products._size(2, 1024, 700) == 1024 * 700, "one"
+    assert products._size(12, 4096, 4096) == products.PIECE, "a run of its queries"
+    assert products._size(1, 3, products.PIECE + 1) == products.PIECE + 1, "one query"
+
+
+def on(device: str, dtype: torch.dtype, batch: int, tokens: int) -> Any:
+    """What :func:`arrange` reads of queries and keys, on a device that need not be there."""
+    return SimpleNamespace(shape=(batch, tokens, 1), device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.bfloat16, 8), (torch.float16, 8), (torch.float32, 4)], ids=str)
+def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal dims, in rows that the kernels take; a call for all heads where launches rule, more where products do."""
+    decoupled, odd = HeadLayout(qk=(16,) * 12, vo=(48,) * 12), HeadLayout(qk=(35,) * 12, vo=(21,) * 12)
+    ragged = HeadLayout(qk=(6, 6, 6, 60, 60, 60), vo=(8, 8, 8, 64, 64, 64))
+    few, many = on("cuda", dtype, 1, 1214), on("cuda", dtype, 32, 1214)
+    for layout, width in ((decoupled, 48), (odd, 40 if multiple == 8 else 36)):
+        for x in (few, many):
+            assert [group.bucket[:3] for group in arrange(layout, x, x)] == [(tuple(range(12)), width, width)]
+    assert [group.bucket[:3] for group in arrange(ragged, few, few)] == [(tuple(range(6)), 64, 64)]
+    apart = [((0, 1, 2), 8, 8), ((3, 4, 5), 64, 64)]
+    assert [group.bucket[:3] for group in arrange(ragged, many, many)] == apart
+    short = on("cuda", dtype, 32, 8)
+    assert len(arrange(ragged, many, short)) == len(arrange(ragged, short, many)) == 1, "queries and keys both count"
+    unknown = on("mps", dtype, 32, 1214)
+    assert [group.bucket[:3] for group in arrange(odd, unknown, unknown)] == [(tuple(range(12)), 35, 35)]
+    assert [group.bucket[:3] for group in arrange(ragged, unknown, unknown)] == apart, "as on CUDA"
+    cpu = on("cpu", dtype, 1, 146)
+    assert len(arrange(ragged, cpu, cpu)) == 2, "calls cost less there"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert len(arrange(ragged, many, many)) == 1, "whatever the number of tokens"
 
 
 def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,10 @@ products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``:
 
 CALL = {"cpu": 3_000_000, "cuda": 1_000_000_000}
 """Multiply-adds that one more call of an attention kernel is worth: what its overhead takes, by kind of device."""
+ALIGNED = {"cuda": 16}
+"""Bytes of which a padded head's row is a multiple, by kind of device (1 elsewhere): 8 channels in half precision, 4 in
+float32. Other rows are padded by the flash kernel itself, in copies, and leave the memory-efficient one, which takes
+masks, for plain products."""
 NOMINAL = 512 * 512
 """Pairs of tokens that compiled and exported models are arranged for, so that their number may vary."""
 
@@ -76,55 +80,56 @@ class Group(NamedTuple):
         return tuple((part.vo_start, len(part.heads), part.vo_dim) for part in self.parts)
 
 
-def group(parts: Sequence[Bucket]) -> Group:
-    """Buckets padded to the widest of their dims."""
+def group(parts: Sequence[Bucket], multiple: int = 1) -> Group:
+    """Buckets padded to the widest of their dims, up to a multiple."""
     stored = tuple(sorted(parts, key=lambda part: part.qk_start))
-    width = max(map(_width, stored))
+    width = max(_width(part, multiple) for part in stored)
     heads = tuple(head for part in stored for head in part.heads)
     return Group(stored, Bucket(heads, width, width, stored[0].qk_start, stored[0].vo_start))
 
 
-def _width(part: Bucket) -> int:
-    return max(part.qk_dim, part.vo_dim)
+def _width(part: Bucket, multiple: int) -> int:
+    return -(-max(part.qk_dim, part.vo_dim) // multiple) * multiple
 
 
 def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     """Which buckets of heads share a call of a fused kernel, and padded to what.
 
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
-    choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims.
-    Buckets share a call where that saves more than padding costs. Compiled and exported models choose without regard to
-    the number of tokens, so that it may vary.
+    choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims, and
+    both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs. Compiled and exported
+    models choose without regard to the number of tokens, so that it may vary.
     """
     buckets, how = layout.buckets, forced()
     if how == "separate":
         return [Group((bucket,), bucket) for bucket in buckets]
+    multiple = max(1, ALIGNED.get(q.device.type, 1) // q.dtype.itemsize)
     if how == "buckets" or len(buckets) == 1:
-        return [group((bucket,)) for bucket in buckets]
+        return [group((bucket,), multiple) for bucket in buckets]
     if how == "padded":
-        return [group(buckets)]
+        return [group(buckets, multiple)]
     pairs = NOMINAL if torch.compiler.is_compiling() else q.shape[0] * q.shape[1] * k.shape[1]
-    return partition(buckets, pairs, CALL.get(q.device.type, CALL["cuda"]))
+    return partition(buckets, pairs, CALL.get(q.device.type, CALL["cuda"]), multiple)
 
 
-def partition(buckets: Sequence[Bucket], pairs: int, call: int) -> list[Group]:
+def partition(buckets: Sequence[Bucket], pairs: int, call: int, multiple: int = 1) -> list[Group]:
     """The groups of least cost: ``call`` for each, and the padded multiply-adds of ``pairs`` of tokens.
 
     Sorted by width, groups of an optimum are runs; the best first run is found for every rest, from the end
     (quadratic in the number of buckets).
     """
-    ordered = sorted(buckets, key=lambda part: (_width(part), part.qk_start))
+    ordered = sorted(buckets, key=lambda part: (_width(part, multiple), part.qk_start))
     count = len(ordered)
     best: list[tuple[int, int]] = [(0, count)] * (count + 1)  # cost of what starts here, and where its first run ends
     for start in range(count - 1, -1, -1):
         heads, found = 0, []
         for stop in range(start + 1, count + 1):
             heads += len(ordered[stop - 1].heads)
-            found.append((call + 2 * heads * _width(ordered[stop - 1]) * pairs + best[stop][0], stop))
+            found.append((call + 2 * heads * _width(ordered[stop - 1], multiple) * pairs + best[stop][0], stop))
         best[start] = min(found)
     groups, start = [], 0
     while start < count:
         stop = best[start][1]
-        groups.append(group(ordered[start:stop]))
+        groups.append(group(ordered[start:stop], multiple))
         start = stop
     return groups
