@@ -13,7 +13,7 @@ help:
 	@echo "make pictures     draws the pictures of the documentation anew"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
-	@echo "make bench        benchmarks against peers; prints tables"
+	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"
 	@echo "make bench-streaming  memory of pruning a checkpoint of 4 GB on the disk; needs 9 GB there"
 	@echo "make test-compat  the tests of the Hugging Face adapters under transformers 4"
 	@echo "make test-wheel   the built wheel in an empty environment"
@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scoring_cost.py
 	$(BIN)/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/closed_form_cost.py --clips 64
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/speed.py --out bench
 	$(BIN)/python benchmarks/latency_budget.py
 	$(BIN)/python benchmarks/scoring_memory.py
 	$(BIN)/python benchmarks/accuracy.py keywords
@@ -83,4 +83,4 @@ test-wheel: $(STAMP)
 	  m = torch.nn.MultiheadAttention(64, 4); print(attnprune.prune_attention(m, 0.5))"
 
 clean:
-	rm -rf $(VENV) .venv-* dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* dist bench docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

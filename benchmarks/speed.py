@@ -1,14 +1,15 @@
 """How fast pruned models run: latency over dense, beside the ratio of multiply-adds, for plans of every kind and peers.
 
-    python benchmarks/speed.py [--models ast146 ast1214 vit encoder] [--batches 1 8] [--modes eager compiled]
+    python benchmarks/speed.py [--models ast146 ast1214 vit encoder] [--batches 1 8] [--modes eager compiled graphs]
+                               [--device cuda] [--out DIRECTORY]
 
 Half of the attention is removed. Every cell is the median, over interleaved rounds, of a variant's seconds over the
 dense model's in the same round. Weights and inputs are random. Ragged plans come from scores whose scale differs from
 head to head by a log-normal factor, so that heads keep from a few channels to all. "naive" runs the same plan with a
 call of the kernel for every head shape and nothing padded (``attnprune.nn.execution("separate")``). Float32 on a CPU;
-bfloat16 and float16 on an NVIDIA GPU, where compiled models run in CUDA graphs. Batches above 1 and compiled models are
-timed with --few-layers layers, as every layer is alike. Memory is the peak of what a forward pass allocates, over the
-dense model's.
+bfloat16 and float16 on an NVIDIA GPU, eager, compiled, and compiled into CUDA graphs ("graphs"), timed by CUDA events.
+Batches above 1 and compiled models are timed with --few-layers layers, as every layer is alike. Memory is the peak of
+what an eager forward pass allocates, over the dense model's. --out writes speed.json, speed.md and speed.png.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
 
 import torch
-from _paired import environment, paired, ratio, table
+from _paired import environment, paired, ratio, table, verdict
 from pruning_cost import peer
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTModel, ViTConfig, ViTModel
@@ -36,7 +37,18 @@ from attnprune.counting import count_macs
 from attnprune.nn import execution
 
 LIMITS = {"uniform": 1.03, "heads": 1.03, "decoupled": 1.06, "ragged": 1.10}
-"""Latency over dense that a plan may have, over its ratio of multiply-adds."""
+"""On a CPU: latency over dense that a plan may have, over its ratio of multiply-adds."""
+GPU_LIMITS = {
+    (32, "eager"): 0.82,
+    (32, "compiled"): 0.82,
+    (32, "graphs"): 0.82,
+    (1, "eager"): 1.02,
+    (1, "graphs"): 0.92,
+}
+"""On a GPU of the H200 class, AST-base at 1,214 tokens in bfloat16, by batch and mode: latency over dense."""
+GPU_MORE = {"uniform": 0.0, "heads": 0.0, "decoupled": 0.05, "ragged": 0.05}
+"""What the plans may have above that."""
+MODES = ("eager", "compiled", "graphs")
 
 
 class Varied(Scorer):
@@ -108,18 +120,24 @@ def variants(dense: nn.Module, example: Tensor) -> dict[str, nn.Module]:
 
 
 def runner(model: nn.Module, x: Tensor, mode: str) -> Callable[[], dict[str, float]]:
-    """Runs a forward pass and gives its seconds."""
-    if mode == "compiled":
-        options = {"mode": "reduce-overhead"} if x.is_cuda else {}
-        model = torch.compile(model, dynamic=False, **options)  # type: ignore[assignment]
+    """Runs a forward pass and gives its seconds, on CUDA those between two events of the stream."""
+    if mode != "eager":
+        options = {"mode": "reduce-overhead"} if mode == "graphs" else {}
+        model = torch.compile(model, dynamic=False, fullgraph=True, **options)  # type: ignore[assignment]
 
     def run() -> dict[str, float]:
-        start = time.perf_counter()
         with torch.no_grad():
-            model(x)
-        if x.is_cuda:
+            if not x.is_cuda:
+                start = time.perf_counter()
+                model(x)
+                return {"forward": time.perf_counter() - start}
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
-        return {"forward": time.perf_counter() - start}
+            before.record()
+            model(x)
+            after.record()
+            after.synchronize()
+            return {"forward": before.elapsed_time(after) / 1000}
 
     return run
 
@@ -157,11 +175,12 @@ def cell(setting: Setting, batch: int, mode: str, dtype: torch.dtype, device: st
     models = variants(dense, x[:1])
     macs = {name: count_macs(model, x[:1]) for name, model in models.items()}
     x = x.to(device, dtype)
+    torch._dynamo.reset()
     runs = {name: runner(model.to(device, dtype), x, mode) for name, model in models.items()}
     if mode == "eager":
         runs |= {f"{name}, naive": naive(runs[name]) for name in NAIVE}
-    torch._dynamo.reset()
-    times = paired(runs, rounds, warm_up=3 if mode == "compiled" else 2)
+    with torch._dynamo.config.patch(recompile_limit=len(models) + 1):  # they may share code
+        times = paired(runs, rounds, warm_up=2 if mode == "eager" else 4)
     memory = {name: peak(model, x) for name, model in models.items()}
     return {
         name: {
@@ -175,76 +194,114 @@ def cell(setting: Setting, batch: int, mode: str, dtype: torch.dtype, device: st
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32] if cuda else [1, 8])
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=("eager", "compiled"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 on a CPU, 1 32 on a GPU")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: eager on a CPU, all on a GPU")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"),
+                        help="default: float32 on a CPU, bfloat16 float16 on a GPU")  # fmt: skip
     parser.add_argument("--layers", type=int, default=12, help="of eager models at batch 1 (12)")
-    parser.add_argument("--few-layers", type=int, default=12 if cuda else 3, help="elsewhere (GPU 12, CPU 3)")
+    parser.add_argument("--few-layers", type=int, help="elsewhere (default: 3 on a CPU, 12 on a GPU)")
     parser.add_argument("--rounds", type=int, default=0, help="0: by the size of the input")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write every figure there, beside those of other settings")
     parser.add_argument("--plot", type=Path, help="draw a picture there")
+    parser.add_argument("--out", type=Path, help="a directory for speed.json, speed.md and speed.png")
     parser.add_argument("--render", type=Path, help="only print and draw what an earlier run wrote to this file")
     args = parser.parse_args()
+    gpu = args.device == "cuda"
+    args.batches = args.batches or ([1, 32] if gpu else [1, 8])
+    args.modes = args.modes or (list(MODES) if gpu else ["eager"])
+    args.dtypes = args.dtypes or (["bfloat16", "float16"] if gpu else ["float32"])
+    args.few_layers = args.few_layers or (12 if gpu else 3)
+    if args.device == "cpu" and "graphs" in args.modes:
+        parser.error("graphs are of a GPU")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.json, args.plot = args.out / "speed.json", args.out / "speed.png"
     if args.render:
         found = json.loads(args.render.read_text())
     else:
-        found = measure(args, "cuda" if cuda else "cpu")
+        found = measure(args)
         if args.json and args.json.exists():  # settings that this run did not time keep their figures
             new = {_key(one) for one in found["cells"]}
             old = json.loads(args.json.read_text())["cells"]
             found["cells"] = [one for one in old if _key(one) not in new] + found["cells"]
-    print(", ".join(f"{key} {value}" for key, value in found["environment"].items()), markdown(found), sep="\n\n")
+    text = "\n\n".join([", ".join(f"{key} {value}" for key, value in found["environment"].items()), markdown(found)])
+    print(text)
+    if args.out:
+        (args.out / "speed.md").write_text(text + "\n")
     if args.json and not args.render:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot:
         from speed_plot import draw
 
-        draw(found["cells"], LIMITS, args.plot)
+        draw(found["cells"], args.plot)
 
 
 def _key(one: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(one[name] for name in ("model", "batch", "mode", "dtype"))
+    return tuple(one.get(name, "cpu") for name in ("model", "batch", "mode", "dtype", "device"))
 
 
-def measure(args: argparse.Namespace, device: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     env = environment("attnprune", "transformers", "torch-pruning")
-    if device == "cuda":
+    if args.device == "cuda":
         env["gpu"] = torch.cuda.get_device_name()
     cells = []
     for model in args.models:
         for batch in args.batches:
             for mode in args.modes:
-                for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32,):
+                for dtype in args.dtypes:
                     setting = SETTINGS[model]
                     layers = args.layers if batch == 1 and mode == "eager" else args.few_layers
-                    rounds = args.rounds or (50 if device == "cuda" else 25 if batch * setting.tokens < 1000 else 9)
-                    key = {"model": model, "tokens": setting.tokens, "batch": batch, "mode": mode, "layers": layers}
-                    key["dtype"] = str(dtype).removeprefix("torch.")
-                    ratios = cell(setting, batch, mode, dtype, device, layers, rounds)
+                    few = 25 if batch * setting.tokens < 1000 else 9
+                    rounds = args.rounds or (50 if args.device == "cuda" else few)
+                    key = {"model": model, "tokens": setting.tokens, "batch": batch, "mode": mode, "layers": layers,
+                           "dtype": dtype, "device": args.device}  # fmt: skip
+                    ratios = cell(setting, batch, mode, getattr(torch, dtype), args.device, layers, rounds)
                     cells.append({**key, "variants": ratios})
                     print(markdown({"cells": cells[-1:]}), flush=True)
     return {"environment": env, "cells": cells}
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """A table: latency over dense (over its limit: *), and the ratio of multiply-adds."""
+    """A table: latency over dense, the ratio of multiply-adds, and whether a limit is met."""
     rows = []
     for one in found["cells"]:
         for name, value in one["variants"].items():
             if name == "dense":
                 continue
-            limit = LIMITS.get(name)
-            over = value["latency"] / value["macs"]
-            verdict = "" if limit is None else f"{over:.3f} of {limit}"
             how = [one["model"], one["tokens"], one["batch"], f"{one['dtype']} {one['mode']}", name]
             memory = "" if "naive" in name else f"{value['memory']:.3f}"
-            rows.append([*map(str, how), f"{value['latency']:.3f}", f"{value['macs']:.3f}", verdict, memory])
-    header = ["model", "tokens", "batch", "how", "plan", "latency", "multiply-adds", "their quotient", "memory"]
+            found_limit = limit(one, name, value["macs"])
+            said = "" if found_limit is None else verdict(value["latency"], round(found_limit, 3))
+            quotient = f"{value['latency'] / value['macs']:.3f}"
+            rows.append([*map(str, how), f"{value['latency']:.3f}", f"{value['macs']:.3f}", quotient, said, memory])
+    header = [
+        "model",
+        "tokens",
+        "batch",
+        "how",
+        "plan",
+        "latency",
+        "multiply-adds",
+        "their quotient",
+        "limit",
+        "memory",
+    ]
     return table(header, rows)
+
+
+def limit(one: dict[str, Any], name: str, macs: float) -> float | None:
+    """The most that a plan's latency over dense should be in a cell; None where nothing was set."""
+    if one.get("device", "cpu") == "cpu":
+        return LIMITS[name] * macs if name in LIMITS and one["mode"] == "eager" else None
+    base = GPU_LIMITS.get((one["batch"], one["mode"]))
+    if base is None or name not in GPU_MORE or (one["model"], one["dtype"]) != ("ast1214", "bfloat16"):
+        return None
+    return base + GPU_MORE[name]
 
 
 if __name__ == "__main__":

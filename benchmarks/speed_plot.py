@@ -13,7 +13,7 @@ BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 STYLE = {"naive": ("#bcbcbc", "////"), "Torch-Pruning": ("#ffffff", "....")}
 
 
-def draw(cells: Sequence[Mapping[str, Any]], limits: Mapping[str, float], path: Path) -> None:
+def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One panel a setting: bars of latency over dense, a black mark where the multiply-adds would have it."""
     across = min(4, len(cells))
     down = -(-len(cells) // across)
@@ -33,10 +33,14 @@ def draw(cells: Sequence[Mapping[str, Any]], limits: Mapping[str, float], path: 
             )
         panel.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         panel.set_yticks(range(len(ORDER)), list(reversed(ORDER)), fontsize=8)
-        panel.set_title(f"{one['model']}: {one['tokens']} tokens, batch {one['batch']}, {one['mode']}", fontsize=8)
+        panel.set_title(f"{one['model']}: {one['tokens']} tokens, batch {one['batch']}, {_how(one)}", fontsize=8)
         panel.tick_params(axis="x", labelsize=7)
         panel.set_xlim(0, min(2.0, max(v["latency"] for c in cells for v in c["variants"].values()) * 1.12))
     for panel in panels[len(cells) :]:
         panel.set_visible(False)
     figure.supxlabel("latency over dense (bars; dashed: dense) and ratio of multiply-adds (black marks)", fontsize=8)
     figure.savefig(path, dpi=80)
+
+
+def _how(one: Mapping[str, Any]) -> str:
+    return one["mode"] if one["dtype"] == "float32" else f"{one['mode']}, {one['dtype']}"
