@@ -108,46 +108,68 @@ def test_exact_in_every_layout(name: str, layout: str) -> None:
     check()
 
 
-def head_by_head(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, **options: Any) -> Tensor:
-    """Context in stored order: every head by the fused kernel on its own."""
+def head_by_head(
+    q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Context in stored order: every head by the fused kernel on its own; masks ``(batch, 1 or heads, ...)``."""
     contexts = []
     for head in layout.order:
         qk, vo = (slice(*layout.span(kind, head)) for kind in KINDS)
-        contexts.append(F.scaled_dot_product_attention(q[..., qk], k[..., qk], v[..., vo], scale=0.3, **options))
+        own = None if mask is None else mask[:, head if mask.shape[1] > 1 else 0]
+        contexts.append(F.scaled_dot_product_attention(q[..., qk], k[..., qk], v[..., vo], own, scale=0.3, **options))
     return torch.cat(contexts, dim=-1)
 
 
 @settings(max_examples=150)
 @given(
     seed=seeds, dims=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
-    batch=st.integers(1, 3), queries=st.integers(1, 7), keys=st.integers(1, 7), whole=st.sampled_from([0, 1 << 60]),
+    batch=st.integers(1, 3), queries=st.integers(1, 7), keys=st.integers(1, 7), alike=st.integers(1, 3),
+    whole=st.sampled_from([0, 20, 60, 1 << 60]), each=st.booleans(),
     piece=st.sampled_from([1, 9, 25, 70, 1 << 20]), mask=st.sampled_from(["none", "bool", "additive", "causal"]),
     single=st.booleans(),
 )  # fmt: skip
 def test_products(
-    seed: int, dims: list[tuple[int, int]], batch: int, queries: int, keys: int, whole: int, piece: int, mask: str,
-    single: bool,
+    seed: int, dims: list[tuple[int, int]], batch: int, queries: int, keys: int, alike: int, whole: int, each: bool,
+    piece: int, mask: str, single: bool,
 ) -> None:  # fmt: skip
     """Whole or in pieces of any size: what the fused kernel gives, with queries that may attend to nothing."""
     g = torch.Generator().manual_seed(seed)
-    layout = HeadLayout(*map(tuple, zip(*dims, strict=True)))
+    layout = HeadLayout(*map(tuple, zip(*dims * alike, strict=True)))
     q, k, v = (
         torch.randn(batch, tokens, sum(width), generator=g, dtype=torch.float64)
         for tokens, width in ((queries, layout.qk), (keys, layout.qk), (keys, layout.vo))
     )
-    allowed = torch.rand(1 if single else batch, 1, queries, keys, generator=g) > 0.4
+    rows = len(layout.qk) if each else 1
+    allowed = torch.rand(1 if single else batch, rows, queries, keys, generator=g) > 0.4
     given = {"none": None, "causal": None, "bool": allowed, "additive": torch.zeros(allowed.shape, dtype=q.dtype)}[mask]
     if mask == "additive":
         given = torch.randn(allowed.shape, generator=g, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
     causal = mask == "causal"
-    one = None if given is None else given[:, 0]
-    expected = head_by_head(q, k, v, layout, attn_mask=one, is_causal=causal).nan_to_num(0.0)
+    expected = head_by_head(q, k, v, layout, given, is_causal=causal).nan_to_num(0.0)
+
+    def of(mask: Tensor, bucket: Bucket) -> Tensor:
+        return mask[:, list(bucket.heads)] if each else mask
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "WHOLE", whole)
         patch.setattr(products, "PIECE", piece)
         patch.setattr(products, "CAUSAL", 3)
-        found = products.products(q, k, v, layout, Plain(0.3, given, causal, lambda rows, _: rows))
+        found = products.products(q, k, v, layout, Plain(0.3, given, causal, of))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_where_a_query_attends_to_nothing() -> None:
+    """They are zero for it, and no NaN reaches the others."""
+    layout = HeadLayout(qk=(2, 3), vo=(4, 1))
+    allowed = torch.tensor([[True, False, True], [False, False, False]])
+    for mask in (allowed, torch.zeros(2, 3).double().masked_fill(~allowed, -torch.inf)):
+        q, k, v = (torch.randn(1, n, 5, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3))
+        found = products.products(q, k, v, layout, Plain(0.3, mask[None, None], False, lambda rows, _: rows))
+        expected = head_by_head(q[:, :1], k[:, ::2], v[:, ::2], layout)
+        torch.testing.assert_close(found, F.pad(expected, (0, 0, 0, 1)))
+        ours = torch.autograd.grad(found.square().sum(), (q, k, v))
+        theirs = torch.autograd.grad(expected.square().sum(), (q, k, v))
+        torch.testing.assert_close(ours, theirs)
 
 
 @settings(max_examples=60)

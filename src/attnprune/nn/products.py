@@ -143,8 +143,9 @@ def _together(heads: int, queries: int, keys: int) -> int:
 
 
 def _size(heads: int, queries: int, keys: int) -> int:
-    """Scores that a buffer needs room for: of all of these heads, or of a piece, or of one query."""
-    return max(min(PIECE, _together(heads, queries, keys) * queries * keys), keys)
+    """Scores that a buffer needs room for: of all of these heads, or of a piece, or of one query each."""
+    together = _together(heads, queries, keys)
+    return max(min(PIECE, together * queries * keys), together * keys)
 
 
 def _pieces(
