@@ -17,7 +17,7 @@ from attnprune.integrations.auto import AttnPruneConfig
 
 from .conformance import close, family, fresh, inputs
 from .families import FAMILIES, HFFamily
-from .test_checkpoint import PIXELS, logits, pruned, same, vit
+from .test_checkpoint import PIXELS, clip, logits, pruned, same, vit
 
 HUGGING_FACE = [name for name, cls in FAMILIES.items() if issubclass(cls, HFFamily)]  # type: ignore[arg-type]
 
@@ -107,11 +107,7 @@ def test_a_trainer_takes_it(tmp_path: Path) -> None:
 
 
 def test_composite_models(tmp_path: Path) -> None:
-    text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 12,
-            "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19}  # fmt: skip
-    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
-             "image_size": 16, "patch_size": 8}  # fmt: skip
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+    model = clip()
     prune_attention(model, 0.5, heads="ragged")
     model.save_pretrained(tmp_path)
     again = load(transformers.AutoModel, tmp_path)

@@ -299,12 +299,16 @@ def test_a_base_model_saved_on_its_own_loads(tmp_path: Path) -> None:
     same(model.distilbert, from_pretrained(tmp_path))
 
 
-def test_composite_models_keep_their_parts_configs_together(tmp_path: Path) -> None:
+def clip() -> Any:
     text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 12,
             "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19}  # fmt: skip
     image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
              "image_size": 16, "patch_size": 8}  # fmt: skip
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+
+
+def test_composite_models_keep_their_parts_configs_together(tmp_path: Path) -> None:
+    model = clip()
     prune_attention(model, 0.5, heads="ragged")
     assert model.config.text_config is model.text_model.config
     model.save_pretrained(tmp_path / "both")

@@ -164,7 +164,7 @@ def _lengths(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, set[in
             try:
                 model(**_shorter(inputs, places))
             except Exception:
-                continue
+                continue  # a trial: models refuse a size by any error; one on the inputs themselves is raised later
             return places
     return {}
 
