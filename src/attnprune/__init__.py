@@ -10,23 +10,22 @@ torch.Size([32, 64])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, errors, scorers
+from . import adapters, errors
 from .adapters import Adapter, register_adapter, unregister_adapter
 from .allocate import Rules, allocate
 from .api import apply_plan, find_attention, make_plan, masked, prune_attention
-from .by_hand import prune_channels, prune_heads
 from .layer_plan import LayerPlan
 from .plan import Plan
 from .ratios import Ratios
 from .report import Report
-from .scorers import Scorer
 from .scores import Scores
 from .spec import AttentionSpec
 from .surgery import ParamMap, Surgeon
 from .views import AttentionView, Slot
 
 if TYPE_CHECKING:
-    from . import latency, plots
+    from . import latency, plots, scorers
+    from .by_hand import prune_channels, prune_heads
     from .calibration import calibrate
     from .checkpoint.describe import load_skeleton, read_report
     from .checkpoint.load import from_pretrained, load_pruned
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from .packing import pack_qkv, unpack_qkv
     from .processes import across_processes
     from .pruner import AttentionPruner
+    from .scorers import Scorer
     from .scoring import score_attention
     from .target import energy_curves
     from .timetable import LatencyTable
@@ -103,6 +103,7 @@ _LATER = {  # loaded when asked for
     "AttentionPruner": "pruner",
     "Calibration": "moments",
     "LatencyTable": "timetable",
+    "Scorer": "scorers",
     "across_processes": "processes",
     "apply_to_checkpoint": "checkpoint.stream",
     "calibrate": "calibration",
@@ -116,6 +117,8 @@ _LATER = {  # loaded when asked for
     "load_pruned": "checkpoint.load",
     "load_skeleton": "checkpoint.describe",
     "pack_qkv": "packing",
+    "prune_channels": "by_hand",
+    "prune_heads": "by_hand",
     "read_report": "checkpoint.describe",
     "rewrap": "distributed",
     "save_pruned": "checkpoint.save",
@@ -138,6 +141,7 @@ _MODULES = {
     "planning",
     "plots",
     "pruner",
+    "scorers",
     "scoring",
     "target",
     "timetable",

@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel
 from .adapters import find_views
 from .adapters.registry import all_views, plain
 from .allocate import Granularity, Heads, Rules, Scope, Split
-from .checkpoint.record import ConfigEntry
 from .counting import count_macs, count_parameters
 from .errors import AttnPruneWarning, OptionError
 from .plan import Plan
@@ -22,7 +21,6 @@ from .processes import agree
 from .ratios import Ratios, RatiosLike
 from .report import Measured, Report
 from .rounding import auto_rounding, check_rounding
-from .scorers import LossFn, Scorer
 from .spec import AttentionSpec
 from .surgery import (
     OptimizerPatch,
@@ -38,7 +36,9 @@ from .views import AttentionView
 
 if TYPE_CHECKING:
     from .moments import Calibration
+    from .passes import LossFn
     from .planning import Basis, Compensate
+    from .scorers import Scorer
     from .timetable import LatencyTable
 
 
@@ -200,6 +200,8 @@ def prepare_plan(
     Args:
         also: other steps that are taken along with the surgery, or not at all.
     """
+    from .checkpoint.record import ConfigEntry
+
     if measure and example_inputs is None:
         raise OptionError("measure", "example_inputs to run", "none", "pass example_inputs=")
     model = plain(model)
