@@ -34,6 +34,7 @@ from attnprune import (
     apply_plan,
     errors,
     find_attention,
+    from_pretrained,
     load_pruned,
     make_plan,
     masked,
@@ -70,6 +71,7 @@ from attnprune.errors import (
     UnknownUnitError,
     WrappedModelError,
 )
+from attnprune.rounding import liked_multiple
 
 # the models
 
@@ -448,6 +450,17 @@ CASES: dict[str, Case] = {
         latency=LatencyTable({}, 1.0, 0.5, (), (), 1, 3),
     ),
     "no saved model": wrong(CheckpointError, "/nowhere|a directory|nothing|path", lambda m: load_pruned("/nowhere", m)),
+    "device": wrong(
+        OptionError, "device|of this machine|'toaster'|cpu", lambda m: load_pruned("/nowhere", m, device="toaster")
+    ),
+    "device that is not there": wrong(
+        OptionError, "device|of this machine|'cuda:99'|cpu", lambda m: load_pruned("/nowhere", m, device="cuda:99")
+    ),
+    "device whose backend is not installed": wrong(
+        OptionError, "device|'hpu'|cpu", lambda _: from_pretrained("/nowhere", device="hpu")
+    ),
+    "device of another type": wrong(OptionError, "device|3.5", lambda _: from_pretrained("/nowhere", device=3.5)),
+    "device to round for": wrong(OptionError, "device|'toaster'|cpu", lambda _: liked_multiple("toaster", torch.half)),
     "optimizer of another type": wrong(
         OptimizerStateError, "optimizer|int|itself", lambda m: apply_plan(m, make_plan(m, 0.5), optimizer=3)
     ),

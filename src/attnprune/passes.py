@@ -184,3 +184,23 @@ def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's inputs go: the device of its first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def device_named(device: str | torch.device, where: str = "device", *, here: bool = True) -> torch.device:
+    """A device, of this machine unless ``here`` is False.
+
+    Raises:
+        OptionError: there is no such device.
+
+    >>> device_named("cpu")
+    device(type='cpu')
+    """
+    try:
+        place = torch.device(device)
+        if here:
+            torch.empty(0, device=place)
+    except Exception as error:  # torch raises four kinds, by the kind of device
+        expected = "a device of this machine" if here else "a device"
+        found = f"{device!r} ({str(error).partition(chr(10))[0][:80]})"
+        raise OptionError(where, expected, found, 'write "cpu", or "cuda" where there is one') from error
+    return place

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .errors import OptionError
+from .passes import device_named
 from .spec import AttentionSpec
 from .views import AttentionView
 
@@ -14,15 +15,19 @@ LEVELS = 4
 """Multiples that a head's dim holds at least, so that there is something to choose from."""
 
 
-def liked_multiple(device: torch.device, dtype: torch.dtype) -> int:
+def liked_multiple(device: str | torch.device, dtype: torch.dtype) -> int:
     """Channels per head in whose multiples a device's kernels run best.
 
     On a CPU the floats of one vector register (16 with AVX-512, else 8). On CUDA 8 for half precision, which is what
     tensor cores and the flash kernel want, and 4 for float32 (16 bytes, the alignment of the memory-efficient kernel).
 
-    >>> liked_multiple(torch.device("cuda"), torch.bfloat16)
+    Raises:
+        OptionError: no kind of device; it need not be here.
+
+    >>> liked_multiple("cuda", torch.bfloat16)
     8
     """
+    device = device_named(device, here=False)
     if device.type == "cuda":
         return 8 if dtype.itemsize <= 2 else 4
     if device.type == "cpu":
@@ -30,11 +35,11 @@ def liked_multiple(device: torch.device, dtype: torch.dtype) -> int:
     return 8
 
 
-def rounding(specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> int:
+def rounding(specs: Sequence[AttentionSpec], device: str | torch.device, dtype: torch.dtype) -> int:
     """The device's multiple, or the largest half, quarter ... of it of which the smallest head holds four.
 
     >>> specs = [AttentionSpec.of("attention", heads=12, head_dim=64, d_model=768)]
-    >>> rounding(specs, torch.device("cuda"), torch.float16)
+    >>> rounding(specs, "cuda", torch.float16)
     8
     """
     step = liked_multiple(device, dtype)

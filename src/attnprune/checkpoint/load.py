@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters.registry import all_views, plain
 from ..errors import AttnPruneError, CheckpointError, OptionError
+from ..passes import device_named
 from ..surgery import Surgeon
 from . import hf
 from .folder import Folder, refuse
@@ -47,6 +48,7 @@ def load_pruned(
         The model, in evaluation mode if it was built here.
 
     Raises:
+        OptionError: no such dtype, or no such device on this machine; nothing was read.
         CheckpointError: a file is missing, malformed, altered, a link, or does not fit the model, which is then as it
             was.
 
@@ -63,7 +65,7 @@ def load_pruned(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise OptionError("dtype", "a floating-point torch.dtype, or None", repr(dtype), "write torch.float16")
-    folder, place = Folder.at(directory), None if device is None else torch.device(device)
+    place, folder = None if device is None else device_named(device), Folder.at(directory)
     if not folder.has(MANIFEST):
         return _of_transformers(folder, model, place, dtype)
     manifest = Manifest.read(folder)
@@ -103,7 +105,7 @@ def from_pretrained(
         verify: whether to compare the weights' digests, where the directory has any.
 
     Raises:
-        CheckpointError: as in :func:`load_pruned`.
+        OptionError, CheckpointError: as in :func:`load_pruned`.
 
     >>> import tempfile
     >>> from transformers import ViTConfig, ViTModel

@@ -20,6 +20,7 @@ from ..checkpoint.save import save_pruned
 from ..checkpoint.stock import export_stock
 from ..counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
+from ..passes import device_named
 from ..plan import Plan
 from ..report import Report
 from .inputs import DataFile, example_inputs
@@ -223,11 +224,7 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan
 
 
 def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError("--device", "a device of this machine", repr(device), str(error)[:80]) from error
+    place = device_named(device, "--device")
     manifest = without_config(Folder.at(directory))
     if manifest is not None:
         remedy = "use attnprune.load_pruned(directory, model) in Python; inspect and report work here"
