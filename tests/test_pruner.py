@@ -437,6 +437,10 @@ def test_a_compiled_model_traces_again_after_a_step() -> None:
     while not pruner.done:
         pruner.step()
         close(compiled(**given).last_hidden_state.detach(), model(**given).last_hidden_state.detach(), 1e-12, "output")
+    assert [layer.spec.name for layer in pruner.plan.layers] == [spec.name for spec in find_attention(model)]
+    plain = fresh("ViT", 1)  # what it saves is of the model inside
+    AttentionPruner(plain, 0.5, steps=2, scorer="magnitude").load_state_dict(pruner.state_dict())
+    close(plain(**given).last_hidden_state.detach(), compiled(**given).last_hidden_state.detach(), 1e-12, "output")
 
 
 def test_what_a_pruner_refuses() -> None:
