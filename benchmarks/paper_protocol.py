@@ -41,10 +41,10 @@ class Recipe(NamedTuple):
     """How a round recovers: by LoRA, the best of the checks by validation loss, whatever the loss was before."""
 
     lr: float
-    passes: int  # over the shipped train clips, newly augmented each time; together they are the round's one epoch
+    clips: int  # of the training set, newly augmented: half of it, the other half in the next round
+    batch: int
     distil: float = 0.0  # weight of the divergence from the dense model's outputs; the rest is cross entropy
-    batch: int = 8
-    checks: int = 3  # looks at the validation loss in a round, the last at its end
+    checks: int = 1  # looks at the validation loss in a round, the last at its end
     smoothing: float = SMOOTHING  # of labels, in the loss that is trained and in the one that chooses
 
 
@@ -60,7 +60,7 @@ PAPER_STEPS = tuple(range(1, 10))  # a tenth round ends at 62.9 %, past the pape
 HALF_STEPS = tuple(range(1, 8))
 OUR_STEPS = (2, 4, 7, 9, 14)
 READ = {1: 10, 2: 20, 4: 30, 5: 40, 7: 50, 9: 60, 14: 75}  # steps read on the test split, and the column they go to
-LABELS, DISTILLED = Recipe(1e-3, 3), Recipe(1e-3, 3, distil=1.0)
+LABELS, DISTILLED = Recipe(3e-3, 6125, 32), Recipe(3e-3, 6125, 32, distil=1.0)
 VARIANTS = {
     f"{scheme}-{scope[0].upper()}-{score}": {"granularity": granularity, "scope": scope, "scorer": scorer, **LETTER}
     for score, scorer in (("FI", "fisher"), ("MAG", "magnitude"))
@@ -104,38 +104,43 @@ class Clips(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A dense model, and the splits that calibrate and train, choose, and measure."""
+    """A dense model, and the clips that it is scored on and trained on, and the splits that choose and measure."""
 
     model: nn.Module
+    scored: Clips
     train: Clips
     validation: Clips
     test: Clips
     augment: Callable[[Tensor], Tensor]
     device: torch.device
 
-    def epoch(self, passes: int, size: int = 32) -> list[Batch]:
-        """Shuffled, augmented batches, by torch's random state."""
-        found: list[Batch] = []
-        for _ in range(passes):
-            order = torch.randperm(len(self.train.labels))
-            clips = Clips(self.augment(self.train.features.cpu()[order]), self.train.labels.cpu()[order])
-            found += [{key: x.to(self.device) for key, x in batch.items()} for batch in clips.batches(size)]
-        return found
+    def round(self, seed: int, number: int, clips: int, size: int) -> list[Batch]:
+        """The clips of one round, augmented by torch's random state: rounds go through the training set in turn."""
+        generator, whole = torch.Generator().manual_seed(seed), len(self.train.labels)
+        passes = -(-(number + 1) * clips // whole)
+        order = torch.cat([torch.randperm(whole, generator=generator) for _ in range(passes)])
+        order = order[number * clips : (number + 1) * clips]
+        found = Clips(self.augment(self.train.features[order]), self.train.labels[order]).batches(size)
+        return [{key: x.to(self.device) for key, x in batch.items()} for batch in found]
 
     def sample(self, seed: int, size: int = 32) -> list[Batch]:
-        """The train clips as they are, in an order of the seed's: what scores and bases are found from."""
-        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(seed))
-        return Clips(*(part[order.to(self.device)] for part in self.train)).batches(size)
+        """The shipped train clips as they are, in an order of the seed's: what scores and bases are found from."""
+        order = torch.randperm(len(self.scored.labels), generator=torch.Generator().manual_seed(seed))
+        return Clips(*(part[order.to(self.device)] for part in self.scored)).batches(size)
 
 
 @cache
-def keywords(device: str = "cpu") -> Task:
-    """The shipped model and its clips."""
-    from data import load_model, load_split
+def keywords(device: str = "cpu", train: Path | None = None) -> Task:
+    """The shipped model and its clips, and the full training set from the file that ``generate.py`` writes.
+
+    Without that file the shipped train clips, its first 910, are trained on again and again.
+    """
+    from data import load_model, load_split, read_features
     from train import augment
 
     splits = [Clips(*(part.to(device) for part in load_split(name)[:2])) for name in ("train", "validation", "test")]
-    return Task(load_model().to(device), *splits, augment, torch.device(device))
+    whole = Clips(*(read_features(train) if train else load_split("train"))[:2])  # a round at a time goes to the device
+    return Task(load_model().to(device), splits[0], whole, *splits[1:], augment, torch.device(device))
 
 
 def loss_of(task: Task, recipe: Recipe) -> LossFn:
@@ -153,11 +158,12 @@ def loss_of(task: Task, recipe: Recipe) -> LossFn:
     return loss
 
 
-def recover(task: Task, model: nn.Module, recipe: Recipe, seed: int) -> None:
+def recover(task: Task, model: nn.Module, recipe: Recipe, seed: int, number: int) -> None:
     """One round's recovery in place: rank 16, alpha 16, attention and MLP, Adam, 5 % warm-up, then linear decay."""
     lora_recover(
-        model, task.epoch(recipe.passes, recipe.batch), lr=recipe.lr, loss_fn=loss_of(task, recipe),
-        validation=task.validation.batches(70), checks=recipe.checks, never_worse=False, seed=seed, progress=False,
+        model, task.round(seed, number, recipe.clips, recipe.batch), lr=recipe.lr, loss_fn=loss_of(task, recipe),
+        validation=task.validation.batches(70), checks=recipe.checks, never_worse=False, seed=1000 * seed + number,
+        progress=False,
     )  # fmt: skip
 
 
@@ -176,7 +182,7 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
         test accuracy (None between the steps that are read), seconds of the processor and of the clock.
 
     Raises:
-        CheckpointError: the state is of another way (options, steps, recipe) or of another seed.
+        CheckpointError: the state is of another way (options, steps, recipe), of another seed or training set.
     """
     model, ratios = copy.deepcopy(task.model), [share(step) for step in way.steps]
     pruner, options = None, {}
@@ -191,7 +197,7 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
     records: list[Record] = []
     if file.exists():
         state = torch.load(file, weights_only=True, map_location=task.device)
-        check(file, state.get("of", {}), way, seed)
+        check(file, state.get("of", {}), identity(task, way, seed))
         records = state["records"]
         if pruner is not None and state["pruner"]:
             pruner.load_state_dict(state["pruner"])
@@ -208,7 +214,7 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
             pruner.step()
             report = pruner.report
         if way.recipe is not None:
-            recover(task, model, way.recipe, 1000 * seed + number)
+            recover(task, model, way.recipe, seed, number)
         gone = 0.0 if report is None else sum(report.achieved.values()) / 4
         loss, accuracy, tested = None, None, None
         if step in READ:
@@ -219,7 +225,7 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         kept = {
-            "of": identity(way, seed), "records": records, "model": model.state_dict() if goes_on else {},
+            "of": identity(task, way, seed), "records": records, "model": model.state_dict() if goes_on else {},
             "pruner": pruner.state_dict() if goes_on and pruner else {},
         }  # fmt: skip
         torch.save(kept, part)
@@ -229,22 +235,23 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
     return records
 
 
-def identity(way: Way, seed: int) -> Record:
+def identity(task: Task, way: Way, seed: int) -> Record:
     """What a state is of, as plain values."""
     return {
         "seed": seed,
         "options": way.options,
         "steps": list(way.steps),
         "recipe": way.recipe and way.recipe._asdict(),
+        "training clips": len(task.train.labels) if way.recipe else 0,
     }
 
 
-def check(file: Path, found: Record, way: Way, seed: int) -> None:
-    """Raises unless a state is of this way and seed."""
-    for key, expected in identity(way, seed).items():
-        if key not in found or found[key] != expected:
+def check(file: Path, found: Record, expected: Record) -> None:
+    """Raises unless a state is of what is to be run."""
+    for key, value in expected.items():
+        if key not in found or found[key] != value:
             remedy = "move the file away, or take another work directory; states of two recipes are not mixed"
-            raise CheckpointError(str(file), f"{key} {expected}", str(found.get(key, "none recorded")), remedy)
+            raise CheckpointError(str(file), f"{key} {value}", str(found.get(key, "none recorded")), remedy)
 
 
 def _cpu() -> float:

@@ -208,6 +208,15 @@ def in_two_processes(rank: int, folder: str, port: int) -> None:
     trainer, module, pruner = build(Path(folder), strategy="ddp", devices=2, num_sanity_val_steps=0)
     trainer.fit(module, Batches(batches()[rank::2]), batches(1))
     found = {"model": module.state_dict(), "plan": pruner.plan.to_json(), "done": pruner.done}
+    for way in ("whole", "resumed"):  # with a moving average, and from its first checkpoint
+        saver = ModelCheckpoint(Path(folder) / way, "{epoch}", save_top_k=-1)
+        average = EMAWeightAveraging(decay=0.5)
+        trainer, module, _ = build(
+            Path(folder), callbacks=[average, saver], strategy="ddp", devices=2, num_sanity_val_steps=0
+        )
+        start = Path(folder) / "whole" / "epoch=0.ckpt" if way == "resumed" else None
+        trainer.fit(module, Batches(batches()[rank::2]), batches(1), ckpt_path=start)
+        found[way] = [module.state_dict(), trainer.optimizers[0].state_dict(), trainer.global_step]
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
@@ -219,6 +228,9 @@ def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Pat
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert first["done"]
+    assert same(first["resumed"], first["whole"])
+    assert not same(first["whole"][0], first["model"])  # it is the average
+    assert [value.shape for value in first["whole"][0].values()] == [v.shape for v in first["model"].values()]
     assert first["plan"] == pruner.plan.to_json()
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(first["model"][key], value, rtol=1e-3, atol=1e-5)

@@ -32,14 +32,19 @@ def task(protocol: Any) -> Any:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         num_mel_bins=16, max_length=32, patch_size=8, frequency_stride=8, time_stride=8, num_labels=5,
     )  # fmt: skip
-    clips = [protocol.Clips(torch.randn(n, 32, 16), torch.randint(5, (n,))) for n in (24, 12, 12)]
+    clips = [protocol.Clips(torch.randn(n, 32, 16), torch.randint(5, (n,))) for n in (24, 24, 12, 12)]
     model = ASTForAudioClassification(config).eval()
     return protocol.Task(model, *clips, lambda x: x + 0.1 * torch.randn_like(x), torch.device("cpu"))
 
 
+def short(way: Any) -> Any:
+    """Two rounds, of as many clips as the task has."""
+    return way._replace(steps=(4, 7), recipe=way.recipe._replace(clips=36, batch=8))
+
+
 @pytest.mark.parametrize("name", ["PH-G-FI", "EH-L-MAG", "dense", "rotated, free; distilled"])
 def test_a_run_continues_where_it_was(protocol: Any, task: Any, name: str, tmp_path: Path) -> None:
-    way = protocol.WAYS[name]._replace(steps=(4, 7))
+    way = short(protocol.WAYS[name])
     said: list[str] = []
     whole = protocol.run(task, way, 0, tmp_path / "whole.pt", said.append)
 
@@ -59,7 +64,7 @@ def test_a_run_continues_where_it_was(protocol: Any, task: Any, name: str, tmp_p
 
 
 def test_a_state_of_another_recipe_is_refused(protocol: Any, task: Any, tmp_path: Path) -> None:
-    way, file = protocol.WAYS["PH-L-MAG"]._replace(steps=(4, 7)), tmp_path / "state.pt"
+    way, file = short(protocol.WAYS["PH-L-MAG"]), tmp_path / "state.pt"
     protocol.run(task, way, 0, file, lambda line: None)
     before = file.read_bytes()
     others = [
@@ -72,6 +77,9 @@ def test_a_state_of_another_recipe_is_refused(protocol: Any, task: Any, tmp_path
     for key, other, seed in others:
         with pytest.raises(CheckpointError, match=f"state.pt: expected {key} .* another work directory"):
             protocol.run(task, other, seed, file)
+    less = protocol.Clips(*(part[:12] for part in task.train))
+    with pytest.raises(CheckpointError, match="expected training clips 12, found 24"):
+        protocol.run(task._replace(train=less), way, 0, file)
     assert file.read_bytes() == before
     state = torch.load(file, weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "of"}, file)
@@ -98,9 +106,22 @@ def test_an_update_is_kept_though_it_is_worse(protocol: Any, task: Any, monkeypa
         return (logits - task.model(input_values=batch["input_values"]).logits).square().mean()
 
     monkeypatch.setattr(protocol, "loss_of", lambda task, recipe: loss)
-    protocol.recover(task, model, protocol.LABELS, 0)
+    protocol.recover(task, model, protocol.LABELS._replace(clips=24), 0, 0)
     after = model.state_dict()
     assert any(not torch.equal(value, after[name]) for name, value in task.model.state_dict().items())
+
+
+def test_rounds_go_through_the_training_set_in_turn(protocol: Any, task: Any) -> None:
+    def labels(number: int, clips: int) -> list[int]:
+        return torch.cat([batch["labels"] for batch in numbered.round(3, number, clips, 5)]).tolist()
+
+    numbered = task._replace(train=protocol.Clips(task.train.features, torch.arange(24)))
+    first, second, third = (labels(number, 12) for number in range(3))
+    assert sorted(first + second) == list(range(24))
+    assert len(set(third)) == 12
+    assert third != first  # another order
+    assert sorted(labels(0, 48)) == sorted([*range(24), *range(24)])
+    assert labels(1, 12) == second
 
 
 def test_distances_are_from_both_dense_models(monkeypatch: pytest.MonkeyPatch) -> None:

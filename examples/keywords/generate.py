@@ -3,7 +3,8 @@
     python generate.py WORKDIR
 
 writes the full training set to ``WORKDIR/train.safetensors`` and, next to this file, the shipped splits
-``features/{train,validation,test}.safetensors`` (the shipped train split is the head of the full one).
+``features/{train,validation,test}.safetensors`` (the shipped train split is the head of the full one); with
+``--full-only`` the former alone.
 Each clip depends only on the seed, its split and its index, so the result does not depend on the number of processes.
 """
 
@@ -180,13 +181,16 @@ def main() -> None:
     parser.add_argument("workdir", type=Path, help="where the full training set is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--full-only", action="store_true", help="write the full training set alone")
     args = parser.parse_args()
     with get_context("spawn").Pool(args.processes) as pool:
-        for split in SPLITS:
+        for split in SPLITS[:1] if args.full_only else SPLITS:
             jobs = [(split, i, args.seed) for i in range(CLIPS_PER_CLASS[split] * len(LABELS))]
             packed, voices = zip(*tqdm(pool.imap(example, jobs, chunksize=16), split, len(jobs)), strict=True)
             if split == "train":
                 save(args.workdir / "train.safetensors", packed, voices, args.seed)
+            if args.full_only:
+                continue
             shipped = SHIPPED_TRAIN_PER_CLASS * len(LABELS) if split == "train" else len(jobs)
             save(FEATURES / f"{split}.safetensors", packed[:shipped], voices[:shipped], args.seed)
 
