@@ -2,12 +2,16 @@
 
     python benchmarks/scoring_memory.py [--tokens 146] [--batch 1] [--batches 3] [--allocator default returning]
 
-The bound is 1.1 times the model and the gradients of its attention weights, plus the activations of one batch: what a
-plain forward pass that keeps its graph takes on top of the model, with attention weights that require gradients. Peaks
-are resident memory over that of the process with all imports and no model (Linux; the peak is reset after the model is
-built), of the greatest of --runs processes. glibc keeps much of what is freed in its heap, for plain passes as for
-scoring; with the "returning" allocator blocks of 256 kB and more go back to the system when they are freed
-(MALLOC_MMAP_THRESHOLD_), so that peaks are what was in use.
+Two bounds, each 1.1 times the model and the gradients of its attention weights, plus the activations of one batch. The
+looser takes for activations what a plain forward pass that keeps its graph takes beside the model, with attention
+weights that require gradients; the stricter the peak of a plain forward and backward pass less model and gradients,
+although some activations are gone by the time the last gradients are there.
+
+Peaks are resident memory over that of the process with all imports and no model, after the same task on a tiny model
+(so that code, which is loaded when it first runs, does not count; Linux; the peak is reset after the model is built),
+of the greatest of --runs processes. glibc keeps much of what is freed in its heap, and where it aligns blocks, as
+PyTorch has it do, glibc 2.36 does not put one where another of its size was; with the "returning" allocator blocks of
+256 kB and more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), so that peaks are what was in use.
 """
 
 from __future__ import annotations
@@ -59,10 +63,10 @@ def pruned(model: nn.Module, batches: list[tuple[Tensor, Tensor]], **options: An
     attnprune.make_plan(model, 0.5, data=batches, progress=False, **options)
 
 
-GRAPH = "forward, graph kept"
+GRAPH, BOTH = "forward, graph kept", "forward and backward"
 TASKS: dict[str, Any] = {
     GRAPH: lambda model, batches: plain(model, batches[:1], backward=False),
-    "forward and backward": lambda model, batches: plain(model, batches[:1]),
+    BOTH: lambda model, batches: plain(model, batches[:1]),
     "forward and backward, all batches": plain,
     "magnitude": lambda model, batches: score(scorers.Magnitude(), model, batches),
     "Taylor": lambda model, batches: score(scorers.Taylor(), model, batches),
@@ -79,7 +83,8 @@ def child(task: str, frames: int, batch: int, batches: int) -> None:
     """Prints peak, model and gradient bytes of one task."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    nn.Linear(8, 8)(torch.randn(2, 8)).sum().backward()  # what the first use of autograd takes
+    tiny = ASTConfig(max_length=26, num_labels=35, hidden_size=96, num_attention_heads=2, num_hidden_layers=2)
+    TASKS[task](ASTForAudioClassification(tiny).eval(), [(torch.randn(2, 26, 128), torch.arange(2))] * 2)
     runtime = status("VmRSS")
     model = ASTForAudioClassification(ASTConfig(max_length=frames, num_labels=35)).eval()
     data = [(torch.randn(batch, frames, 128), torch.arange(batch) % 35) for _ in range(batches)]
@@ -117,18 +122,22 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in environment("attnprune", "transformers").items()))
     for allocator in args.allocator:
         found = {task: run(task, args, allocator) for task in TASKS}
-        base = found[GRAPH]
-        fixed = base["model"] + base["gradients"]
-        activations = base["peak"] - base["model"]
-        bound = 1.1 * fixed + activations
-        rows = [
-            [task, f"{one['peak'] / MB:.0f}", f"{one['peak'] / bound:.2f}", "met" if one["peak"] <= bound else "missed"]
-            for task, one in found.items()
-        ]
-        print(f"\n{args.tokens} tokens, batch {args.batch}, {allocator} allocator: model {base['model'] / MB:.0f} MB, "
-              f"gradients of attention {base['gradients'] / MB:.0f} MB, activations {activations / MB:.0f} MB; "
-              f"bound {bound / MB:.0f} MB")  # fmt: skip
-        print(table(["task", "peak, MB", "of the bound", "at most 1"], rows), flush=True)
+        model, grads = found[GRAPH]["model"], found[GRAPH]["gradients"]
+        activations = (found[GRAPH]["peak"] - model, found[BOTH]["peak"] - model - grads)
+        bounds = [1.1 * (model + grads) + one for one in activations]
+        rows = [[task, f"{one['peak'] / MB:.0f}", *(held(one["peak"], bound) for bound in bounds)]
+                for task, one in found.items()]  # fmt: skip
+        print(
+            f"\n{args.tokens} tokens, batch {args.batch}, {allocator} allocator: model {model / MB:.0f} MB, gradients "
+            f"of attention {grads / MB:.0f} MB, activations {activations[0] / MB:.0f} or {activations[1] / MB:.0f} MB"
+        )
+        heads = [f"of {name}, {bound / MB:.0f}" for name, bound in zip(("looser", "stricter"), bounds, strict=True)]
+        print(table(["task", "peak, MB", *heads], rows), flush=True)
+
+
+def held(peak: int, bound: float) -> str:
+    """The share of a bound that is taken, and whether that is too much."""
+    return f"{peak / bound:.2f} {'met' if peak <= bound else 'missed'}"
 
 
 if __name__ == "__main__":

@@ -208,6 +208,19 @@ def test_at_rank_r_the_logits_lose_the_discarded_singular_values() -> None:
             assert abs(float(error - tail)) <= 1e-6 * float(tail)
 
 
+def test_bases_of_like_heads_lie_together() -> None:
+    """One block for each map of a layer, whatever the room that computing them took."""
+    model = Alone(attention(4))
+    calibration = calibrate(model, [torch.randn(3, 5, 12).double()], progress=False)
+    bases = turn(find_views(model)[0], calibration["inner"]).bases
+    for kind in ("qk", "vo"):
+        for part in ("first", "second", "energy"):
+            maps = [getattr(one, part) for one in bases[kind]]
+            whole = torch.stack(maps)
+            assert {one.untyped_storage().data_ptr() for one in maps} == {maps[0].untyped_storage().data_ptr()}
+            assert maps[0].untyped_storage().nbytes() == whole.numel() * whole.element_size()
+
+
 def test_at_rank_r_the_output_loses_the_discarded_singular_values() -> None:
     """One head: the output's mean square error after surgery is the tail's energy; the mean stays in O's bias."""
     module = attention(heads=1)

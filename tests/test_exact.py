@@ -216,6 +216,8 @@ def test_the_layout_that_shapes_suggest(monkeypatch: pytest.MonkeyPatch) -> None
     assert [group.bucket[:3] for group in arrange(near, x, x)] == [((0, 2, 1), 4, 4)]
     monkeypatch.setitem(layouts.CALL, "cpu", 0)
     assert [group.bucket[:3] for group in arrange(near, x, x)] == [((1,), 3, 3), ((0, 2), 4, 4)]
+    with execution("padded"):
+        assert len(arrange(near, x, x)) == 1
     with execution("separate"):
         assert [group.bucket for group in arrange(near, x, x)] == list(near.buckets)
     with pytest.raises(OptionError, match="one of auto"), execution("fast"):  # type: ignore[arg-type]
@@ -257,7 +259,39 @@ def test_equal_dims_take_products_up_to_a_number_of_scores(tokens: int, heads: i
         x = torch.zeros(batch, tokens + more, 2 * heads)
         assert products.pays(layout, x, x, x) == fine
     assert products.pays(HeadLayout(qk=(2,) * heads, vo=(1,) * heads), x, x, x), "unequal dims always do"
-    assert products.pays(HeadLayout(qk=(1, 3), vo=(1, 3)), torch.zeros(1, 2000, 4), x, x), "and ragged heads"
+    x = torch.zeros(1, 2000, 4)
+    assert products.pays(HeadLayout(qk=(1, 3), vo=(1, 3)), x, x, x), "and ragged heads"
+
+
+def test_half_precision_is_worked_out_in_float32() -> None:
+    layout, plain = HeadLayout(qk=(4, 2), vo=(3, 3)), Plain(0.3, None, False, lambda rows, _: rows)
+    q, k, v = (torch.randn(2, 9, 6).bfloat16() for _ in range(3))
+    expected = products.products(q.float(), k.float(), v.float(), layout, plain).bfloat16()
+    assert torch.equal(products.products(q, k, v, layout, plain), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(products.products(q, k, v, layout, plain), expected)
+
+
+def test_what_is_large_is_never_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "WHOLE", 24)
+    monkeypatch.setattr(products, "_whole", None)  # not called
+    layout, plain = HeadLayout(qk=(4, 2), vo=(3, 3)), Plain(0.3, None, False, lambda rows, _: rows)
+    assert products.products(*torch.randn(3, 1, 5, 6), layout, plain).shape == (1, 5, 6)
+
+
+def test_places_found_in_inference_mode_serve_training() -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, _: object) -> tuple[Tensor, None]:
+        return F.scaled_dot_product_attention(q, k, v), None
+
+    layout = HeadLayout(qk=(5, 2), vo=(3, 4))
+    attend_module._places.cache_clear()
+    with torch.inference_mode():
+        attend(*torch.randn(3, 1, 4, 7), layout, kernel)
+    x = torch.randn(1, 4, 7, requires_grad=True)
+    attend(x, x, x, layout, kernel)[0].sum().backward()
+    assert x.grad is not None
+    found = attend_module._places(((0, 1, 5), (5, 1, 2)), 5, 7, torch.device("meta"))
+    assert [one.device.type for one in found] == ["meta", "meta"]
 
 
 def test_buffers_are_no_larger_than_what_is_worked_on() -> None:
@@ -296,8 +330,9 @@ def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytes
 
 
 def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = HeadLayout(qk=(4, 2, 4), vo=(3, 3, 2))
-    q, k, v = torch.randn(2, 5, 10), torch.randn(2, 5, 10), torch.randn(2, 5, 8)
+    layout = HeadLayout(qk=(4, 2, 3, 4), vo=(3, 3, 2, 3))
+    assert list(layout.order) == [0, 3, 1, 2], "not its own inverse"
+    q, k, v = torch.randn(2, 5, 13), torch.randn(2, 5, 13), torch.randn(2, 5, 11)
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: object) -> tuple[torch.Tensor, torch.Tensor]:
         weights = (q @ k.mT).softmax(-1)
@@ -309,6 +344,6 @@ def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: p
         found.append(attend(q, k, v, layout, kernel))
     torch.testing.assert_close(found[0], found[1])
     own = [
-        (q[..., slice(*layout.span("qk", h))] @ k[..., slice(*layout.span("qk", h))].mT).softmax(-1) for h in range(3)
+        (q[..., slice(*layout.span("qk", h))] @ k[..., slice(*layout.span("qk", h))].mT).softmax(-1) for h in range(4)
     ]
     torch.testing.assert_close(found[1][1], torch.stack(own, dim=1))

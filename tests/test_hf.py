@@ -142,6 +142,19 @@ def test_autocast_and_bfloat16(kind: str) -> None:
     assert (low(image().bfloat16()).last_hidden_state.float() - expected).abs().max() < 0.2
 
 
+def test_training_mode_drops_out_without_gradients_too() -> None:
+    """Matrix products, which have no dropout, do not step in."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        **SMALL, image_size=16, patch_size=8, attn_implementation="sdpa", attention_probs_dropout_prob=0.5
+    )
+    model = transformers.ViTModel(config, add_pooling_layer=False).train()
+    apply_plan(model, plan_for(model, "ragged"))
+    with torch.no_grad():
+        one, other = (model(image()).last_hidden_state for _ in range(2))
+    assert not torch.equal(one, other)
+
+
 def test_pruning_a_bfloat16_model() -> None:
     model = vit().bfloat16()
     plan = plan_for(model, "ragged")

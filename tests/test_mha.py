@@ -135,6 +135,17 @@ def test_dropout_has_the_dense_mean(need_weights: bool) -> None:
     assert error.max() < 6
 
 
+def test_training_mode_drops_out_without_gradients_too() -> None:
+    """Matrix products, which have no dropout, do not step in."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(24, 4, dropout=0.5, batch_first=True)
+    prune_attention(model, 0.5, **RAGGED)
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        one, other = (model.train()(x, x, x, need_weights=False)[0] for _ in range(2))
+    assert not torch.equal(one, other)
+
+
 def test_causal_hint_needs_its_mask() -> None:
     model = nn.MultiheadAttention(24, 4)
     prune_attention(model, 0.5)

@@ -110,10 +110,22 @@ def turn(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> Tu
         "vo": zip(moments.contexts(centred), output_gram(view), strict=True),
     }
     bases: dict[Kind, tuple[Basis, ...]] = {
-        kind: tuple((best_basis if rotated and kind not in fixed else standing)(*pair) for pair in pairs[kind])
+        kind: _gathered([(best_basis if rotated and kind not in fixed else standing)(*pair) for pair in pairs[kind]])
         for kind in KINDS
     }
     return Turn(spec, bases, fixed)
+
+
+def _gathered(bases: Sequence[Basis]) -> tuple[Basis, ...]:
+    """The same in a block for each part, where heads are alike.
+
+    While gates take their gradients a model keeps hundreds of them; each on its own, they hold on to the room around
+    them that computing them took.
+    """
+    if len({len(one.energy) for one in bases}) > 1:
+        return tuple(bases)
+    blocks = [torch.stack(part).unbind() for part in zip(*bases, strict=True)]
+    return tuple(Basis(*parts) for parts in zip(*blocks, strict=True))
 
 
 def white_moments(view: AttentionView) -> LayerMoments:
