@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
     """How a round recovers: by LoRA, the best of the checks by validation loss, whatever the loss was before."""
 
     lr: float
-    clips: int  # of the training set, newly augmented: half of it, the other half in the next round
+    clips: int  # the next ones of the training set, newly augmented; 6,125 are half of the full set
     batch: int
     distil: float = 0.0  # weight of the divergence from the dense model's outputs; the rest is cross entropy
     checks: int = 1  # looks at the validation loss in a round, the last at its end

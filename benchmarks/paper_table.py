@@ -1,6 +1,6 @@
 """The paper's table, end to end: eight variants by its protocol, and ours, on the shipped keyword recogniser.
 
-    python examples/keywords/generate.py DIR --full-only    # the training set, 2 minutes; needs espeak-ng
+    python examples/keywords/generate.py DIR --full-only    # the training set, 4 minutes; needs espeak-ng
     python benchmarks/paper_table.py --train DIR/train.safetensors --seeds 0 1 2    # resumable
     python benchmarks/paper_table.py --render               # the table and the plot again, from the results file
 
