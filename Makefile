@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
 	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"
 	@echo "make bench-streaming  memory of pruning a checkpoint of 4 GB on the disk; needs 9 GB there"
-	@echo "make test-compat  the tests of the Hugging Face adapters under transformers 4"
+	@echo "make test-compat  the Hugging Face adapters under transformers 4, Lightning 2.4 and 2.5"
 	@echo "make test-wheel   the built wheel in an empty environment"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -68,11 +68,17 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/accuracy.py keywords
 
 COMPAT ?= 4.48.3 4.53.3 4.57.6
+LIGHTNING ?= 2.4.0 2.5.6
 test-compat:
 	for version in $(COMPAT); do \
 	  $(PYTHON) -m venv .venv-compat-$$version && \
 	  .venv-compat-$$version/bin/pip install -q torch==2.13.0 "transformers==$$version" -e . accelerate pytest hypothesis && \
 	  .venv-compat-$$version/bin/pytest tests/test_compat.py -o addopts= || exit 1; \
+	done
+	for version in $(LIGHTNING); do \
+	  $(PYTHON) -m venv .venv-compat-lightning-$$version && \
+	  .venv-compat-lightning-$$version/bin/pip install -q torch==2.13.0 "lightning==$$version" -e . pytest hypothesis && \
+	  .venv-compat-lightning-$$version/bin/pytest tests/test_lightning.py -W default -o addopts= || exit 1; \
 	done
 
 test-wheel: $(STAMP)

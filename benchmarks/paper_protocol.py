@@ -110,7 +110,7 @@ class Task(NamedTuple):
     scored: Clips
     train: Clips
     validation: Clips
-    test: Clips
+    test: Clips | None  # None: it is not looked at
     augment: Callable[[Tensor], Tensor]
     device: torch.device
 
@@ -179,7 +179,8 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
 
     Returns:
         One record per round: step, the share of attention weights that is gone, validation loss and accuracy and
-        test accuracy (None between the steps that are read), seconds of the processor and of the clock.
+        test accuracy (None between the steps that are read, or without a test split), seconds of the processor and of
+        the clock.
 
     Raises:
         CheckpointError: the state is of another way (options, steps, recipe), of another seed or training set.
@@ -218,7 +219,8 @@ def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] 
         gone = 0.0 if report is None else sum(report.achieved.values()) / 4
         loss, accuracy, tested = None, None, None
         if step in READ:
-            (loss, accuracy), (_, tested) = task.validation.measure(model, SMOOTHING), task.test.measure(model)
+            loss, accuracy = task.validation.measure(model, SMOOTHING)
+            tested = task.test and task.test.measure(model)[1]
         record: Record = {"step": step, "removed": gone, "loss": loss, "validation": accuracy, "test": tested}
         records.append({**record, "cpu": _cpu() - cpu, "wall": time.perf_counter() - clock})
         goes_on = way.recipe is not None

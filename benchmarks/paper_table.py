@@ -3,6 +3,7 @@
     python examples/keywords/generate.py DIR --full-only    # the training set, 4 minutes; needs espeak-ng
     python benchmarks/paper_table.py --train DIR/train.safetensors --seeds 0 1 2    # resumable
     python benchmarks/paper_table.py --render               # the table and the plot again, from the results file
+    python benchmarks/paper_table.py --trial PH-L-FI 1e-3 6125 32 0    # another recipe, by validation only
 
 Prune, fine-tune with LoRA, merge, again (:mod:`paper_protocol`). Every round of every run leaves its state in the work
 directory, so the same command continues what was interrupted. Results go to ``results/paper_table.json``, from which
@@ -63,6 +64,19 @@ def collect(workdir: Path, seeds: list[int], device: str, train: Path | None) ->
     return {"environment": found, "dense": dense, "recipes": recipes, "runs": runs}
 
 
+def trial(args: argparse.Namespace, task: Any) -> None:
+    """Seven rounds of a variant, to one half, with another recipe: prints validation figures, reads no test clip."""
+    import paper_protocol as protocol
+
+    name, *numbers = args.trial
+    lr, clips, batch, distil = map(float, numbers)
+    options = None if name == "dense" else protocol.VARIANTS[name]
+    way = protocol.Way(options, protocol.HALF_STEPS, protocol.Recipe(lr, int(clips), int(batch), distil))
+    for seed in args.seeds:
+        file = state_file(args.workdir, seed, " ".join(["trial", *args.trial]))
+        protocol.run(task._replace(test=None), way, seed, file, partial(print, f"seed {seed},", flush=True))
+
+
 def late(name: str) -> int:
     """The order of runs: what is published early has the claims in it."""
     return 2 * name.endswith("distilled") + name.endswith("MAG")
@@ -79,11 +93,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the ways whose name contains this")
     parser.add_argument("--collect", action="store_true", help="run nothing; write what the work directory holds")
     parser.add_argument("--render", action="store_true", help="run nothing; draw from the results file")
+    parser.add_argument("--trial", nargs=5, metavar=("VARIANT", "RATE", "CLIPS", "BATCH", "DISTIL"),
+                        help="only run seven rounds of a variant with these, and print validation figures")  # fmt: skip
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT)]
     import paper_protocol as protocol
     from paper_render import render
 
+    if args.trial:
+        torch.set_num_threads(args.threads)
+        trial(args, protocol.keywords(args.device, args.train))
+        return
     if not (args.render or args.collect):
         context = torch.multiprocessing.get_context("spawn")
         jobs = context.Queue()

@@ -11,7 +11,8 @@ import lightning
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, multiprocessing, nn
@@ -21,6 +22,7 @@ from attnprune import AttentionPruner, find_attention
 from attnprune.errors import CheckpointError, OptionError, WrappedModelError
 from attnprune.integrations.lightning import PruningCallback, _check_strategy, restore_shapes
 
+EMAWeightAveraging: Any = getattr(callbacks, "EMAWeightAveraging", None)  # since Lightning 2.6
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own, with new versions of torch
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* not empty"),
@@ -104,6 +106,8 @@ def fit(trainer: lightning.Trainer, module: Net, **options: Any) -> None:
 def test_resuming_ends_bitwise_where_the_uninterrupted_run_does(
     tmp_path: Path, unit: str, after_validation: bool
 ) -> None:
+    if after_validation and lightning.__version__ < "2.5":
+        pytest.skip("Lightning 2.4 resumes otherwise from such a checkpoint, without a pruner too")
     options: dict[str, Any] = {"every": 1 if unit == "epochs" else 3, "unit": unit}
 
     def saver() -> ModelCheckpoint:
@@ -208,7 +212,7 @@ def in_two_processes(rank: int, folder: str, port: int) -> None:
     trainer, module, pruner = build(Path(folder), strategy="ddp", devices=2, num_sanity_val_steps=0)
     trainer.fit(module, Batches(batches()[rank::2]), batches(1))
     found = {"model": module.state_dict(), "plan": pruner.plan.to_json(), "done": pruner.done}
-    for way in ("whole", "resumed"):  # with a moving average, and from its first checkpoint
+    for way in ("whole", "resumed") if EMAWeightAveraging else ():  # with a moving average, from its first checkpoint
         saver = ModelCheckpoint(Path(folder) / way, "{epoch}", save_top_k=-1)
         average = EMAWeightAveraging(decay=0.5)
         trainer, module, _ = build(
@@ -228,9 +232,10 @@ def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Pat
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert first["done"]
-    assert same(first["resumed"], first["whole"])
-    assert not same(first["whole"][0], first["model"])  # it is the average
-    assert [value.shape for value in first["whole"][0].values()] == [v.shape for v in first["model"].values()]
+    if EMAWeightAveraging:
+        assert same(first["resumed"], first["whole"])
+        assert not same(first["whole"][0], first["model"])  # it is the average
+        assert [value.shape for value in first["whole"][0].values()] == [v.shape for v in first["model"].values()]
     assert first["plan"] == pruner.plan.to_json()
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(first["model"][key], value, rtol=1e-3, atol=1e-5)
@@ -269,7 +274,7 @@ class Average(Callback):
         self.ema.update_parameters(pl_module.net)
 
 
-@pytest.mark.parametrize("kind", [EMAWeightAveraging, StochasticWeightAveraging, Average])
+@pytest.mark.parametrize("kind", [*filter(None, [EMAWeightAveraging]), StochasticWeightAveraging, Average])
 def test_moving_averages_are_cut_along(tmp_path: Path, kind: Any) -> None:
     def averaging() -> list[Callback]:
         options = {
@@ -364,10 +369,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
         PruningCallback(module)
     with pytest.raises(OptionError, match="of another"):
         fit(trainer, Net())
-    trainer, module, pruner = build(tmp_path, callbacks=[EMAWeightAveraging()])
+    trainer, module, pruner = build(tmp_path, callbacks=[StochasticWeightAveraging(swa_lrs=1e-2)])
     before = dict(module.state_dict())
     trainer.callbacks[0].setup = lambda *_, **__: None
-    with pytest.raises(WrappedModelError, match="EMAWeightAveraging"):
+    with pytest.raises(WrappedModelError, match="StochasticWeightAveraging"):
         fit(trainer, module)
     assert "on_load_checkpoint" not in vars(module)
     trainer, module, pruner = build(tmp_path, callbacks=[ModelCheckpoint(tmp_path, "bare", save_weights_only=True)])

@@ -87,6 +87,15 @@ def test_a_state_of_another_recipe_is_refused(protocol: Any, task: Any, tmp_path
         protocol.run(task, way, 0, file)
 
 
+def test_a_trial_has_validation_figures_alone(protocol: Any, task: Any, tmp_path: Path) -> None:
+    way = short(protocol.WAYS["EH-G-FI"])
+    tried = protocol.run(task._replace(test=None), way, 0, tmp_path / "tried.pt", lambda line: None)
+    whole = protocol.run(task, way, 0, tmp_path / "whole.pt", lambda line: None)
+    assert [one["test"] for one in tried] == [None, None]
+    assert [one["loss"] for one in tried] == [one["loss"] for one in whole]
+    assert None not in [one["test"] for one in whole]
+
+
 def test_the_recipe_is_one(protocol: Any) -> None:
     """All variants and the dense reference recover in the same way; both recipes are there for ours too."""
     recipes = {name: protocol.WAYS[name].recipe for name in (*protocol.VARIANTS, "dense", "rotated; LoRA")}
