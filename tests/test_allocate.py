@@ -491,6 +491,24 @@ def test_joint_drops_a_head_whose_channels_are_all_cheap() -> None:
     assert all(layer.after.qk_dims == (6,) * 4 for layer in plan)
 
 
+def test_joint_goes_down_to_the_last_head() -> None:
+    scores = Scores(torch.full((4, 8), 1e-6), torch.full((4, 8), 1e-6), torch.ones(4))
+    scores.qk[3] = scores.vo[3] = 1.0
+    plan = allocate(plain(layers=1, dim=8), {"layers.9": scores}, Ratios.parse(0.75), Rules(granularity="joint"))
+    assert plan.layers[0].heads == (0, 1, 2)
+    assert plan.layers[0].after.qk_dims == plan.layers[0].after.vo_dims == (8,)
+
+
+@pytest.mark.parametrize(("scope", "where"), [("global", "all layers: qk"), ("local", "layers.9: qk")])
+def test_floors_that_are_too_high_are_named(scope: Any, where: str) -> None:
+    specs = plain(layers=2, dim=8)
+    scores = {s.name: Scores(torch.rand(4, 8), torch.rand(4, 8), torch.ones(4)) for s in specs}
+    with pytest.raises(
+        errors.AllocationError, match=f"^{where}: expected floors that allow 75.0% to go, found at most"
+    ):
+        allocate(specs, scores, Ratios.parse(0.75), Rules(scope=scope, min_channels=4))
+
+
 def test_joint_keeps_min_heads() -> None:
     specs = plain(layers=1, dim=8)
     scores = {"layers.9": Scores(torch.full((4, 8), 1e-6), torch.full((4, 8), 1e-6), torch.ones(4))}

@@ -383,6 +383,23 @@ def test_unreachable_budgets_say_what_can_be_reached() -> None:
             assert {dim for one in plan.after for dim in (*one.qk_dims, *one.vo_dims)} == {2}
 
 
+@pytest.mark.parametrize(("granularity", "least"), [("channel", 0.4), ("head", 0.375), ("joint", 0.3)])
+def test_ragged_modules_reach_their_floors(granularity: Any, least: float) -> None:
+    one = spec("a", heads=3, dim=8).keep(range(3), [8, 5, 3], [4, 8, 2])
+    scores = Scores(torch.rand(3, 8), torch.rand(3, 8), torch.tensor([3.0, 2.0, 1.0]))
+    scores.qk[2] += 2
+    scores.vo[2] += 2
+    if granularity == "head":
+        scores.head[2] = 9.0
+    rules, prices = Rules(granularity, heads="ragged"), {"a": {"qk": 10, "vo": 10}}
+    plan = allocate_budget([one], {"a": scores}, Costs(Budget("macs", least), 400, prices), rules)
+    assert plan.asked is not None
+    assert plan.asked.budget is not None
+    assert plan.asked.budget.promised == pytest.approx(least)
+    with pytest.raises(errors.AllocationError, match=f"at least {least:.3f}"):
+        allocate_budget([one], {"a": scores}, Costs(Budget("macs", least - 1e-3), 400, prices), rules)
+
+
 def test_unreachable_budgets_are_refused_before_data_are_read() -> None:
     def data() -> Any:
         raise AssertionError("read")

@@ -7,17 +7,20 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 
-from attnprune import export_onnx, find_attention, prune_attention
+from attnprune import export_onnx, find_attention, prune_attention, prune_channels
 from attnprune.errors import DataError, ExportError, OptionError
+from attnprune.nn import execution
+from attnprune.nn.layouts import Execution
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 12}
 Built = tuple[nn.Module, dict[str, Tensor], frozenset[str]]
@@ -144,6 +147,41 @@ def test_compile_without_a_graph_break(name: str, plan: str) -> None:
         given = other(inputs, lengths, batch, more)
         close(run(compiled, given), run(model, given))
     assert counter.frame_count == 1  # other sizes do not compile again
+
+
+@pytest.mark.parametrize("how", get_args(Execution))
+@pytest.mark.parametrize("name", ["AST", "TransformerEncoder"])
+def test_every_layout_compiles_without_a_graph_break(name: str, how: Any) -> None:
+    model, inputs, _ = pruned(name, "ragged")
+    expected = run(model, inputs)
+    for grad in (False, True):
+        torch._dynamo.reset()
+        with execution(how), torch.set_grad_enabled(grad):
+            found = output(torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs))
+        close(found.detach(), expected)
+
+
+def test_compiled_heads_of_their_own_dims_run_by_themselves() -> None:
+    """On a CPU, for inference; two heads of the same dims run padded, as in training and in exported models."""
+    layer = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    prune_channels(layer, {"": {"qk": [[0], [0], [0, 1], [0, 1, 2]], "vo": [[0, 1], [0, 1], [0, 1, 2], []]}})
+    x = torch.randn(2, 5, 32)
+    calls: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        kernel = F.scaled_dot_product_attention
+        places = [node.args[2].meta["example_value"] for node in graph.graph.nodes if node.target is kernel]
+        queries = [node.args[0].meta["example_value"] for node in graph.graph.nodes if node.target is kernel]
+        calls.append(sorted((*q.shape[1::2], v.shape[-1]) for q, v in zip(queries, places, strict=True)))
+        return graph.forward
+
+    for grad in (False, True):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            found = torch.compile(layer, fullgraph=True, backend=backend)(x, x, x, need_weights=False)[0]
+            close(found.detach(), layer(x, x, x, need_weights=False)[0].detach())
+    assert calls[0] == [(1, 5, 8), (1, 6, 5), (2, 7, 7)]
+    assert all(qk == vo for _, qk, vo in calls[1])
 
 
 def test_compile_twelve_layers_of_other_shapes() -> None:

@@ -98,7 +98,8 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
     choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims, and
     both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs. Compiled and exported
-    models choose without regard to the number of tokens, so that it may vary.
+    models choose without regard to the number of tokens, so that it may vary; on a CPU, for inference, a compiled head
+    whose dims no other has runs by itself, dims as they are, which is faster than the fused kernel at its padded ones.
     """
     buckets, how = layout.buckets, forced()
     if how == "separate":
@@ -108,8 +109,18 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
         return [group((bucket,), multiple) for bucket in buckets]
     if how == "padded":
         return [group(buckets, multiple)]
-    pairs = NOMINAL if torch.compiler.is_compiling() else q.shape[0] * q.shape[1] * k.shape[1]
-    return partition(buckets, pairs, CALL.get(q.device.type, CALL["cuda"]), multiple)
+    call = CALL.get(q.device.type, CALL["cuda"])
+    if not torch.compiler.is_compiling():
+        return partition(buckets, q.shape[0] * q.shape[1] * k.shape[1], call, multiple)
+    single = [bucket for bucket in buckets if len(bucket.heads) == 1 and _alone(q)]
+    several = [bucket for bucket in buckets if bucket not in single]
+    return [Group((bucket,), bucket) for bucket in single] + partition(several, NOMINAL, call, multiple)
+
+
+def _alone(q: Tensor) -> bool:
+    """Whether heads of their own dims run by themselves: compiled (not exported) on a CPU, for inference."""
+    wide = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    return wide and torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
 
 
 def partition(buckets: Sequence[Bucket], pairs: int, call: int, multiple: int = 1) -> list[Group]:

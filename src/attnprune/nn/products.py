@@ -67,10 +67,10 @@ def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether results may be written into buffers: nobody differentiates, vectorises or casts them."""
     return not (
-        (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        torch.compiler.is_compiling()  # first: the rest cannot be compiled
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or torch.is_autocast_enabled(q.device.type)
         or torch._C._functorch.is_functorch_wrapped_tensor(q)
-        or torch.compiler.is_compiling()
     )
 
 
