@@ -46,6 +46,7 @@ class Recipe(NamedTuple):
     distil: float = 0.0  # weight of the divergence from the dense model's outputs; the rest is cross entropy
     checks: int = 1  # looks at the validation loss in a round, the last at its end
     smoothing: float = SMOOTHING  # of labels, in the loss that is trained and in the one that chooses
+    whole: int = 0  # instead of updates of rank 16, all weights are trained on so many times these clips
 
 
 class Way(NamedTuple):
@@ -61,6 +62,7 @@ HALF_STEPS = tuple(range(1, 8))
 OUR_STEPS = (2, 4, 7, 9, 14)
 READ = {1: 10, 2: 20, 4: 30, 5: 40, 7: 50, 9: 60, 14: 75}  # steps read on the test split, and the column they go to
 LABELS, DISTILLED = Recipe(3e-3, 6125, 32), Recipe(3e-3, 6125, 32, distil=1.0)
+WHOLE = Recipe(1e-3, 6125, 32, distil=0.7, whole=16)  # 98,000 clips, 8 passes over the full set
 VARIANTS = {
     f"{scheme}-{scope[0].upper()}-{score}": {"granularity": granularity, "scope": scope, "scorer": scorer, **LETTER}
     for score, scorer in (("FI", "fisher"), ("MAG", "magnitude"))
@@ -73,6 +75,7 @@ WAYS: dict[str, Way] = {
     "dense": Way(None, PAPER_STEPS, LABELS),
     **{f"{name}; distilled": Way(VARIANTS[name], HALF_STEPS, DISTILLED) for name in VARIANTS if name.endswith("FI")},
     **{f"{name}; no recovery": Way(options, tuple(READ), None) for name, options in OURS.items()},
+    **{f"{name}; all weights": Way(VARIANTS.get(name), (7,), WHOLE) for name in ("EH-L-FI", "dense")},
     "rotated; LoRA": Way(OURS["rotated"], OUR_STEPS, LABELS),
     "rotated, free; LoRA": Way(FREE, OUR_STEPS, LABELS),
     "rotated, free; distilled": Way(FREE, OUR_STEPS, DISTILLED),
@@ -160,11 +163,31 @@ def loss_of(task: Task, recipe: Recipe) -> LossFn:
 
 def recover(task: Task, model: nn.Module, recipe: Recipe, seed: int, number: int) -> None:
     """One round's recovery in place: rank 16, alpha 16, attention and MLP, Adam, 5 % warm-up, then linear decay."""
+    loss_fn = loss_of(task, recipe)
+    if recipe.whole:
+        train_all(task, model, recipe, loss_fn, seed, number)
+        return
     lora_recover(
-        model, task.round(seed, number, recipe.clips, recipe.batch), lr=recipe.lr, loss_fn=loss_of(task, recipe),
+        model, task.round(seed, number, recipe.clips, recipe.batch), lr=recipe.lr, loss_fn=loss_fn,
         validation=task.validation.batches(70), checks=recipe.checks, never_worse=False, seed=1000 * seed + number,
         progress=False,
     )  # fmt: skip
+
+
+def train_all(task: Task, model: nn.Module, recipe: Recipe, loss_fn: LossFn, seed: int, number: int) -> None:
+    """Trains every weight: AdamW, 5 % of the steps to warm up, then linear decay, gradients of norm 1 at most."""
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr)
+    steps = recipe.whole * -(-recipe.clips // recipe.batch)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (0.05 * steps), (steps - n) / steps))
+    model.train()
+    for part in range(number, number + recipe.whole):
+        for batch in task.round(seed, part, recipe.clips, recipe.batch):
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+    model.eval()
 
 
 def run(task: Task, way: Way, seed: int, file: Path, say: Callable[[str], None] = print) -> list[Record]:

@@ -14,6 +14,8 @@ from _paired import table
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {1: 10, 2: 20, 4: 30, 5: 40, 7: 50, 9: 60, 14: 75}
 """Rounds of 9.4 % that are read, and the paper's column (per cent of attention removed) nearest to each."""
+WHOLE = "all weights"
+"""The end of the names of ways that train these; dense is trained alike."""
 PAPER_DENSE = 98.15
 PAPER: dict[str, tuple[float, ...]] = {  # arXiv 2509.26207v2: AST-base, SpeechCommands; 10, 20, 30, 40, 50, 60 %
     "PH-G-FI": (98.15, 97.88, 97.76, 97.96, 97.92, 97.71),
@@ -44,7 +46,8 @@ def read(runs: Mapping[str, list[dict[str, Any]]], step: int, key: str = "test")
 
 def distance(results: Mapping[str, Any], name: str, step: int, *, tuned: bool = False) -> Spread | None:
     """Points above (or below) dense: as shipped, or as fine-tuned by the same rounds of the same seed."""
-    runs, reference = results["runs"].get(name, {}), results["runs"].get("dense", {})
+    alike = f"dense; {WHOLE}" if name.endswith(WHOLE) else "dense"
+    runs, reference = results["runs"].get(name, {}), results["runs"].get(alike, {})
     found = []
     for seed, records in runs.items():
         here = [record["test"] for record in records if record["step"] == step]
@@ -69,8 +72,8 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, runs in results["runs"].items():
         cells = [read(runs, step) for step in COLUMNS]
         found = ["" if cell is None else f"{cell.median:.2f}" for cell in cells]
-        tuned = "" if name == "dense" else words(distance(results, name, 7, tuned=True))
-        theirs = PAPER.get(name.removesuffix("; distilled"))
+        tuned = "" if name.startswith("dense") else words(distance(results, name, 7, tuned=True))
+        theirs = PAPER.get(name.partition("; ")[0])
         claimed = f"{theirs[4] - PAPER_DENSE:+.2f}" if theirs else ""
         gaps = [words(distance(results, name, 7)), tuned, claimed, words(distance(results, name, 14))]
         body.append([name, str(len(runs)), *found, *gaps])
@@ -87,8 +90,8 @@ def best(results: Mapping[str, Any], step: int) -> str:
 def claims(results: Mapping[str, Any]) -> list[str]:
     """What was to be reached, and what was: points against the dense model, medians over seeds."""
     lines = []
-    for name in (name + suffix for suffix in ("", "; distilled") for name in PAPER):
-        claimed = PAPER[name.removesuffix("; distilled")][4] - PAPER_DENSE
+    for name in (name + suffix for suffix in ("", "; distilled", f"; {WHOLE}") for name in PAPER):
+        claimed = PAPER[name.partition("; ")[0]][4] - PAPER_DENSE
         gap, tuned = distance(results, name, 7), distance(results, name, 7, tuned=True)
         if gap and tuned:
             beside = f"{tuned.median:+.2f} from dense fine-tuned; the paper's {claimed:+.2f}"
