@@ -28,6 +28,8 @@ float32. Other rows are padded by the flash kernel itself, in copies, and leave 
 masks, for plain products."""
 NOMINAL = 512 * 512
 """Pairs of tokens that compiled and exported models are arranged for, so that their number may vary."""
+KNOWN = torch.__version__ >= "2.10"
+"""Whether compiled code may ask for a number of tokens without fixing it."""
 
 _FORCED: list[Execution] = ["auto"]
 
@@ -98,29 +100,35 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
     choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims, and
     both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs. Compiled and exported
-    models choose without regard to the number of tokens, so that it may vary; on a CPU, for inference, a compiled head
-    whose dims no other has runs by itself, dims as they are, which is faster than the fused kernel at its padded ones.
+    models choose without regard to the number of tokens, so that it may vary; compiled on a CPU for inference, a head
+    whose dims no other has runs by itself, dims as they are, and several do where their tokens are few and fixed.
     """
     buckets, how = layout.buckets, forced()
-    if how == "separate":
-        return [Group((bucket,), bucket) for bucket in buckets]
     multiple = max(1, ALIGNED.get(q.device.type, 1) // q.dtype.itemsize)
-    if how == "buckets" or len(buckets) == 1:
-        return [group((bucket,), multiple) for bucket in buckets]
     if how == "padded":
         return [group(buckets, multiple)]
-    call = CALL.get(q.device.type, CALL["cuda"])
-    if not torch.compiler.is_compiling():
-        return partition(buckets, q.shape[0] * q.shape[1] * k.shape[1], call, multiple)
-    single = [bucket for bucket in buckets if len(bucket.heads) == 1 and _alone(q)]
-    several = [bucket for bucket in buckets if bucket not in single]
-    return [Group((bucket,), bucket) for bucket in single] + partition(several, NOMINAL, call, multiple)
+    apart = [bucket for bucket in buckets if how == "separate" or (how == "auto" and _apart(bucket, q, k))]
+    rest = [bucket for bucket in buckets if bucket not in apart]
+    found = [Group((bucket,), bucket) for bucket in apart]
+    if how == "buckets" or len(rest) == 1:
+        return found + [group((bucket,), multiple) for bucket in rest]
+    pairs = NOMINAL if torch.compiler.is_compiling() else q.shape[0] * q.shape[1] * k.shape[1]
+    return found + partition(rest, pairs, CALL.get(q.device.type, CALL["cuda"]), multiple)
 
 
-def _alone(q: Tensor) -> bool:
-    """Whether heads of their own dims run by themselves: compiled (not exported) on a CPU, for inference."""
+def _apart(bucket: Bucket, q: Tensor, k: Tensor) -> bool:
+    """Whether heads run by themselves, dims as they are: compiled (not exported) on a CPU, for inference.
+
+    A single head always does; several that share their dims where the number of tokens is fixed, and small.
+    """
     wide = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-    return wide and torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+    if not wide or not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+        return False
+    if len(bucket.heads) == 1 or not KNOWN:
+        return len(bucket.heads) == 1
+    return bool(
+        torch.fx.experimental.symbolic_shapes.statically_known_true(q.shape[0] * q.shape[1] * k.shape[1] <= NOMINAL)
+    )
 
 
 def partition(buckets: Sequence[Bucket], pairs: int, call: int, multiple: int = 1) -> list[Group]:
