@@ -297,7 +297,7 @@ def markdown(found: dict[str, Any]) -> str:
 def limit(one: dict[str, Any], name: str, macs: float) -> float | None:
     """The most that a plan's latency over dense should be in a cell; None where nothing was set."""
     if one.get("device", "cpu") == "cpu":
-        return LIMITS[name] * macs if name in LIMITS and one["mode"] == "eager" else None
+        return LIMITS[name] * macs if name in LIMITS else None
     base = GPU_LIMITS.get((one["batch"], one["mode"]))
     if base is None or name not in GPU_MORE or (one["model"], one["dtype"]) != ("ast1214", "bfloat16"):
         return None

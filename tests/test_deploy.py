@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 
-from attnprune import export_onnx, find_attention, prune_attention, prune_channels
+from attnprune import export_onnx, find_attention, prune_attention, prune_channels, prune_heads
 from attnprune.errors import DataError, ExportError, OptionError
 from attnprune.nn import execution
 from attnprune.nn.layouts import Execution
@@ -114,6 +114,16 @@ def test_torch_export_with_dynamic_batch_and_length(name: str, plan: str) -> Non
         close(run(program, given), run(model, given))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_need_nothing_of_this_library(strict: bool) -> None:
+    model, inputs, _ = pruned("TransformerEncoder", "decoupled")
+    x = inputs["src"].repeat(1, 100, 1)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=strict)
+        assert "attnprune" not in program.module().code
+        close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize(("name", "plan"), CASES + [pytest.param("BERT", "ragged", id="BERT-ragged")])
 def test_onnx_at_other_sizes_than_exported(name: str, plan: str, tmp_path: Path) -> None:
     import onnxruntime
@@ -161,11 +171,15 @@ def test_every_layout_compiles_without_a_graph_break(name: str, how: Any) -> Non
         close(found.detach(), expected)
 
 
-def test_compiled_heads_of_their_own_dims_run_by_themselves() -> None:
-    """On a CPU, for inference; several of the same dims if tokens are few and fixed, else padded, as in training."""
+def ragged_attention() -> nn.MultiheadAttention:
     layer = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     prune_channels(layer, {"": {"qk": [[0], [0], [0, 1], [0, 1, 2]], "vo": [[0, 1], [0, 1], [0, 1, 2], []]}})
-    x = torch.randn(2, 5, 32)
+    return layer
+
+
+def test_compiled_heads_run_by_themselves_or_are_arranged_at_run_time() -> None:
+    """On a CPU, for inference: the former if tokens are few and fixed. In training heads are padded."""
+    layer, x = ragged_attention(), torch.randn(2, 5, 32)
     calls: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -173,6 +187,7 @@ def test_compiled_heads_of_their_own_dims_run_by_themselves() -> None:
         places = [node.args[2].meta["example_value"] for node in graph.graph.nodes if node.target is kernel]
         queries = [node.args[0].meta["example_value"] for node in graph.graph.nodes if node.target is kernel]
         calls.append(sorted((*map(int, q.shape[1::2]), int(v.shape[-1])) for q, v in zip(queries, places, strict=True)))
+        calls[-1] += [str(node.target) for node in graph.graph.nodes if "attnprune.attention" in str(node.target)]
         return graph.forward
 
     for grad, dynamic in ((False, True), (False, False), (True, False)):
@@ -181,9 +196,39 @@ def test_compiled_heads_of_their_own_dims_run_by_themselves() -> None:
             compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=backend)
             found = compiled(x, x, x, need_weights=False)[0]
             close(found.detach(), layer(x, x, x, need_weights=False)[0].detach())
-    assert calls[0] == [(1, 5, 8), (1, 6, 5), (2, 7, 7)]
+    assert calls[0] == ["attnprune.attention.default"]
     assert calls[1] == [(1, 5, 8), (1, 6, 5), (2, 7, 6)]
     assert all(qk == vo for _, qk, vo in calls[2])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("threads", [1, 9])
+def test_what_is_arranged_at_run_time_is_exact(backend: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of masks with a row, or one per head, present or dense; causal; by products and, on many threads, by kernels."""
+    layer, x = ragged_attention(), torch.randn(2, 520, 32)
+    prune_heads(layer, {"": [1]})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    whole, heads, dense = (torch.randn(*rows, 520, 520) for rows in ((), (6,), (8,)))
+    hidden = torch.rand(520, 520) < 0.3
+    hidden[7] = True  # attends to nothing
+    later = nn.Transformer.generate_square_subsequent_mask(520)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        for mask, causal in ((None, False), (whole, False), (heads, False), (dense, False), (later, True)):
+            found = compiled(x, x, x, need_weights=False, attn_mask=mask, is_causal=causal)[0]
+            expected = layer(x, x, x, need_weights=False, attn_mask=mask, is_causal=causal)[0]
+            loops = layer(x, x, x, attn_mask=mask)[0]
+            close(found, expected)
+            close(found, loops)
+        found, expected = (one(x, x, x, need_weights=False, attn_mask=hidden)[0] for one in (compiled, layer))
+        close(found, expected)
+
+
+def test_the_operator_holds_what_operators_promise() -> None:
+    q, k, v = torch.randn(2, 6, 15), torch.randn(2, 9, 15), torch.randn(2, 9, 12)
+    mask = torch.randn(1, 3, 6, 9)
+    torch.library.opcheck(torch.ops.attnprune.attention, (q, k, v, [5, 3, 5, 3, 5, 6], mask, False, 0.5))
 
 
 def test_compile_twelve_layers_of_other_shapes() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Bucket, HeadLayout, Kind
-from .layouts import Group, arrange
+from .layouts import Group, arrange, at_run_time
 from .products import Plain, pays, products
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]
@@ -41,6 +41,8 @@ def attend(
     >>> context.shape
     torch.Size([1, 5, 6])
     """
+    if plain is not None and at_run_time(layout, q, k):
+        return _operator(q, k, v, layout, plain), None
     if plain is not None and pays(layout, q, k, v):
         return products(q, k, v, layout, plain), None
     groups = arrange(layout, q, k)
@@ -57,6 +59,45 @@ def attend(
     order = [head for one in groups for head in one.bucket.heads]
     rows = present[0] if len(present) == 1 else torch.cat(present, dim=1)
     return context, rows if order == sorted(order) else rows[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def _operator(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) -> Tensor:
+    """One node of a compiled graph, which arranges heads when it runs."""
+    dims = [size for part in layout.buckets for _ in part.heads for size in (part.qk_dim, part.vo_dim)]
+    mask = plain.mask
+    if mask is not None and mask.shape[1] > 1:
+        mask = torch.cat([plain.rows(mask, bucket) for bucket in layout.buckets], dim=1)
+    context: Tensor = _attention(q, k, v, dims, mask, plain.causal, plain.scale)
+    return context
+
+
+def _stored(
+    q: Tensor, k: Tensor, v: Tensor, dims: list[int], mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """:func:`attend` without a host: dims of stored heads, qk and vo in turns; a mask's rows are stored heads' too."""
+    layout = HeadLayout(tuple(dims[::2]), tuple(dims[1::2]))
+
+    def rows(mask: Tensor, bucket: Bucket) -> Tensor:
+        return mask if mask.shape[1] == 1 else mask[:, bucket.heads[0] : bucket.heads[-1] + 1]
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> tuple[Tensor, None]:
+        some = None if mask is None else rows(mask, bucket)
+        return F.scaled_dot_product_attention(q, k, v, some, is_causal=causal, scale=scale), None
+
+    return attend(q, k, v, layout, kernel, Plain(scale, mask, causal, rows))[0]
+
+
+_attention = torch.library.custom_op(
+    "attnprune::attention",
+    _stored,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int[] dims, Tensor? mask, bool causal, float scale) -> Tensor",
+)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return v.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
 FEW = 512

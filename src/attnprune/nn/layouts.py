@@ -100,8 +100,7 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
     choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims, and
     both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs. Compiled and exported
-    models choose without regard to the number of tokens, so that it may vary; compiled on a CPU for inference, a head
-    whose dims no other has runs by itself, dims as they are, and several do where their tokens are few and fixed.
+    models choose without regard to the number of tokens, so that it may vary; see also :func:`at_run_time`.
     """
     buckets, how = layout.buckets, forced()
     multiple = max(1, ALIGNED.get(q.device.type, 1) // q.dtype.itemsize)
@@ -116,16 +115,42 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     return found + partition(rest, pairs, CALL.get(q.device.type, CALL["cuda"]), multiple)
 
 
+def at_run_time(layout: HeadLayout, q: Tensor, k: Tensor) -> bool:
+    """Whether compiled code leaves it to one operator, when it runs, to arrange heads as eager code does.
+
+    On a CPU for inference, as plain products beat there what a compiler makes of kernels for unequal dims; where
+    tokens are few and fixed, it makes as much of heads that run by themselves.
+    """
+    if not KNOWN or not _compiled_inference(q) or torch.is_autocast_enabled(q.device.type):
+        return False
+    how, first = forced(), layout.buckets[0]
+    even = layout.uniform and first.qk_dim == first.vo_dim
+    return how == "products" or (how == "auto" and not even and not _few(q, k))
+
+
 def _apart(bucket: Bucket, q: Tensor, k: Tensor) -> bool:
     """Whether heads run by themselves, dims as they are: compiled (not exported) on a CPU, for inference.
 
     A single head always does; several that share their dims where the number of tokens is fixed, and small.
     """
-    wide = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-    if not wide or not torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+    return _compiled_inference(q) and (len(bucket.heads) == 1 or _few(q, k))
+
+
+def _compiled_inference(q: Tensor) -> bool:
+    """Whether code is compiled (not exported) for inference on a CPU, in a dtype that products are fast in there."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not (KNOWN and torch.compiler.is_exporting())
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+    )
+
+
+def _few(q: Tensor, k: Tensor) -> bool:
+    """Whether compiled code may rely on few pairs of tokens, whatever sizes come later."""
+    if not KNOWN:
         return False
-    if len(bucket.heads) == 1 or not KNOWN:
-        return len(bucket.heads) == 1
     return bool(
         torch.fx.experimental.symbolic_shapes.statically_known_true(q.shape[0] * q.shape[1] * k.shape[1] <= NOMINAL)
     )

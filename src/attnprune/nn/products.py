@@ -44,7 +44,7 @@ class Plain(NamedTuple):
 def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether products are the layout to run: what is forced, or on a CPU in float32 or float64, for inference.
 
-    Training keeps the kernels' memory, compiled models what their compiler makes of the kernels.
+    Training keeps the kernels' memory. Compiled models come here when they run (:func:`.layouts.at_run_time`).
     """
     how = forced()
     if how != "auto":
