@@ -21,6 +21,7 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps timm  # without torchvision, which needs a build for this very torch
 	@touch $@
 
 demo: $(STAMP)

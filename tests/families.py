@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import transformers
@@ -344,7 +351,124 @@ class TorchvisionViT(TorchFamily):
         return model(**inputs)
 
 
+class _NoTorchvision(MetaPathFinder, Loader):
+    """Stands in for torchvision, which has no build for every torch; timm wants it for data and a kind of norm."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name)
+        module.__getattr__ = lambda name: MagicMock(name=name)  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@cache
+def timm_module(name: str) -> Any:
+    """A module of timm, with torchvision or without."""
+    if find_spec("torchvision") is not None:
+        return import_module(name)
+    finder = _NoTorchvision()
+    sys.meta_path.append(finder)
+    try:
+        return import_module(name)
+    finally:
+        sys.meta_path.remove(finder)
+        for key in [key for key in sys.modules if key.partition(".")[0] == "torchvision"]:
+            del sys.modules[key]
+
+
+class Timm(Family):
+    """timm's ViT: one fused ``qkv``, with a fused kernel or written out."""
+
+    configs = tuple(
+        {"num_heads": heads, "fused": fused, "qkv_bias": bias}
+        for heads, fused, bias in ((4, True, True), (3, True, False), (4, False, True), (2, False, False))
+    )
+
+    def build(self, fused: bool, **config: Any) -> nn.Module:
+        model = timm_module("timm.models").VisionTransformer(
+            img_size=16, patch_size=8, embed_dim=24, depth=2, mlp_ratio=0.5, num_classes=0, **config
+        )
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        return _randomise(model)
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        return {"x": normal(generator, 2, 3, 16, 16)}
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs)
+
+    def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
+        module: Any = model.get_submodule(name)
+        weights = read(module.qkv.weight).chunk(3)
+        biases = (None,) * 3 if module.qkv.bias is None else read(module.qkv.bias).chunk(3)
+        parts = dict(zip("qkv", zip(weights, biases, strict=True), strict=True))
+        return {**parts, "o": (read(module.proj.weight), read(module.proj.bias))}
+
+
+class TimmAttention(Timm):
+    """timm's attention by itself, with masks."""
+
+    configs = (
+        {"heads": 4, "mask": "bool", "fused": True},
+        {"heads": 3, "mask": "float", "fused": False},
+        {"heads": 4, "mask": "causal", "fused": True},
+        {"heads": 2, "mask": "causal", "fused": False},
+        {"heads": 3, "mask": "bool", "fused": False, "attn_head_dim": 5, "dim_out": 24},
+    )
+
+    def build(self, heads: int, mask: str, fused: bool, **config: Any) -> nn.Module:
+        attention = timm_module("timm.layers").Attention
+        layers = [attention(24, heads, **config) for _ in range(2)]
+        for layer in layers:
+            layer.fused_attn = fused
+        return _randomise(_Chain(layers))
+
+    def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {"x": normal(generator, 2, 5, 24)}
+        if config["mask"] == "bool":
+            found["attn_mask"] = torch.rand(2, 1, 5, 5, generator=generator) < 0.7
+            found["attn_mask"][..., 0] = True
+        if config["mask"] == "float":
+            found["attn_mask"] = normal(generator, 2, config["heads"], 5, 5)
+        if config["mask"] == "causal":
+            found["is_causal"] = True
+        return found
+
+
+class _Chain(nn.Module):
+    """Attentions in a row."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, **options)
+        return x
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     cls.__name__: cls
-    for cls in (AST, ViT, DeiT, DINOv2, CLIPText, Bert, Roberta, MHA, Encoder, Transformer, TorchvisionViT)
+    for cls in (
+        AST,
+        ViT,
+        DeiT,
+        DINOv2,
+        CLIPText,
+        Bert,
+        Roberta,
+        MHA,
+        Encoder,
+        Transformer,
+        TorchvisionViT,
+        Timm,
+        TimmAttention,
+    )
 }

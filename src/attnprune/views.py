@@ -119,6 +119,8 @@ class AttentionView:
     def linears(self) -> dict[Projection, nn.Linear] | None:
         """The four Linear modules, or None where the host holds packed parameters instead."""
         owners = {p: self.slots[f"{p}.weight"].owner for p in PROJECTIONS}
+        if any(self.slots[f"{p}.weight"].start for p in PROJECTIONS):  # a fused Linear is none of the four
+            return None
         if not all(isinstance(owner, nn.Linear) for owner in owners.values()):
             return None
         return {p: owner for p, owner in owners.items() if isinstance(owner, nn.Linear)}

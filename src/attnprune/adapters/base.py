@@ -155,13 +155,7 @@ class Adapter(ABC):
         """
         linears = {"q": q, "k": k, "v": v, "o": o}
         for p, linear in linears.items():
-            if not all(hasattr(linear, key) for key in ("in_features", "out_features", "weight")):
-                raise WrappedModelError(
-                    f"{name}: {p}",
-                    "an nn.Linear",
-                    f"a {type(linear).__name__}",
-                    "unwrap, merge or dequantise it, or exclude this layer",
-                )
+            check_linear(f"{name}: {p}", linear)
         sizes = {p: (linear.out_features, linear.in_features) for p, linear in linears.items()}
         (qs, q_in), (ks, k_in), (vs, v_in), (d_model, os) = (sizes[p] for p in PROJECTIONS)
         state: State | None = getattr(module, "attnprune_state", None)
@@ -195,6 +189,21 @@ class Adapter(ABC):
             bias,  # type: ignore[arg-type]
         )
         return AttentionView(spec, module, self, slots)
+
+
+def check_linear(where: str, module: Any) -> None:
+    """Raises WrappedModelError unless a module has what a Linear has."""
+    if not all(hasattr(module, key) for key in ("in_features", "out_features", "weight")):
+        remedy = "unwrap, merge or dequantise it, or exclude this layer"
+        raise WrappedModelError(where, "an nn.Linear", f"a {type(module).__name__}", remedy)
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A Linear that holds these very parameters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=torch.device("meta"))
+    linear.weight = weight
+    linear.bias = bias  # type: ignore[assignment]
+    return linear
 
 
 def may_attend(mask: Tensor) -> Tensor:

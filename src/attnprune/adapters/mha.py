@@ -15,7 +15,7 @@ from ..nn import DecoupledMultiheadAttention, host_class
 from ..nn.mha import GONE
 from ..spec import AttentionSpec, Kind
 from ..views import AttentionView, Slot
-from .base import Adapter, may_attend
+from .base import Adapter, linear_of, may_attend
 
 
 class MultiheadAttentionAdapter(Adapter):
@@ -68,7 +68,7 @@ class MultiheadAttentionAdapter(Adapter):
         if isinstance(module, DecoupledMultiheadAttention):
             super().commit(view, tensors, spec)
             return
-        linears = {p: _linear(tensors[f"{p}.weight"], tensors.get(f"{p}.bias")) for p in "qkv"}
+        linears = {p: linear_of(tensors[f"{p}.weight"], tensors.get(f"{p}.bias")) for p in "qkv"}
         for name in GONE:
             module._parameters[name] = None
         del module._parameters["in_proj_weight"]  # the class has a stand-in of this name
@@ -111,10 +111,3 @@ class MultiheadAttentionAdapter(Adapter):
 
 _FORWARD = inspect.signature(nn.MultiheadAttention.forward)
 _KINDS: dict[str, Kind] = {"bias_k": "qk", "bias_v": "vo"}
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=torch.device("meta"))
-    linear.weight = weight
-    linear.bias = bias  # type: ignore[assignment]
-    return linear

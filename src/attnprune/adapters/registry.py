@@ -12,10 +12,11 @@ from torch import nn
 from ..errors import AdapterError, AttnPruneError, NoAttentionError, OptionError
 from ..views import AttentionView
 from .base import Adapter
+from .fused import FusedQKVAdapter
 from .hf_encoder import HFEncoderAdapter, HFTwoModuleAdapter
 from .mha import MultiheadAttentionAdapter
 
-_ADAPTERS: list[Adapter] = [MultiheadAttentionAdapter(), HFTwoModuleAdapter(), HFEncoderAdapter()]
+_ADAPTERS: list[Adapter] = [MultiheadAttentionAdapter(), FusedQKVAdapter(), HFTwoModuleAdapter(), HFEncoderAdapter()]
 
 
 def register_adapter(adapter: Adapter) -> Adapter:

@@ -2,6 +2,7 @@
 
 from .attend import attend
 from .decoupled import Decoupled, State, decoupled_class, host_class
+from .fused import DecoupledFusedAttention
 from .hf import HFCrossAttention, HFEagerSelfAttention, HFLegacySelfAttention, HFSelfAttention
 from .layouts import execution
 from .mha import DecoupledMultiheadAttention
@@ -9,6 +10,7 @@ from .products import Plain
 
 __all__ = [
     "Decoupled",
+    "DecoupledFusedAttention",
     "DecoupledMultiheadAttention",
     "HFCrossAttention",
     "HFEagerSelfAttention",

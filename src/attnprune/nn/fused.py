@@ -1,0 +1,67 @@
+"""The decoupled forward of attention with one fused ``qkv`` Linear, as in timm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..spec import Bucket
+from .attend import attend
+from .decoupled import Decoupled
+from .packed import project
+from .products import Plain
+
+
+class DecoupledFusedAttention(Decoupled):
+    """Self-attention with ``q_proj``, ``k_proj``, ``v_proj`` of any head dims in place of ``qkv``; ``proj`` stays."""
+
+    training: bool
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    proj: nn.Linear
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As in the host class.
+
+        Args:
+            x: ``(batch, tokens, width)``.
+            attn_mask: broadcastable to ``(batch, heads, tokens, tokens)``; bool (True attends) or added to the logits.
+            is_causal: whether a token attends to itself and those before it only.
+        """
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = project(linears, x) if self.attnprune_state.packed else (linear(x) for linear in linears)
+        return self._finish(self._attend(q, k, v, attn_mask, is_causal))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        state = self.attnprune_state
+        drop = getattr(self, "attn_drop", None)
+        dropout = float(drop.p) if isinstance(drop, nn.Dropout) and self.training else 0.0
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+
+        def fused(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> tuple[Tensor, None]:
+            rows = None if mask is None else self.head_rows(mask, bucket)
+            return F.scaled_dot_product_attention(q, k, v, rows, dropout, causal, scale=state.scale), None
+
+        def written_out(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> tuple[Tensor, None]:
+            logits = (q * state.scale) @ k.mT
+            if causal:  # timm: in place of a mask
+                hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+                logits = logits.masked_fill(hidden, -torch.inf)
+            elif mask is not None:
+                rows = self.head_rows(mask, bucket)
+                logits = logits.masked_fill(~rows, -torch.inf) if rows.dtype == torch.bool else logits + rows
+            weights = logits.softmax(-1)
+            return (weights if drop is None else drop(weights)) @ v, None
+
+        if not getattr(self, "fused_attn", False):  # somebody may listen to attn_drop
+            return attend(q, k, v, state.layout, written_out)[0]
+        plain = None if dropout or (causal and mask is not None) else Plain(state.scale, mask, causal, self.head_rows)
+        return attend(q, k, v, state.layout, fused, plain)[0]
+
+    def _finish(self, context: Tensor) -> Tensor:
+        output: Tensor = self.proj(context)
+        drop = getattr(self, "proj_drop", None)
+        return output if drop is None else drop(output)

@@ -1,0 +1,208 @@
+"""timm's attention, and one's own classes of that shape."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+import attnprune
+from attnprune import AttentionPruner, apply_plan, find_attention, load_pruned, make_plan, masked, prune_attention
+from attnprune.adapters import FusedQKVAdapter
+from attnprune.errors import AdapterError, NoAttentionError, QuantizedError, WrappedModelError
+
+from .families import timm_module
+
+
+def vit(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
+    return timm_module("timm.models").VisionTransformer(**{**sizes, **options}).eval()
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def exact(model: nn.Module, x: Tensor, plan: attnprune.Plan) -> None:
+    """Against the dense model with the same channels zeroed."""
+    with masked(model, plan):
+        expected = model(x)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "options"),
+    [
+        ("timm.models.deit", "VisionTransformerDistilled", {"img_size": 16, "patch_size": 8, "embed_dim": 24,
+                                                            "depth": 2, "num_heads": 4, "num_classes": 5}),
+        ("timm.models.davit", "DaVit", {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (2, 4),
+                                        "num_classes": 5}),
+        ("timm.models.metaformer", "MetaFormer", {"depths": (1, 1), "dims": (32, 64), "num_classes": 5,
+                                                  "token_mixers": ["SepConv", "Attention"],
+                                                  "norm_layers": ["LayerNorm2dNoBias", "LayerNormNoBias"]}),
+        ("timm.models.convit", "ConVit", {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4,
+                                          "local_up_to_layer": 1, "num_classes": 5}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ratios", [{"qk": 0.5}, 0.5])
+def test_other_models_of_timm(module: str, name: str, options: dict[str, Any], ratios: Any) -> None:
+    torch.manual_seed(0)
+    source = timm_module(module)
+    options = {key: [getattr(source, one) for one in value] if isinstance(value, list) else value
+               for key, value in options.items()}  # fmt: skip
+    model = getattr(source, name)(**options).eval()
+    size = options.get("img_size", 64)
+    exact(model, torch.randn(2, 3, size, size), make_plan(model, ratios, scorer="random", scope="local"))
+
+
+def test_a_plan_with_data_is_that_of_the_same_packed_attention() -> None:
+    """Bases, refits and layers' shares, against nn.MultiheadAttention with the same weights."""
+
+    class Chain(nn.Module):
+        def __init__(self, layers: list[nn.Module]) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + (
+                    layer(x, x, x, need_weights=False)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+                )
+            return x
+
+    torch.manual_seed(0)
+    attention = timm_module("timm.layers").Attention
+    ours = Chain([attention(24, 4, qkv_bias=True) for _ in range(2)]).eval()
+    theirs = Chain([nn.MultiheadAttention(24, 4, batch_first=True) for _ in range(2)]).eval()
+    with torch.no_grad():
+        for one, other in zip(ours.layers, theirs.layers, strict=True):
+            for parameter in one.parameters():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            other.in_proj_weight.copy_(one.qkv.weight)
+            other.in_proj_bias.copy_(one.qkv.bias)
+            other.out_proj.load_state_dict(one.proj.state_dict())
+    data, x = [torch.randn(4, 6, 24) for _ in range(3)], torch.randn(2, 6, 24)
+    torch.testing.assert_close(ours(x), theirs(x))
+    for model in (ours, theirs):
+        prune_attention(model, 0.5, data=data, split="auto", progress=False)
+    assert [spec.vo_dims for spec in find_attention(ours)] == [spec.vo_dims for spec in find_attention(theirs)]
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_and_files_come_back(tmp_path: Path) -> None:
+    model, x = vit(), image()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    pruner = AttentionPruner(model, 0.5, steps=2, scorer="taylor")
+    for _ in range(2):
+        model(x).square().sum().backward()
+        pruner.observe()
+        optimizer.step()
+        pruner.step(optimizer)
+        optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    folder = attnprune.save_pruned(model, tmp_path / "vit")
+    again = load_pruned(folder, vit())
+    assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+def test_packed_compiled_and_exported() -> None:
+    model, x = vit(), image()
+    prune_attention(model, {"qk": 0.5}, scorer="random", heads="ragged", progress=False)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        assert attnprune.pack_qkv(model) == ("blocks.0.attn", "blocks.1.attn")
+        torch.testing.assert_close(model(x), expected)
+        attnprune.unpack_qkv(model)
+        assert torch.equal(model(x), expected)
+    assert isinstance(copy.deepcopy(model).blocks[0].attn, timm_module("timm.layers").Attention)
+
+
+def test_dropout_is_the_hosts() -> None:
+    for fused in (True, False):
+        model = vit(attn_drop_rate=0.5, proj_drop_rate=0.3)
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        prune_attention(model, {"qk": 0.5}, progress=False)
+        x = image(1)
+        assert torch.equal(model(x), model(x))
+        model.train()
+        torch.manual_seed(0)
+        first = model(x)
+        assert not torch.equal(first, model(x))
+        torch.manual_seed(0)
+        assert torch.equal(first, model(x))
+
+
+def test_hooks_on_attn_drop_see_attention_weights() -> None:
+    model, seen = vit(), []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    prune_attention(model, {"qk": 0.5}, progress=False, scope="local")
+    model.blocks[0].attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(image())
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 4, 5))
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}])
+def test_norms_inside_are_not_taken_for_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(NoAttentionError, match=r"blocks\.0\.attn"):
+        find_attention(vit(**options))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_wrapped_projections_are_refused() -> None:
+    model = inject_adapter_in_model(LoraConfig(target_modules=["qkv"], r=2), vit())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(WrappedModelError, match=r"qkv|q\.weight"):
+        prune_attention(model, 0.5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model = vit()
+    model.blocks[0].attn.qkv = nn.Identity()
+    with pytest.raises(WrappedModelError, match="qkv"):
+        prune_attention(model, 0.5)
+    model = torch.ao.quantization.quantize_dynamic(vit(), {nn.Linear}, torch.qint8)
+    with pytest.raises((QuantizedError, WrappedModelError)):
+        prune_attention(model, 0.5)
+
+
+def test_a_class_of_ones_own() -> None:
+    class Mine(nn.Module):
+        def __init__(self, rows: int = 72) -> None:
+            super().__init__()
+            self.num_heads, self.qkv, self.proj = 4, nn.Linear(24, rows), nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            x = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(x.transpose(1, 2).flatten(2))
+
+    class Other(Mine):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    adapter = attnprune.register_adapter(FusedQKVAdapter(Mine))
+    try:
+        for ratios in (0.5, {"qk": 0.75, "vo": 0.25}):
+            model = Mine().eval()
+            exact(model, torch.randn(2, 5, 24), make_plan(model, ratios))
+        with pytest.raises(AdapterError, match="qkv 60"):
+            find_attention(Mine(60))
+        with pytest.raises(NoAttentionError):
+            find_attention(Other())
+    finally:
+        attnprune.unregister_adapter(adapter)
