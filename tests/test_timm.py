@@ -71,11 +71,12 @@ def test_a_plan_with_data_is_that_of_the_same_packed_attention() -> None:
             super().__init__()
             self.layers = nn.ModuleList(layers)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             for layer in self.layers:
-                x = x + (
-                    layer(x, x, x, need_weights=False)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
-                )
+                if isinstance(layer, nn.MultiheadAttention):
+                    x = x + layer(x, x, x, need_weights=False, attn_mask=~mask)[0]
+                else:
+                    x = x + layer(x, mask)
             return x
 
     torch.manual_seed(0)
@@ -89,12 +90,14 @@ def test_a_plan_with_data_is_that_of_the_same_packed_attention() -> None:
             other.in_proj_weight.copy_(one.qkv.weight)
             other.in_proj_bias.copy_(one.qkv.bias)
             other.out_proj.load_state_dict(one.proj.state_dict())
-    data, x = [torch.randn(4, 6, 24) for _ in range(3)], torch.randn(2, 6, 24)
-    torch.testing.assert_close(ours(x), theirs(x))
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[:, 4:] = False  # nobody attends to these, so they count for nothing
+    data, x = [{"x": torch.randn(4, 6, 24), "mask": mask} for _ in range(3)], torch.randn(2, 6, 24)
+    torch.testing.assert_close(ours(x, mask), theirs(x, mask))
     for model in (ours, theirs):
         prune_attention(model, 0.5, data=data, split="auto", progress=False)
     assert [spec.vo_dims for spec in find_attention(ours)] == [spec.vo_dims for spec in find_attention(theirs)]
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(x, mask), theirs(x, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_training_goes_on_and_files_come_back(tmp_path: Path) -> None:
@@ -129,6 +132,7 @@ def test_packed_compiled_and_exported() -> None:
         torch.testing.assert_close(model(x), expected)
         attnprune.unpack_qkv(model)
         assert torch.equal(model(x), expected)
+    assert not any(module.training for module in model.modules())
     assert isinstance(copy.deepcopy(model).blocks[0].attn, timm_module("timm.layers").Attention)
 
 

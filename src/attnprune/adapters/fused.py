@@ -87,7 +87,7 @@ class FusedQKVAdapter(Adapter):
                 slots[f"{p}.{key}"] = Slot(module.qkv, key, width, start=i * width)
         slots["o.weight"] = Slot(module.proj, "weight", width, axis=1)
         bias, read = module.qkv.bias is not None, dict.fromkeys(("q_in", "k_in", "v_in"), module.qkv.in_features)
-        scale = getattr(module, "scale", None)
+        scale = None if getattr(module, "fused_attn", False) else getattr(module, "scale", None)  # its kernel's own
         spec = AttentionSpec.of(
             name, heads=heads, head_dim=width // heads, d_model=d_model, fused=True,
             bias=(bias, bias, bias, module.proj.bias is not None), **read,
