@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -184,15 +185,16 @@ def test_wrapped_projections_are_refused() -> None:
         prune_attention(model, 0.5)
 
 
-def test_a_class_of_ones_own() -> None:
+def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(nn.Module):
-        def __init__(self, rows: int = 72) -> None:
+        def __init__(self, rows: int = 72, scale: float | None = None) -> None:
             super().__init__()
+            self.scale = scale
             self.num_heads, self.qkv, self.proj = 4, nn.Linear(24, rows), nn.Linear(24, 24)
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-            x = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
             return self.proj(x.transpose(1, 2).flatten(2))
 
     class Other(Mine):
@@ -201,9 +203,14 @@ def test_a_class_of_ones_own() -> None:
 
     adapter = attnprune.register_adapter(FusedQKVAdapter(Mine))
     try:
-        for ratios in (0.5, {"qk": 0.75, "vo": 0.25}):
-            model = Mine().eval()
+        for ratios, scale in ((0.5, None), ({"qk": 0.75, "vo": 0.25}, None), (0.5, 0.7)):
+            model = Mine(scale=scale).eval()
             exact(model, torch.randn(2, 5, 24), make_plan(model, ratios))
+            with monkeypatch.context() as patch:
+                kernel = Mock(side_effect=lambda q, k, v, *_, **__: v)
+                patch.setattr(nn.functional, "scaled_dot_product_attention", kernel)
+                model.train()(torch.randn(2, 5, 24, requires_grad=True))
+            kernel.assert_called()  # as the class does
         with pytest.raises(AdapterError, match="qkv 60"):
             find_attention(Mine(60))
         with pytest.raises(NoAttentionError):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..nn import DecoupledFusedAttention, host_class
+from ..nn.fused import calls_kernel
 from ..spec import AttentionSpec
 from ..views import AttentionView, Slot
 from .base import Adapter, check_linear, linear_of, may_attend
@@ -87,7 +88,9 @@ class FusedQKVAdapter(Adapter):
                 slots[f"{p}.{key}"] = Slot(module.qkv, key, width, start=i * width)
         slots["o.weight"] = Slot(module.proj, "weight", width, axis=1)
         bias, read = module.qkv.bias is not None, dict.fromkeys(("q_in", "k_in", "v_in"), module.qkv.in_features)
-        scale = None if getattr(module, "fused_attn", False) else getattr(module, "scale", None)  # its kernel's own
+        kernel = getattr(module, "fused_attn", calls_kernel(host_class(module)))
+        ignored = not self.classes and kernel  # timm leaves the scale to the kernel
+        scale = None if ignored else getattr(module, "scale", None)
         spec = AttentionSpec.of(
             name, heads=heads, head_dim=width // heads, d_model=d_model, fused=True,
             bias=(bias, bias, bias, module.proj.bias is not None), **read,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +24,12 @@ class DecoupledFusedAttention(Decoupled):
     k_proj: nn.Linear
     v_proj: nn.Linear
     proj: nn.Linear
+
+    _kernel: ClassVar[bool]
+
+    @classmethod
+    def facts(cls, host: type[Any]) -> dict[str, Any]:
+        return {"_kernel": calls_kernel(host)}
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As in the host class.
@@ -56,7 +65,7 @@ class DecoupledFusedAttention(Decoupled):
             weights = logits.softmax(-1)
             return (weights if drop is None else drop(weights)) @ v, None
 
-        if not getattr(self, "fused_attn", False):  # somebody may listen to attn_drop
+        if not getattr(self, "fused_attn", self._kernel):  # somebody may listen to attn_drop
             return attend(q, k, v, state.layout, written_out)[0]
         plain = None if dropout or (causal and mask is not None) else Plain(state.scale, mask, causal, self.head_rows)
         return attend(q, k, v, state.layout, fused, plain)[0]
@@ -65,3 +74,8 @@ class DecoupledFusedAttention(Decoupled):
         output: Tensor = self.proj(context)
         drop = getattr(self, "proj_drop", None)
         return output if drop is None else drop(output)
+
+
+def calls_kernel(host: type[Any]) -> bool:
+    """Whether a class's code names the fused kernel; an attribute ``fused_attn`` of a module says more."""
+    return "scaled_dot_product_attention" in inspect.unwrap(host.forward).__code__.co_names
