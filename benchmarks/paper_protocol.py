@@ -62,6 +62,7 @@ HALF_STEPS = tuple(range(1, 8))
 OUR_STEPS = (2, 4, 7, 9, 14)
 READ = {1: 10, 2: 20, 4: 30, 5: 40, 7: 50, 9: 60, 14: 75}  # steps read on the test split, and the column they go to
 LABELS, DISTILLED = Recipe(3e-3, 6125, 32), Recipe(3e-3, 6125, 32, distil=1.0)
+MORE = LABELS._replace(clips=24500)  # two passes over the full set in every round; an epoch of the paper's has 84,843
 WHOLE = Recipe(1e-3, 6125, 32, distil=0.7, whole=16)  # 98,000 clips, 8 passes over the full set
 VARIANTS = {
     f"{scheme}-{scope[0].upper()}-{score}": {"granularity": granularity, "scope": scope, "scorer": scorer, **LETTER}
@@ -76,6 +77,10 @@ WAYS: dict[str, Way] = {
     **{f"{name}; distilled": Way(VARIANTS[name], HALF_STEPS, DISTILLED) for name in VARIANTS if name.endswith("FI")},
     **{f"{name}; no recovery": Way(options, tuple(READ), None) for name, options in OURS.items()},
     **{f"{name}; all weights": Way(VARIANTS.get(name), (7,), WHOLE) for name in ("EH-L-FI", "dense")},
+    **{
+        f"{name}; more clips": Way(VARIANTS.get(name), HALF_STEPS, MORE)
+        for name in ("PH-G-FI", "PH-L-FI", "EH-G-FI", "dense")
+    },
     "rotated; LoRA": Way(OURS["rotated"], OUR_STEPS, LABELS),
     "rotated, free; LoRA": Way(FREE, OUR_STEPS, LABELS),
     "rotated, free; distilled": Way(FREE, OUR_STEPS, DISTILLED),
