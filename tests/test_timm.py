@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -217,3 +218,11 @@ def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
             find_attention(Other())
     finally:
         attnprune.unregister_adapter(adapter)
+
+
+def test_a_forward_that_is_no_function_is_nobodys() -> None:
+    class Partial(nn.Module):
+        forward = partial(torch.mul, other=2.0)
+
+    model = nn.Sequential(vit(), Partial())
+    assert len(find_attention(model)) == 2

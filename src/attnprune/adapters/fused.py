@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..nn import DecoupledFusedAttention, host_class
+from ..nn.decoupled import forward_of
 from ..nn.fused import calls_kernel
 from ..spec import AttentionSpec
 from ..views import AttentionView, Slot
@@ -127,5 +128,5 @@ class FusedQKVAdapter(Adapter):
 
 def _place(host: type[Any]) -> str:
     """Where the forward of a class is defined."""
-    forward = inspect.unwrap(host.forward)
-    return f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward")
+    forward = forward_of(host)  # anything that can be called
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}".removesuffix(".forward")

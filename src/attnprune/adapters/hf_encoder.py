@@ -23,7 +23,8 @@ from ..nn import (
     HFSelfAttention,
     host_class,
 )
-from ..nn.hf import DROPOUT, EAGER, K, O, Q, V, describe, first, forward_of
+from ..nn.decoupled import forward_of
+from ..nn.hf import DROPOUT, EAGER, K, O, Q, V, describe, first
 from ..spec import AttentionSpec
 from ..views import AttentionView
 from .base import Adapter

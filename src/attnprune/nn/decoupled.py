@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -82,3 +83,8 @@ def decoupled_class(mixin: type[Decoupled], host: type[nn.Module]) -> type[Any]:
 def host_class(module: nn.Module) -> type[Any]:
     """The class that a module had before it was pruned."""
     return type(module).__bases__[1] if isinstance(module, Decoupled) else type(module)
+
+
+def forward_of(host: type[Any]) -> Any:
+    """The host's forward function, without decorators."""
+    return inspect.unwrap(host.forward)

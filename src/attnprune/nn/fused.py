@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..spec import Bucket
 from .attend import attend
-from .decoupled import Decoupled
+from .decoupled import Decoupled, forward_of
 from .packed import project
 from .products import Plain
 
@@ -78,4 +77,4 @@ class DecoupledFusedAttention(Decoupled):
 
 def calls_kernel(host: type[Any]) -> bool:
     """Whether a class's code names the fused kernel; an attribute ``fused_attn`` of a module says more."""
-    return "scaled_dot_product_attention" in inspect.unwrap(host.forward).__code__.co_names
+    return "scaled_dot_product_attention" in forward_of(host).__code__.co_names

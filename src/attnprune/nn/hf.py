@@ -7,7 +7,6 @@ the eager function are read from the namespace of the host's own forward.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..spec import Bucket
 from .attend import Kernel, attend
-from .decoupled import Decoupled
+from .decoupled import Decoupled, forward_of
 from .packed import project
 from .products import Plain
 
@@ -37,11 +36,6 @@ class Host(NamedTuple):
     """The registry of attention functions, or None."""
     fused: bool
     """Whether the forward itself calls the fused kernel."""
-
-
-def forward_of(host: type[Any]) -> Any:
-    """The host's forward function, without decorators."""
-    return inspect.unwrap(host.forward)
 
 
 def first(names: tuple[str, ...], among: Any) -> str | None:
