@@ -262,8 +262,8 @@ def check_request(specs: Sequence[AttentionSpec], ratios: Ratios, rules: Rules) 
 
 
 def no_scores(spec: AttentionSpec) -> Scores:
-    qk, vo = (torch.zeros(spec.heads, dim) for dim in (spec.qk_dim, spec.vo_dim))
-    return Scores(qk, vo, torch.zeros(spec.heads))
+    qk, vo = (torch.zeros(spec.heads, dim, device="cpu") for dim in (spec.qk_dim, spec.vo_dim))
+    return Scores(qk, vo, torch.zeros(spec.heads, device="cpu"))
 
 
 def _check_ratios(ratios: Ratios, rules: Rules) -> None:

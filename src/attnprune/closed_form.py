@@ -92,7 +92,7 @@ def best_basis(left: Tensor, right: Tensor) -> Basis:
 
 def standing(left: Tensor, right: Tensor) -> Basis:
     """The channels as they stand, in their own order; arguments as for :func:`best_basis`."""
-    eye = torch.eye(len(left), dtype=torch.float64)
+    eye = torch.eye(len(left), device="cpu", dtype=torch.float64)
     return Basis(eye, eye, left.diagonal() * right.diagonal())
 
 
@@ -139,7 +139,7 @@ def white_moments(view: AttentionView) -> LayerMoments:
         found = []
         slot = view.slots.get(f"{projection}.bias")
         weight = view.weight(projection).double().cpu()
-        bias = torch.zeros(len(weight)).double() if slot is None else slot.cut(slot.values).double().cpu()
+        bias = torch.zeros(len(weight), device="cpu").double() if slot is None else slot.cut(slot.values).double().cpu()
         for b in spec.layout.buckets:
             rows = slice(b.qk_start, b.qk_stop) if kind == "qk" else slice(b.vo_start, b.vo_stop)
             each = rearrange(weight[rows], "(h d) e -> h d e", h=len(b.heads))
@@ -191,7 +191,7 @@ def with_fold(
 def _cut(basis: Basis, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The maps of the directions that stay; the channels as they stand where all do."""
     if len(kept) == len(basis.first):
-        eye = torch.eye(len(kept), dtype=torch.float64)
+        eye = torch.eye(len(kept), device="cpu", dtype=torch.float64)
         return eye, eye
     return basis.first[list(kept)], basis.second[list(kept)]
 
@@ -199,7 +199,7 @@ def _cut(basis: Basis, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
 def _place(layer: LayerPlan, v: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The maps of V ``(kept, all)`` and O ``(all, kept)`` over all heads, heads that go whole among the latter."""
     width, kept = sum(layer.spec.vo_dims), sum(layer.after.vo_dims)
-    values, o = torch.zeros(kept, width, dtype=torch.float64), torch.zeros(width, kept, dtype=torch.float64)
+    values, o = (torch.zeros(shape, device="cpu", dtype=torch.float64) for shape in ((kept, width), (width, kept)))
     starts = [sum(layer.spec.vo_dims[:head]) for head in range(layer.spec.heads)]
     row = 0
     for head, first, second in zip(layer.kept_heads, v, own, strict=True):
@@ -224,14 +224,14 @@ def refit_product(left: Tensor, right: Tensor, first: Tensor, second: Tensor) ->
 
     def fitted(covariance: Tensor, kept: Tensor, towards: Tensor) -> Tensor:
         gram = kept @ covariance @ kept.T
-        ridge = REFIT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        ridge = REFIT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
         if not float(ridge[0, 0]) > 0:
             return towards
         solved: Tensor = torch.linalg.solve(gram + ridge, kept @ covariance + ridge @ towards)
         return solved
 
     def lost(first: Tensor, second: Tensor) -> float:
-        rest = torch.eye(len(left), dtype=left.dtype) - first.T @ second
+        rest = torch.eye(len(left), device=left.device, dtype=left.dtype) - first.T @ second
         return float(((left @ rest) * (rest @ right)).sum())
 
     choices = [(first, second), (fitted(right, second, first), second), (first, fitted(left, first, second))]
@@ -255,6 +255,6 @@ def refit_output(covariance: Tensor, values: Tensor, o: Tensor, tokens: float) -
     if not level > 0:
         return o
     ridge = level * (REFIT_RIDGE + len(covariance) / max(tokens, 1.0))
-    lifted = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    lifted = gram + ridge * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     solved: Tensor = torch.linalg.solve(lifted, values @ covariance + ridge * o.T)
     return solved.T

@@ -251,7 +251,7 @@ def _difference(
             ) from error
         for ours, theirs in zip(expected, found, strict=True):
             if ours.numel():
-                gap = (ours.cpu().double() - torch.as_tensor(theirs).double()).abs().max()
+                gap = (ours.cpu().double() - torch.as_tensor(theirs, device="cpu").double()).abs().max()
                 worst = max(worst, float(gap / ours.double().abs().max().clamp_min(1e-12)))
     return worst
 

@@ -46,11 +46,11 @@ def choose(groups: Sequence[Sequence[Choice]], budget: float) -> list[int] | Non
     if room < 0:
         return None
     steps, whole = _steps(extra, room)
-    best, picks = torch.zeros(1, dtype=torch.float64), []
+    best, picks = torch.zeros(1, device="cpu", dtype=torch.float64), []
     for group, kept, row in zip(groups, options, steps, strict=True):
         size = min(len(best) + max(row), whole + 1)
-        found = torch.full((size,), torch.inf, dtype=torch.float64)
-        pick = torch.zeros(size, dtype=torch.int64)
+        found = torch.full((size,), torch.inf, device="cpu", dtype=torch.float64)
+        pick = torch.zeros(size, device="cpu", dtype=torch.int64)
         for number, step in sorted(zip(kept, row, strict=True), key=lambda pair: pair[1]):
             reach = min(len(best), size - step)
             if reach <= 0:

@@ -107,12 +107,15 @@ class LayerPlan:
         if self.fold is not None:
             return self.fold
         picks = {
-            kind: [torch.eye(self.spec.dims(kind)[head])[list(self.kept(kind, head))] for head in self.kept_heads]
+            kind: [
+                torch.eye(self.spec.dims(kind)[head], device="cpu")[list(self.kept(kind, head))]
+                for head in self.kept_heads
+            ]
             for kind in KINDS
         }
         starts = [sum(self.spec.vo_dims[:head]) for head in range(self.spec.heads)]
         rows = [starts[head] + channel for head in self.kept_heads for channel in self.kept("vo", head)]
-        o = torch.eye(sum(self.spec.vo_dims))[:, rows]
+        o = torch.eye(sum(self.spec.vo_dims), device="cpu")[:, rows]
         return Fold(tuple(picks["qk"]), tuple(picks["qk"]), tuple(picks["vo"]), o)
 
     @cached_property

@@ -40,19 +40,20 @@ class Moments:
     @classmethod
     def zero(cls, groups: int, channels: int) -> Moments:
         """Moments of nothing."""
-        return cls.full(0.0, torch.zeros(groups, channels).double(), torch.zeros(groups, channels, channels).double())
+        zeros = torch.zeros(groups, channels, channels, device="cpu", dtype=torch.float64)
+        return cls.full(0.0, zeros[..., 0].clone(), zeros)
 
     @classmethod
     def full(cls, count: float, mean: Tensor, scatter: Tensor) -> Moments:
         """From whole scatter matrices; their upper triangles are not read."""
-        rows, columns = torch.tril_indices(*scatter.shape[1:])
+        rows, columns = torch.tril_indices(*scatter.shape[1:], device="cpu")
         return cls(count, mean, scatter[:, rows, columns])
 
     @property
     def scatter(self) -> Tensor:
         """``(groups, channels, channels)``: the sum of outer products of deviations from the mean; made when asked."""
         groups, channels = self.mean.shape
-        rows, columns = torch.tril_indices(channels, channels)
+        rows, columns = torch.tril_indices(channels, channels, device="cpu")
         whole = self.packed.new_empty(groups, channels, channels)
         whole[:, rows, columns] = self.packed
         whole[:, columns, rows] = self.packed
@@ -71,7 +72,7 @@ class Moments:
         if not count:
             return self
         apart = other.mean - self.mean
-        rows, columns = torch.tril_indices(apart.shape[1], apart.shape[1])
+        rows, columns = torch.tril_indices(apart.shape[1], apart.shape[1], device="cpu")
         between = apart[:, rows] * apart[:, columns] * (self.count * other.count / count)
         return Moments(count, self.mean + apart * (other.count / count), self.packed + other.packed + between)
 
@@ -98,8 +99,8 @@ class Running:
     def __init__(self, groups: int, channels: int, centred: bool = False) -> None:
         self.count, self.centred = 0, centred
         self.shift: Tensor | None = None
-        self.sum = torch.zeros(groups, channels, dtype=torch.float64)
-        self.products = torch.zeros(groups, channels, channels, dtype=torch.float64)
+        self.sum = torch.zeros(groups, channels, device="cpu", dtype=torch.float64)
+        self.products = torch.zeros(groups, channels, channels, device="cpu", dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Adds vectors ``(count, groups, channels)``."""
@@ -255,7 +256,7 @@ class Calibration(Mapping[str, LayerMoments]):
 
     def _total(self, add: Callable[[list[Tensor]], list[Tensor]]) -> Calibration:
         def total(one: Moments) -> Moments:
-            number = torch.tensor(one.count, dtype=torch.float64)
+            number = torch.tensor(one.count, device="cpu", dtype=torch.float64)
             count, sums, products = add([number, one.mean * one.count, one.second * one.count])
             n = max(float(count), 1.0)
             mean = sums / n
@@ -272,7 +273,7 @@ class Calibration(Mapping[str, LayerMoments]):
             for key, part in zip("qkc", layer.parts(), strict=True):
                 for i, one in enumerate(part):
                     place = f"{name}/{key}{i}"
-                    found[f"{place}/count"] = torch.tensor(one.count, dtype=torch.float64)
+                    found[f"{place}/count"] = torch.tensor(one.count, device="cpu", dtype=torch.float64)
                     found[f"{place}/mean"], found[f"{place}/scatter"] = one.mean, one.scatter
         return found
 

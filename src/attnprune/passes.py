@@ -91,7 +91,7 @@ def projection_loss(seed: int = 0, metric: str = "output") -> LossFn:
     """
     if metric not in ("output", "kl", "auto"):
         raise OptionError("metric", 'one of "output", "kl", "auto"', repr(metric), "pick one of them")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         found = forward(model, batch)
@@ -101,7 +101,9 @@ def projection_loss(seed: int = 0, metric: str = "output") -> LossFn:
             found = getattr(found, key, found)
         if not isinstance(found, Tensor):
             raise DataError("data", "a model that returns a tensor", f"a {type(found).__name__}", "pass loss_fn")
-        direction = torch.randn(found.shape, generator=generator).to(device=found.device, dtype=found.dtype)
+        direction = torch.randn(found.shape, generator=generator, device="cpu").to(
+            device=found.device, dtype=found.dtype
+        )
         if kl:
             chances = found.detach().float().softmax(-1)
             direction = chances.sqrt() * direction.float()

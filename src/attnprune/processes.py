@@ -129,7 +129,7 @@ def _leaves(value: Any) -> Iterator[Tensor]:
         for one in value:
             yield from _leaves(one)
     else:
-        yield value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        yield value if isinstance(value, Tensor) else torch.tensor(value, device="cpu", dtype=torch.float64)
 
 
 def _rebuilt(value: Any, summed: Iterator[Tensor]) -> Any:

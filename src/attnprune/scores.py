@@ -35,8 +35,9 @@ class Scores:
 
     def __post_init__(self) -> None:
         for key in ("qk", "vo", "head"):
-            value = torch.as_tensor(getattr(self, key)).detach()
-            object.__setattr__(self, key, value.to(device="cpu", dtype=torch.float64))
+            value = getattr(self, key)
+            tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+            object.__setattr__(self, key, tensor.to(torch.float64))
 
     def of(self, kind: Kind) -> Tensor:
         """The channel scores of ``"qk"`` or ``"vo"``."""
@@ -91,5 +92,5 @@ class Scores:
 
 def exists(spec: AttentionSpec, kind: Kind) -> Tensor:
     """``(heads, dim)`` bool: which places of a score matrix are channels of the module (all, unless ragged)."""
-    dims = torch.tensor(spec.dims(kind))
-    return torch.arange(int(dims.max())) < dims[:, None]
+    dims = torch.tensor(spec.dims(kind), device="cpu")
+    return torch.arange(int(dims.max()), device="cpu") < dims[:, None]

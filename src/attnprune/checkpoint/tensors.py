@@ -135,7 +135,7 @@ class Weights:
     def read(self, key: str) -> Tensor:
         """A tensor with memory of its own."""
         entry, file = self.entries[key], self._files[self._home[key]]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, device="cpu", dtype=entry.dtype)
         file.seek(entry.start)
         _fill(file, _bytes(tensor), f"{self._home[key]}: {key[:60]}")
         return tensor

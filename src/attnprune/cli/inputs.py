@@ -109,7 +109,7 @@ def example_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tenso
     """Made-up inputs of the size that the config says; None where it does not say."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     first = next(model.parameters())
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator("cpu").manual_seed(0)
     try:
         if main == "pixel_values":
             size = config.image_size  # type: ignore[union-attr]
@@ -119,10 +119,10 @@ def example_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tenso
             shape = (batch, config.max_length, config.num_mel_bins)  # type: ignore[union-attr]
         elif main == "input_ids":
             most = getattr(config, "max_position_embeddings", length)
-            tokens = torch.randint(config.vocab_size, (batch, min(length, most)), generator=noise)  # type: ignore[union-attr]
+            tokens = torch.randint(config.vocab_size, (batch, min(length, most)), generator=noise, device="cpu")  # type: ignore[union-attr]
             return {"input_ids": tokens.to(first.device), "attention_mask": torch.ones_like(tokens).to(first.device)}
         else:
             return None
     except (AttributeError, TypeError):
         return None
-    return {main: torch.randn(shape, generator=noise).to(device=first.device, dtype=first.dtype)}
+    return {main: torch.randn(shape, generator=noise, device="cpu").to(device=first.device, dtype=first.dtype)}

@@ -151,14 +151,16 @@ class _Gates:
         self.view, self.switch = view, switch
         self.maps: dict[Kind, list[tuple[Tensor, Tensor]]] = {} if turn is None else _maps(turn, switch.device)
         spec = view.spec
-        self.qk = torch.zeros(sum(spec.qk_dims), dtype=torch.float64)
+        self.qk = torch.zeros(sum(spec.qk_dims), device="cpu", dtype=torch.float64)
         vo, heads = sum(spec.vo_dims), spec.heads
-        self.products, self.crossed, self.plain, self.total = (torch.zeros(vo, dtype=torch.float64) for _ in range(4))
+        self.products, self.crossed, self.plain, self.total = (
+            torch.zeros(vo, device="cpu", dtype=torch.float64) for _ in range(4)
+        )
         self.tokens = 0
         # per sample a = sum of c g, b = sum of g for every channel: the gate on c - m has the derivative a - m b
-        self.head_products = torch.zeros(heads, dtype=torch.float64)
-        self.head_crossed = torch.zeros(vo, dtype=torch.float64)
-        self.head_plain = [torch.zeros(dim, dim, dtype=torch.float64) for dim in spec.vo_dims]
+        self.head_products = torch.zeros(heads, device="cpu", dtype=torch.float64)
+        self.head_crossed = torch.zeros(vo, device="cpu", dtype=torch.float64)
+        self.head_plain = [torch.zeros(dim, dim, device="cpu", dtype=torch.float64) for dim in spec.vo_dims]
         self.q: list[Tensor] = []
         self.c: list[tuple[Tensor, Tensor]] = []
 
@@ -249,7 +251,7 @@ def _maps(turn: Turn, device: torch.device) -> dict[Kind, list[tuple[Tensor, Ten
 def _by_head(x: Tensor, maps: Sequence[tuple[Tensor, Tensor]], side: int) -> Tensor:
     """Every head's channels (last dimension) times its map."""
     parts = torch.split(x, [len(pair[side]) for pair in maps], dim=-1)
-    return torch.cat([part @ pair[side].to(x.dtype).T for part, pair in zip(parts, maps, strict=True)], dim=-1)
+    return torch.cat([part @ pair[side].to(x).T for part, pair in zip(parts, maps, strict=True)], dim=-1)
 
 
 class _Side:
