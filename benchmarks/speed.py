@@ -171,12 +171,11 @@ def naive(run: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]
 def cell(setting: Setting, batch: int, mode: str, dtype: torch.dtype, device: str, layers: int, rounds: int) -> Any:
     """Ratios of latency and of multiply-adds of every variant."""
     torch.manual_seed(0)
-    dense, x = setting.build(layers).eval(), setting.inputs(batch)
+    dense, x = setting.build(layers).eval().to(device, dtype), setting.inputs(batch).to(device, dtype)
     models = variants(dense, x[:1])
     macs = {name: count_macs(model, x[:1]) for name, model in models.items()}
-    x = x.to(device, dtype)
     torch._dynamo.reset()
-    runs = {name: runner(model.to(device, dtype), x, mode) for name, model in models.items()}
+    runs = {name: runner(model, x, mode) for name, model in models.items()}
     if mode != "graphs":
         runs |= {f"{name}, naive": naive(runs[name]) for name in NAIVE}  # compiled again, as the layout is another one
     with torch._dynamo.config.patch(recompile_limit=len(runs) + 1):  # they may share code

@@ -308,7 +308,7 @@ def on(device: str, dtype: torch.dtype, batch: int, tokens: int) -> Any:
 
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.bfloat16, 8), (torch.float16, 8), (torch.float32, 4)], ids=str)
 def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal dims, in rows that the kernels take; a call for all heads where launches rule, more where products do."""
+    """Dims and rows that the kernels take; a call for all heads where launches rule, more where heads are busy."""
     decoupled, odd = HeadLayout(qk=(16,) * 12, vo=(48,) * 12), HeadLayout(qk=(35,) * 12, vo=(21,) * 12)
     ragged = HeadLayout(qk=(6, 6, 6, 60, 60, 60), vo=(8, 8, 8, 64, 64, 64))
     few, many = on("cuda", dtype, 1, 1214), on("cuda", dtype, 32, 1214)
@@ -325,8 +325,16 @@ def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytes
     assert [group.bucket[:3] for group in arrange(ragged, unknown, unknown)] == apart, "as on CUDA"
     cpu = on("cpu", dtype, 1, 146)
     assert len(arrange(ragged, cpu, cpu)) == 2, "calls cost less there"
+    monkeypatch.setattr(layouts, "takes_unequal", lambda dtype: True)
+    assert [group.bucket[:3] for group in arrange(decoupled, few, few)] == [(tuple(range(12)), 16, 48)], "as they are"
+    wide = (40, 24) if multiple == 8 else (36, 24)
+    assert [group.bucket[1:3] for group in arrange(odd, many, many)] == [wide]
+    for x, found in ((few, (64 if multiple == 8 else 60, 64)), (many, None), (cpu, None)):
+        assert layouts.widens(ragged, x) == found
+    assert layouts.widens(decoupled, few) is None, "heads are alike"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert len(arrange(ragged, many, many)) == 1, "whatever the number of tokens"
+    assert len(arrange(ragged, few, few)) == 1
+    assert len(arrange(ragged, many, many)) == (2 if layouts.KNOWN else 1), "sizes are known"
 
 
 def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import Bucket, HeadLayout, Kind
-from .layouts import Group, arrange, at_run_time
+from .layouts import ALIGNED, Group, arrange, at_run_time
 from .products import Plain, pays, products
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]
@@ -117,8 +117,18 @@ def _heads(x: Tensor, group: Group, kind: Kind) -> Tensor:
     found = []
     for start, heads, dim in dims:
         part = x[..., start : start + heads * dim].view(*x.shape[:-1], heads, dim).transpose(1, 2)
-        found.append(part if dim == padded else F.pad(part, (0, padded - dim)))
+        found.append(_aligned(part, start) if dim == padded else F.pad(part, (0, padded - dim)))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _aligned(part: Tensor, start: int) -> Tensor:
+    """A view as it is, or a copy where a kernel of CUDA would read across borders of 16 bytes, and fail."""
+    border = ALIGNED.get(part.device.type)
+    if border is None:
+        return part
+    places = [start, part.stride(-2), part.stride(-3)]
+    off = not torch.compiler.is_compiling() and part.data_ptr() % border
+    return part.contiguous() if off or any(place * part.dtype.itemsize % border for place in places) else part
 
 
 def _cut(context: Tensor, group: Group, whole: bool) -> dict[int, Tensor]:
@@ -132,8 +142,10 @@ def _cut(context: Tensor, group: Group, whole: bool) -> dict[int, Tensor]:
 
 
 def _gathers(x: Tensor) -> bool:
-    """Whether so few tokens ``(batch, tokens, ...)`` are there that calls cost more than what they move."""
-    return not torch.compiler.is_compiling() and x.shape[0] * x.shape[1] <= FEW
+    """Whether calls cost more than what they move: for few tokens ``(batch, tokens, ...)``, and where one call has
+    all heads on CUDA."""
+    few = x.device.type == "cuda" or x.shape[0] * x.shape[1] <= FEW
+    return not torch.compiler.is_compiling() and few
 
 
 @lru_cache(maxsize=4096)

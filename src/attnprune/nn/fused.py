@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..spec import Bucket
 from .attend import attend
 from .decoupled import Decoupled, forward_of
-from .packed import project
+from .packed import Projected, project
 from .products import Plain
 
 
@@ -39,10 +39,10 @@ class DecoupledFusedAttention(Decoupled):
             is_causal: whether a token attends to itself and those before it only.
         """
         linears = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = project(linears, x) if self.attnprune_state.packed else (linear(x) for linear in linears)
-        return self._finish(self._attend(q, k, v, attn_mask, is_causal))
+        heads = project(linears, x, self.attnprune_state)
+        return self._finish(heads.cut(self._attend(heads, attn_mask, is_causal)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def _attend(self, heads: Projected, mask: Tensor | None, causal: bool) -> Tensor:
         state = self.attnprune_state
         drop = getattr(self, "attn_drop", None)
         dropout = float(drop.p) if isinstance(drop, nn.Dropout) and self.training else 0.0
@@ -65,9 +65,9 @@ class DecoupledFusedAttention(Decoupled):
             return (weights if drop is None else drop(weights)) @ v, None
 
         if not getattr(self, "fused_attn", self._kernel):  # somebody may listen to attn_drop
-            return attend(q, k, v, state.layout, written_out)[0]
+            return attend(*heads[:4], written_out)[0]
         plain = None if dropout or (causal and mask is not None) else Plain(state.scale, mask, causal, self.head_rows)
-        return attend(q, k, v, state.layout, fused, plain)[0]
+        return attend(*heads[:4], fused, plain)[0]
 
     def _finish(self, context: Tensor) -> Tensor:
         output: Tensor = self.proj(context)

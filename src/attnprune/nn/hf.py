@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..spec import Bucket
 from .attend import Kernel, attend
 from .decoupled import Decoupled, forward_of
-from .packed import project
+from .packed import Projected, project
 from .products import Plain
 
 
@@ -97,15 +97,12 @@ class HFAttention(Decoupled):
         value: Any = getattr(self, name)
         return float(value.p if isinstance(value, nn.Dropout) else value)
 
-    def _project(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, widen: bool = True) -> Projected:
         parts = self._parts
-        q, k, v = (getattr(self, name) for name in (parts.q, parts.k, parts.v))
-        if self.attnprune_state.packed and queries is keys:
-            one, two, three = project((q, k, v), queries)
-            return one, two, three
-        return q(queries), k(keys), v(keys)
+        linears = [getattr(self, name) for name in (parts.q, parts.k, parts.v)]
+        return project(linears, x, self.attnprune_state, widen=widen)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, heads: Projected, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         parts = self._parts
         implementation = self.config._attn_implementation
         function = parts.eager if implementation in (None, "eager") else parts.functions[implementation]
@@ -122,8 +119,8 @@ class HFAttention(Decoupled):
             and implementation == "sdpa"
             and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
         ):
-            plain = self._plain(function, q, mask, kwargs)
-        return self._finish(q, k, v, kernel, plain)
+            plain = self._plain(function, heads.q, mask, kwargs)
+        return self._finish(heads, kernel, plain)
 
     def _plain(self, function: Any, q: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Plain | None:
         """What transformers' own fused attention function computes for these arguments, where it is nothing else."""
@@ -134,11 +131,9 @@ class HFAttention(Decoupled):
         causal = getattr(self, "is_causal", True) if causal is None else causal
         return Plain(self.attnprune_state.scale, mask, bool(causal and mask is None and q.shape[1] > 1), self.head_rows)
 
-    def _finish(
-        self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, plain: Plain | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        context, weights = attend(q, k, v, self.attnprune_state.layout, kernel, plain)
-        o = self._parts.o
+    def _finish(self, heads: Projected, kernel: Kernel, plain: Plain | None = None) -> tuple[Tensor, Tensor | None]:
+        context, weights = attend(*heads[:4], kernel, plain)
+        context, o = heads.cut(context), self._parts.o
         return (context if o is None else getattr(self, o)(context)), weights
 
 
@@ -148,12 +143,13 @@ class HFSelfAttention(HFAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._project(hidden_states, hidden_states)
+        heads = self._project(hidden_states, widen=past_key_values is None)
         if past_key_values is not None:
             # one "head" as wide as all heads together: caches take any width, and need not know about ragged heads
             cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            k, v = (x.squeeze(1) for x in cache.update(k.unsqueeze(1), v.unsqueeze(1), self.layer_idx))
-        return self._attend(q, k, v, attention_mask, **kwargs)
+            k, v = cache.update(heads.k.unsqueeze(1), heads.v.unsqueeze(1), self.layer_idx)
+            heads = heads._replace(k=k.squeeze(1), v=v.squeeze(1))
+        return self._attend(heads, attention_mask, **kwargs)
 
 
 class HFCrossAttention(HFAttention):
@@ -180,7 +176,8 @@ class HFCrossAttention(HFAttention):
                 cache = past_key_values.cross_attention_cache
                 k, v = (x.squeeze(1) for x in cache.update(k.unsqueeze(1), v.unsqueeze(1), self.layer_idx))
                 past_key_values.is_updated[self.layer_idx] = True
-        return self._attend(q, k, v, attention_mask, **kwargs)
+        layout = self.attnprune_state.layout
+        return self._attend(Projected(q, k, v, layout, layout), attention_mask, **kwargs)
 
 
 class HFLegacySelfAttention(HFAttention):
@@ -189,8 +186,7 @@ class HFLegacySelfAttention(HFAttention):
     def forward(
         self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool | None = None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v = self._project(hidden_states, hidden_states)
-        context, weights = self._attend(q, k, v, head_mask)
+        context, weights = self._attend(self._project(hidden_states), head_mask)
         return (context,) if output_attentions is False else (context, weights)
 
 
@@ -200,7 +196,7 @@ class HFEagerSelfAttention(HFAttention):
     def forward(
         self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor | None, ...]:
-        q, k, v = self._project(hidden_states, hidden_states)
+        heads = self._project(hidden_states)
         dropout, scale = self._dropout(), self.attnprune_state.scale
         fused = self._parts.fused and head_mask is None and not output_attentions
 
@@ -213,5 +209,5 @@ class HFEagerSelfAttention(HFAttention):
             return weights @ v, weights
 
         plain = Plain(scale, None, False, self.head_rows) if fused and dropout == 0 else None
-        context, weights = self._finish(q, k, v, kernel, plain)
+        context, weights = self._finish(heads, kernel, plain)
         return (context, weights) if output_attentions else (context,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -20,8 +21,10 @@ Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products
 products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: what pays for the shapes.
 """
 
-CALL = {"cpu": 3_000_000, "cuda": 1_000_000_000}
+CALL = {"cpu": 3_000_000, "other": 1_000_000_000}
 """Multiply-adds that one more call of an attention kernel is worth: what its overhead takes, by kind of device."""
+BUSY = 1 << 24
+"""Pairs of tokens (batch x queries x keys) of which a single head keeps a GPU busy: one more call costs nothing."""
 ALIGNED = {"cuda": 16}
 """Bytes of which a padded head's row is a multiple, by kind of device (1 elsewhere): 8 channels in half precision, 4 in
 float32. Other rows are padded by the flash kernel itself, in copies, and leave the memory-efficient one, which takes
@@ -82,12 +85,18 @@ class Group(NamedTuple):
         return tuple((part.vo_start, len(part.heads), part.vo_dim) for part in self.parts)
 
 
-def group(parts: Sequence[Bucket], multiple: int = 1) -> Group:
-    """Buckets padded to the widest of their dims, up to a multiple."""
+def group(parts: Sequence[Bucket], multiple: int = 1, even: bool = True) -> Group:
+    """Buckets padded to the widest of their dims, up to a multiple; to that of qk and vo together if even."""
     stored = tuple(sorted(parts, key=lambda part: part.qk_start))
-    width = max(_width(part, multiple) for part in stored)
+    qk, vo = widths(stored, multiple, even)
     heads = tuple(head for part in stored for head in part.heads)
-    return Group(stored, Bucket(heads, width, width, stored[0].qk_start, stored[0].vo_start))
+    return Group(stored, Bucket(heads, qk, vo, stored[0].qk_start, stored[0].vo_start))
+
+
+def widths(parts: Sequence[Bucket], multiple: int, even: bool) -> tuple[int, int]:
+    """The qk and vo dims of :func:`group`."""
+    qk, vo = (-(-max(dims) // multiple) * multiple for dims in zip(*(part[1:3] for part in parts), strict=True))
+    return (max(qk, vo),) * 2 if even else (qk, vo)
 
 
 def _width(part: Bucket, multiple: int) -> int:
@@ -98,21 +107,65 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     """Which buckets of heads share a call of a fused kernel, and padded to what.
 
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
-    choice computes the same. The smaller of qk and vo is padded to the larger, as fused kernels want equal dims, and
-    both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs. Compiled and exported
-    models choose without regard to the number of tokens, so that it may vary; see also :func:`at_run_time`.
+    choice computes the same. The smaller of qk and vo is padded to the larger where fused kernels want equal dims, and
+    both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs; on CUDA, where kernels
+    take as long for 8 channels as for 64, all do or none (:data:`BUSY`). Compiled and exported models choose without
+    regard to numbers of tokens that may vary; see also :func:`at_run_time`.
     """
-    buckets, how = layout.buckets, forced()
+    buckets, how, cuda = layout.buckets, forced(), q.device.type == "cuda"
     multiple = max(1, ALIGNED.get(q.device.type, 1) // q.dtype.itemsize)
+    even = not cuda or not takes_unequal(q.dtype)
     if how == "padded":
-        return [group(buckets, multiple)]
+        return [group(buckets, multiple, even)]
+    if how == "auto" and cuda:
+        parts = [(bucket,) for bucket in buckets] if _busy(q, k) else [buckets]
+        return [group(part, multiple, even) for part in parts]
     apart = [bucket for bucket in buckets if how == "separate" or (how == "auto" and _apart(bucket, q, k))]
     rest = [bucket for bucket in buckets if bucket not in apart]
     found = [Group((bucket,), bucket) for bucket in apart]
     if how == "buckets" or len(rest) == 1:
         return found + [group((bucket,), multiple) for bucket in rest]
     pairs = NOMINAL if torch.compiler.is_compiling() else q.shape[0] * q.shape[1] * k.shape[1]
-    return found + partition(rest, pairs, CALL.get(q.device.type, CALL["cuda"]), multiple)
+    return found + partition(rest, pairs, CALL.get(q.device.type, CALL["other"]), multiple)
+
+
+def widens(layout: HeadLayout, x: Tensor) -> tuple[int, int] | None:
+    """Dims that all heads of a self-attention of ``x`` are to have by padded weights; None if they keep their own.
+
+    On CUDA, where calls cost more than what they do, heads of several dims run by one product and one call.
+    """
+    how, cuda = forced(), x.device.type == "cuda"
+    if layout.uniform or not (how == "padded" or (how == "auto" and cuda and not _busy(x, x))):
+        return None
+    multiple = max(1, ALIGNED.get(x.device.type, 1) // x.dtype.itemsize)
+    return widths(layout.buckets, multiple, not cuda or not takes_unequal(x.dtype))
+
+
+def _busy(q: Tensor, k: Tensor) -> bool:
+    """Whether every single head keeps a GPU busy, for certain."""
+    if not torch.compiler.is_compiling():
+        return q.shape[0] * q.shape[1] * k.shape[1] >= BUSY
+    return _known(q.shape[0] * q.shape[1] * k.shape[1] >= BUSY)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def takes_unequal(dtype: torch.dtype) -> bool:
+    """Whether the kernel that CUDA takes for equal dims of 8 also takes a vo of 16; newer PyTorch's does."""
+    return _takes_unequal(dtype)
+
+
+@lru_cache
+def _takes_unequal(dtype: torch.dtype) -> bool:
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    def flash(vo: int) -> bool:
+        q, v = (torch.empty(1, 1, 8, dim, dtype=dtype, device="cuda") for dim in (8, vo))
+        return bool(can_use_flash_attention(SDPAParams(q, q, v, None, 0.0, False, False)))
+
+    try:
+        return flash(16) or not flash(8)
+    except (TypeError, AssertionError, RuntimeError):  # an older PyTorch, whose kernel does not; no GPU
+        return False
 
 
 def at_run_time(layout: HeadLayout, q: Tensor, k: Tensor) -> bool:
@@ -149,11 +202,12 @@ def _compiled_inference(q: Tensor) -> bool:
 
 def _few(q: Tensor, k: Tensor) -> bool:
     """Whether compiled code may rely on few pairs of tokens, whatever sizes come later."""
-    if not KNOWN:
-        return False
-    return bool(
-        torch.fx.experimental.symbolic_shapes.statically_known_true(q.shape[0] * q.shape[1] * k.shape[1] <= NOMINAL)
-    )
+    return _known(q.shape[0] * q.shape[1] * k.shape[1] <= NOMINAL)
+
+
+def _known(what: bool) -> bool:
+    """Whether something about sizes is true whatever sizes come later."""
+    return KNOWN and bool(torch.fx.experimental.symbolic_shapes.statically_known_true(what))
 
 
 def partition(buckets: Sequence[Bucket], pairs: int, call: int, multiple: int = 1) -> list[Group]:

@@ -12,7 +12,7 @@ from ..errors import StateDictError
 from ..spec import Bucket
 from .attend import attend
 from .decoupled import Decoupled
-from .packed import project
+from .packed import Projected, project
 from .products import Plain
 
 GONE = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -83,7 +83,7 @@ class DecoupledMultiheadAttention(Decoupled):
         """As in the host class; weights come for the heads that are left, in their order."""
         if query.is_nested:
             return self._nested(query, attn_mask, is_causal), None
-        packed = self.attnprune_state.packed and query is key and key is value
+        state, itself = self.attnprune_state, query is key and key is value
         batched, seq_first = query.dim() == 3, query.dim() == 3 and not self.batch_first
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -96,12 +96,14 @@ class DecoupledMultiheadAttention(Decoupled):
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if is_causal else self._merge(query, key, key_padding_mask, attn_mask)
 
-        if packed:
-            q, k, v = project((self.q_proj, self.k_proj, self.v_proj), query)
+        if itself:
+            extended = self.bias_k is not None or self.add_zero_attn
+            heads = project((self.q_proj, self.k_proj, self.v_proj), query, state, widen=not extended)
         else:
-            q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        k, v, mask = self._extend(k, v, mask)
-        output, weights = self._attend(q, k, v, mask, is_causal, need_weights)
+            layout = state.layout
+            heads = Projected(self.q_proj(query), self.k_proj(key), self.v_proj(value), layout, layout)
+        k, v, mask = self._extend(heads.k, heads.v, mask)
+        output, weights = self._attend(heads._replace(k=k, v=v), mask, is_causal, need_weights)
 
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
@@ -111,7 +113,7 @@ class DecoupledMultiheadAttention(Decoupled):
         return (output.transpose(0, 1) if seq_first else output), weights
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
+        self, heads: Projected, mask: Tensor | None, is_causal: bool, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         state = self.attnprune_state
         dropout = self.dropout if self.training else 0.0
@@ -126,8 +128,8 @@ class DecoupledMultiheadAttention(Decoupled):
             return weights @ v, weights
 
         plain = None if need_weights or dropout else Plain(state.scale, mask, is_causal, self.head_rows)
-        context, weights = attend(q, k, v, state.layout, kernel, plain)
-        return self.out_proj(context), weights
+        context, weights = attend(*heads[:4], kernel, plain)
+        return self.out_proj(heads.cut(context)), weights
 
     def _merge(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
