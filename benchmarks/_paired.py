@@ -31,6 +31,8 @@ def paired(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
         warm_up: rounds before that, which do not count.
     """
     names, times = list(functions), Times()
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again and again
     for number in range(-warm_up, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
@@ -48,6 +50,7 @@ def paired(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
             if number >= 0:
                 for key, value in found.items():
                     times.setdefault(key, []).append(value)
+    gc.unfreeze()
     return times
 
 

@@ -329,9 +329,11 @@ def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytes
     assert [group.bucket[:3] for group in arrange(decoupled, few, few)] == [(tuple(range(12)), 16, 48)], "as they are"
     wide = (40, 24) if multiple == 8 else (36, 24)
     assert [group.bucket[1:3] for group in arrange(odd, many, many)] == [wide]
-    for x, found in ((few, (64 if multiple == 8 else 60, 64)), (many, None), (cpu, None)):
-        assert layouts.widens(ragged, x) == found
-    assert layouts.widens(decoupled, few) is None, "heads are alike"
+    widest = 64 if multiple == 8 else 60
+    wide, grown = HeadLayout((widest,) * 6, (64,) * 6), HeadLayout((8,) * 3 + (widest,) * 3, ragged.vo)
+    for x, found in ((few, wide), (many, grown), (cpu, None)):
+        assert layouts.widened(ragged, x) == found
+    assert layouts.widened(decoupled, few) is None, "heads are alike"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert len(arrange(ragged, few, few)) == 1
     assert len(arrange(ragged, many, many)) == (2 if layouts.KNOWN else 1), "sizes are known"

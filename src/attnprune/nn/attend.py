@@ -110,6 +110,8 @@ def _heads(x: Tensor, group: Group, kind: Kind) -> Tensor:
     """``(batch, heads, tokens, padded dim)`` from ``(batch, tokens, channels)``; a view where nothing is padded."""
     dims = group.dims(kind)
     padded = group.bucket.qk_dim if kind == "qk" else group.bucket.vo_dim
+    if len(dims) == 1 and padded == dims[0][2] and dims[0][1] * padded == x.shape[-1]:
+        return _aligned(x.view(*x.shape[:-1], -1, padded).transpose(1, 2), 0)
     if len(dims) > 1 and _gathers(x):
         index = _places(dims, padded, x.shape[-1], x.device)[0]
         wide = F.pad(x, (0, 1)).index_select(-1, index)  # the last channel is the zero that padding takes
@@ -134,6 +136,8 @@ def _aligned(part: Tensor, start: int) -> Tensor:
 def _cut(context: Tensor, group: Group, whole: bool) -> dict[int, Tensor]:
     """``(batch, tokens, channels)`` without padding, of every part by where it starts; of all together if whole."""
     dims = group.dims("vo")
+    if whole and len(dims) == 1 and dims[0][2] == context.shape[-1]:
+        return {0: context.transpose(1, 2).flatten(2)}
     if whole and len(dims) > 1 and _gathers(context.transpose(1, 2)):
         flat = context.transpose(1, 2).flatten(2)
         return {0: flat.index_select(-1, _places(dims, group.bucket.vo_dim, 0, context.device)[1])}

@@ -40,7 +40,8 @@ class DecoupledFusedAttention(Decoupled):
         """
         linears = (self.q_proj, self.k_proj, self.v_proj)
         heads = project(linears, x, self.attnprune_state)
-        return self._finish(heads.cut(self._attend(heads, attn_mask, is_causal)))
+        context = self._attend(heads, attn_mask, is_causal)
+        return self._finish(heads.output(context, self.proj))
 
     def _attend(self, heads: Projected, mask: Tensor | None, causal: bool) -> Tensor:
         state = self.attnprune_state
@@ -69,8 +70,7 @@ class DecoupledFusedAttention(Decoupled):
         plain = None if dropout or (causal and mask is not None) else Plain(state.scale, mask, causal, self.head_rows)
         return attend(*heads[:4], fused, plain)[0]
 
-    def _finish(self, context: Tensor) -> Tensor:
-        output: Tensor = self.proj(context)
+    def _finish(self, output: Tensor) -> Tensor:
         drop = getattr(self, "proj_drop", None)
         return output if drop is None else drop(output)
 

@@ -133,8 +133,8 @@ class HFAttention(Decoupled):
 
     def _finish(self, heads: Projected, kernel: Kernel, plain: Plain | None = None) -> tuple[Tensor, Tensor | None]:
         context, weights = attend(*heads[:4], kernel, plain)
-        context, o = heads.cut(context), self._parts.o
-        return (context if o is None else getattr(self, o)(context)), weights
+        o = self._parts.o
+        return heads.output(context, None if o is None else getattr(self, o)), weights
 
 
 class HFSelfAttention(HFAttention):

@@ -113,13 +113,12 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     regard to numbers of tokens that may vary; see also :func:`at_run_time`.
     """
     buckets, how, cuda = layout.buckets, forced(), q.device.type == "cuda"
-    multiple = max(1, ALIGNED.get(q.device.type, 1) // q.dtype.itemsize)
-    even = not cuda or not takes_unequal(q.dtype)
+    multiple = _multiple(q)
+    if cuda and how in ("auto", "padded"):
+        once = together if torch.compiler.is_compiling() else _together_once
+        return once(layout, how == "auto" and _busy(q, k), multiple, not takes_unequal(q.dtype))
     if how == "padded":
-        return [group(buckets, multiple, even)]
-    if how == "auto" and cuda:
-        parts = [(bucket,) for bucket in buckets] if _busy(q, k) else [buckets]
-        return [group(part, multiple, even) for part in parts]
+        return [group(buckets, multiple)]
     apart = [bucket for bucket in buckets if how == "separate" or (how == "auto" and _apart(bucket, q, k))]
     rest = [bucket for bucket in buckets if bucket not in apart]
     found = [Group((bucket,), bucket) for bucket in apart]
@@ -129,16 +128,38 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     return found + partition(rest, pairs, CALL.get(q.device.type, CALL["other"]), multiple)
 
 
-def widens(layout: HeadLayout, x: Tensor) -> tuple[int, int] | None:
-    """Dims that all heads of a self-attention of ``x`` are to have by padded weights; None if they keep their own.
+def together(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> list[Group]:
+    """All heads in one call, or the heads of every shape."""
+    parts = [(bucket,) for bucket in layout.buckets] if busy else [layout.buckets]
+    return [group(part, multiple, even) for part in parts]
 
-    On CUDA, where calls cost more than what they do, heads of several dims run by one product and one call.
+
+def widened(layout: HeadLayout, x: Tensor) -> HeadLayout | None:
+    """The dims that heads of a self-attention of ``x`` are to have by padded weights; None if they keep their own.
+
+    On CUDA: dims that kernels take, which are those of the widest head for all where calls cost more than what they do.
     """
     how, cuda = forced(), x.device.type == "cuda"
-    if layout.uniform or not (how == "padded" or (how == "auto" and cuda and not _busy(x, x))):
+    if not (how == "padded" or (how == "auto" and cuda)):
         return None
-    multiple = max(1, ALIGNED.get(x.device.type, 1) // x.dtype.itemsize)
-    return widths(layout.buckets, multiple, not cuda or not takes_unequal(x.dtype))
+    once = _widened if torch.compiler.is_compiling() else _widened_once
+    return once(layout, how == "auto" and _busy(x, x), _multiple(x), not cuda or not takes_unequal(x.dtype))
+
+
+def _widened(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> HeadLayout | None:
+    dims: dict[int, tuple[int, int]] = {}
+    for one in together(layout, busy, multiple, even):
+        dims |= dict.fromkeys(one.bucket.heads, one.bucket[1:3])
+    qk, vo = zip(*(dims[head] for head in range(len(layout.qk))), strict=True)
+    return None if (qk, vo) == (layout.qk, layout.vo) else HeadLayout(qk, vo)
+
+
+_together_once, _widened_once = lru_cache(maxsize=4096)(together), lru_cache(maxsize=4096)(_widened)
+
+
+def _multiple(x: Tensor) -> int:
+    """Channels of which a padded head's dims are multiples."""
+    return max(1, ALIGNED.get(x.device.type, 1) // x.dtype.itemsize)
 
 
 def _busy(q: Tensor, k: Tensor) -> bool:
@@ -150,21 +171,20 @@ def _busy(q: Tensor, k: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def takes_unequal(dtype: torch.dtype) -> bool:
-    """Whether the kernel that CUDA takes for equal dims of 8 also takes a vo of 16; newer PyTorch's does."""
+    """Whether the kernel that CUDA has for equal qk and vo dims takes unequal ones: cuDNN's and the memory-efficient
+    do, the flash kernel does not."""
     return _takes_unequal(dtype)
 
 
 @lru_cache
 def _takes_unequal(dtype: torch.dtype) -> bool:
-    from torch.backends.cuda import SDPAParams, can_use_flash_attention
-
-    def flash(vo: int) -> bool:
-        q, v = (torch.empty(1, 1, 8, dim, dtype=dtype, device="cuda") for dim in (8, vo))
-        return bool(can_use_flash_attention(SDPAParams(q, q, v, None, 0.0, False, False)))
+    def kernel(vo: int) -> int:
+        q, v = (torch.empty(1, 1, 64, dim, dtype=dtype, device="cuda") for dim in (32, vo))
+        return int(torch._fused_sdp_choice(q, q, v))
 
     try:
-        return flash(16) or not flash(8)
-    except (TypeError, AssertionError, RuntimeError):  # an older PyTorch, whose kernel does not; no GPU
+        return kernel(48) == kernel(32)
+    except (AttributeError, AssertionError, RuntimeError):  # another PyTorch; no GPU
         return False
 
 

@@ -129,7 +129,7 @@ class DecoupledMultiheadAttention(Decoupled):
 
         plain = None if need_weights or dropout else Plain(state.scale, mask, is_causal, self.head_rows)
         context, weights = attend(*heads[:4], kernel, plain)
-        return self.out_proj(heads.cut(context)), weights
+        return heads.output(context, self.out_proj), weights
 
     def _merge(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
