@@ -17,8 +17,9 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One panel a setting: bars of latency over dense, a black mark where the multiply-adds would have it."""
     across = min(4, len(cells))
     down = -(-len(cells) // across)
-    figure = Figure((3.0 * across + 1.3, 2.5 * down), layout="constrained")
+    figure = Figure((3.0 * across + 1.6, 2.5 * down + 0.5), layout="constrained")
     panels = figure.subplots(down, across, sharey=True, sharex=True, squeeze=False).flatten()
+    limit = min(2.0, max(v["latency"] for c in cells for v in c["variants"].values()) * 1.12)
     for panel, one in zip(panels, cells, strict=False):
         for place, name in enumerate(reversed(ORDER)):
             if name not in one["variants"]:
@@ -28,14 +29,13 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
             colour, hatch = STYLE.get(name.partition(", ")[2] or name, ("#3b5b92", ""))
             panel.barh(place, value["latency"], color=colour, hatch=hatch, edgecolor="black", linewidth=0.6, height=0.7)
             panel.plot([value["macs"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2.2)
-            panel.text(
-                value["latency"] + 0.02, place, f"{value['latency']:.2f}", va="center", fontsize=7, zorder=3, bbox=BOX
-            )
+            x = min(value["latency"] + 0.02, 0.86 * limit)  # a longer bar leaves the panel
+            panel.text(x, place, f"{value['latency']:.2f}", va="center", fontsize=7, zorder=3, bbox=BOX)
         panel.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
         panel.set_yticks(range(len(ORDER)), list(reversed(ORDER)), fontsize=8)
         panel.set_title(f"{one['model']}: {one['tokens']} tokens, batch {one['batch']}, {_how(one)}", fontsize=8)
         panel.tick_params(axis="x", labelsize=7)
-        panel.set_xlim(0, min(2.0, max(v["latency"] for c in cells for v in c["variants"].values()) * 1.12))
+        panel.set_xlim(0, limit)
     for panel in panels[len(cells) :]:
         panel.set_visible(False)
     figure.supxlabel("latency over dense (bars; dashed: dense) and ratio of multiply-adds (black marks)", fontsize=8)

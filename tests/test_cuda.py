@@ -140,7 +140,7 @@ def test_every_layout(name: str, how: Any, dtype: torch.dtype, tokens: int, kind
 
 
 @only_cuda
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, in compiled backward passes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # PyTorch's own
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", [{"qkvo_ratios": {"qk": 0.75, "vo": 0.25}}, {"qkvo_ratios": 0.5, "heads": "ragged"}])

@@ -315,28 +315,34 @@ def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytes
     for layout, width in ((decoupled, 48), (odd, 40 if multiple == 8 else 36)):
         for x in (few, many):
             assert [group.bucket[:3] for group in arrange(layout, x, x)] == [(tuple(range(12)), width, width)]
-    assert [group.bucket[:3] for group in arrange(ragged, few, few)] == [(tuple(range(6)), 64, 64)]
-    apart = [((0, 1, 2), 8, 8), ((3, 4, 5), 64, 64)]
-    assert [group.bucket[:3] for group in arrange(ragged, many, many)] == apart
+    for x in (few, many):
+        assert [group.bucket[:3] for group in arrange(ragged, x, x)] == [(tuple(range(6)), 64, 64)], "one tile"
+    tiles = HeadLayout(qk=(6, 6, 6, 72, 72, 72), vo=(8, 8, 8, 64, 64, 64))
+    apart = [((0, 1, 2), 8, 8), ((3, 4, 5), 72, 72)]
+    assert [group.bucket[:3] for group in arrange(tiles, many, many)] == apart
+    assert len(arrange(tiles, few, few)) == 1
     short = on("cuda", dtype, 32, 8)
-    assert len(arrange(ragged, many, short)) == len(arrange(ragged, short, many)) == 1, "queries and keys both count"
+    assert len(arrange(tiles, many, short)) == len(arrange(tiles, short, many)) == 1, "queries and keys both count"
     unknown = on("mps", dtype, 32, 1214)
     assert [group.bucket[:3] for group in arrange(odd, unknown, unknown)] == [(tuple(range(12)), 35, 35)]
-    assert [group.bucket[:3] for group in arrange(ragged, unknown, unknown)] == apart, "as on CUDA"
+    assert [group.bucket[:3] for group in arrange(ragged, unknown, unknown)] == [
+        ((0, 1, 2), 8, 8),
+        ((3, 4, 5), 64, 64),
+    ], "not known"
     cpu = on("cpu", dtype, 1, 146)
     assert len(arrange(ragged, cpu, cpu)) == 2, "calls cost less there"
     monkeypatch.setattr(layouts, "takes_unequal", lambda dtype: True)
     assert [group.bucket[:3] for group in arrange(decoupled, few, few)] == [(tuple(range(12)), 16, 48)], "as they are"
     wide = (40, 24) if multiple == 8 else (36, 24)
     assert [group.bucket[1:3] for group in arrange(odd, many, many)] == [wide]
-    widest = 64 if multiple == 8 else 60
-    wide, grown = HeadLayout((widest,) * 6, (64,) * 6), HeadLayout((8,) * 3 + (widest,) * 3, ragged.vo)
-    for x, found in ((few, wide), (many, grown), (cpu, None)):
-        assert layouts.widened(ragged, x) == found
+    wide = HeadLayout((64 if multiple == 8 else 60,) * 6, (64,) * 6)
+    grown = HeadLayout((8, 8, 8, 72, 72, 72), tiles.vo)
+    for layout, x, found in ((ragged, few, wide), (ragged, many, wide), (tiles, many, grown), (ragged, cpu, None)):
+        assert layouts.widened(layout, x) == found
     assert layouts.widened(decoupled, few) is None, "heads are alike"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert len(arrange(ragged, few, few)) == 1
-    assert len(arrange(ragged, many, many)) == (2 if layouts.KNOWN else 1), "sizes are known"
+    assert len(arrange(tiles, few, few)) == 1
+    assert len(arrange(tiles, many, many)) == (2 if layouts.KNOWN else 1), "sizes are known"
 
 
 def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,11 @@ def attend(
     if plain is not None and pays(layout, q, k, v):
         return products(q, k, v, layout, plain), None
     groups = arrange(layout, q, k)
+    if len(groups) == 1 and groups[0].whole:
+        all_heads = groups[0].bucket
+        count, qk, vo = len(all_heads.heads), all_heads.qk_dim, all_heads.vo_dim
+        context, weight = kernel(_apart(q, count, qk), _apart(k, count, qk), _apart(v, count, vo), all_heads)
+        return context.transpose(1, 2).flatten(2), weight
     contexts, weights = {}, []
     for one in groups:
         context, weight = kernel(_heads(q, one, "qk"), _heads(k, one, "qk"), _heads(v, one, "vo"), one.bucket)
@@ -110,17 +115,21 @@ def _heads(x: Tensor, group: Group, kind: Kind) -> Tensor:
     """``(batch, heads, tokens, padded dim)`` from ``(batch, tokens, channels)``; a view where nothing is padded."""
     dims = group.dims(kind)
     padded = group.bucket.qk_dim if kind == "qk" else group.bucket.vo_dim
-    if len(dims) == 1 and padded == dims[0][2] and dims[0][1] * padded == x.shape[-1]:
-        return _aligned(x.view(*x.shape[:-1], -1, padded).transpose(1, 2), 0)
     if len(dims) > 1 and _gathers(x):
         index = _places(dims, padded, x.shape[-1], x.device)[0]
         wide = F.pad(x, (0, 1)).index_select(-1, index)  # the last channel is the zero that padding takes
         return wide.view(*x.shape[:-1], -1, padded).transpose(1, 2)
     found = []
     for start, heads, dim in dims:
-        part = x[..., start : start + heads * dim].view(*x.shape[:-1], heads, dim).transpose(1, 2)
-        found.append(_aligned(part, start) if dim == padded else F.pad(part, (0, padded - dim)))
+        part = x[..., start : start + heads * dim].view(*x.shape[:-1], heads, dim)
+        part = part if dim == padded else F.pad(part, (0, padded - dim))
+        found.append(_aligned(part.transpose(1, 2), 0 if dim < padded else start))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _apart(x: Tensor, heads: int, dim: int) -> Tensor:
+    """``(batch, heads, tokens, dim)`` from ``(batch, tokens, heads x dim)``."""
+    return _aligned(x.view(*x.shape[:-1], heads, dim).transpose(1, 2), 0)
 
 
 def _aligned(part: Tensor, start: int) -> Tensor:
@@ -128,16 +137,17 @@ def _aligned(part: Tensor, start: int) -> Tensor:
     border = ALIGNED.get(part.device.type)
     if border is None:
         return part
-    places = [start, part.stride(-2), part.stride(-3)]
+    _, heads, tokens, _ = part.stride()
+    size = part.dtype.itemsize
     off = not torch.compiler.is_compiling() and part.data_ptr() % border
-    return part.contiguous() if off or any(place * part.dtype.itemsize % border for place in places) else part
+    return (
+        part.contiguous() if off or start * size % border or heads * size % border or tokens * size % border else part
+    )
 
 
 def _cut(context: Tensor, group: Group, whole: bool) -> dict[int, Tensor]:
     """``(batch, tokens, channels)`` without padding, of every part by where it starts; of all together if whole."""
     dims = group.dims("vo")
-    if whole and len(dims) == 1 and dims[0][2] == context.shape[-1]:
-        return {0: context.transpose(1, 2).flatten(2)}
     if whole and len(dims) > 1 and _gathers(context.transpose(1, 2)):
         flat = context.transpose(1, 2).flatten(2)
         return {0: flat.index_select(-1, _places(dims, group.bucket.vo_dim, 0, context.device)[1])}

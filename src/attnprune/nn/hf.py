@@ -17,7 +17,7 @@ from ..spec import Bucket
 from .attend import Kernel, attend
 from .decoupled import Decoupled, forward_of
 from .packed import Projected, project
-from .products import Plain
+from .products import Plain, possible
 
 
 class Host(NamedTuple):
@@ -117,6 +117,7 @@ class HFAttention(Decoupled):
         if (
             dropout == 0
             and implementation == "sdpa"
+            and possible(heads.q)
             and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
         ):
             plain = self._plain(function, heads.q, mask, kwargs)

@@ -23,8 +23,10 @@ products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``:
 
 CALL = {"cpu": 3_000_000, "other": 1_000_000_000}
 """Multiply-adds that one more call of an attention kernel is worth: what its overhead takes, by kind of device."""
+TILE = 64
+"""Channels that kernels of CUDA work on at once: fewer take as long."""
 BUSY = 1 << 24
-"""Pairs of tokens (batch x queries x keys) of which a single head keeps a GPU busy: one more call costs nothing."""
+"""Pairs of tokens (batch x queries x keys) from which on a number of tiles is worth a call of its own on CUDA."""
 ALIGNED = {"cuda": 16}
 """Bytes of which a padded head's row is a multiple, by kind of device (1 elsewhere): 8 channels in half precision, 4 in
 float32. Other rows are padded by the flash kernel itself, in copies, and leave the memory-efficient one, which takes
@@ -78,6 +80,11 @@ class Group(NamedTuple):
     bucket: Bucket
     """All heads of the parts; its dims are the padded ones."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is one bucket, and nothing is padded."""
+        return len(self.parts) == 1 and self.parts[0][1:3] == self.bucket[1:3]
+
     def dims(self, kind: Kind) -> tuple[tuple[int, int, int], ...]:
         """Of every part: where its channels start, its number of heads, and their dim."""
         if kind == "qk":
@@ -108,8 +115,8 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
 
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
     choice computes the same. The smaller of qk and vo is padded to the larger where fused kernels want equal dims, and
-    both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs; on CUDA, where kernels
-    take as long for 8 channels as for 64, all do or none (:data:`BUSY`). Compiled and exported models choose without
+    both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs; on CUDA all heads of as
+    many tiles do (:data:`TILE`). Compiled and exported models choose without
     regard to numbers of tokens that may vary; see also :func:`at_run_time`.
     """
     buckets, how, cuda = layout.buckets, forced(), q.device.type == "cuda"
@@ -129,15 +136,17 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
 
 
 def together(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> list[Group]:
-    """All heads in one call, or the heads of every shape."""
-    parts = [(bucket,) for bucket in layout.buckets] if busy else [layout.buckets]
-    return [group(part, multiple, even) for part in parts]
+    """All heads in one call, or those of every number of tiles."""
+    tiles: dict[int, list[Bucket]] = {}
+    for bucket in layout.buckets:
+        tiles.setdefault(-(-max(bucket[1:3]) // TILE) if busy else 1, []).append(bucket)
+    return [group(parts, multiple, even) for parts in tiles.values()]
 
 
 def widened(layout: HeadLayout, x: Tensor) -> HeadLayout | None:
     """The dims that heads of a self-attention of ``x`` are to have by padded weights; None if they keep their own.
 
-    On CUDA: dims that kernels take, which are those of the widest head for all where calls cost more than what they do.
+    On CUDA: dims that kernels take, the same for all heads of a call.
     """
     how, cuda = forced(), x.device.type == "cuda"
     if not (how == "padded" or (how == "auto" and cuda)):
@@ -163,7 +172,7 @@ def _multiple(x: Tensor) -> int:
 
 
 def _busy(q: Tensor, k: Tensor) -> bool:
-    """Whether every single head keeps a GPU busy, for certain."""
+    """Whether there is certainly so much to do that a call costs nothing beside it."""
     if not torch.compiler.is_compiling():
         return q.shape[0] * q.shape[1] * k.shape[1] >= BUSY
     return _known(q.shape[0] * q.shape[1] * k.shape[1] >= BUSY)

@@ -41,6 +41,11 @@ class Plain(NamedTuple):
     """The rows of the mask that belong to a bucket's heads."""
 
 
+def possible(q: Tensor) -> bool:
+    """Whether products may be what runs for these queries."""
+    return q.device.type == "cpu" or forced() == "products"
+
+
 def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether products are the layout to run: what is forced, or on a CPU in float32 or float64, for inference.
 
