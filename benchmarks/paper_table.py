@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from functools import partial
 from itertools import product
@@ -46,7 +47,7 @@ def work(jobs: Any, workdir: Path, device: str, train: Path | None, threads: int
 
 
 def collect(workdir: Path, seeds: list[int], device: str, train: Path | None) -> dict[str, Any]:
-    """Everything that the state files hold, with what the figures depend on."""
+    """Every finished run that the state files hold, with what the figures depend on."""
     import paper_protocol as protocol
 
     task, runs = protocol.keywords(device, train), {}
@@ -54,6 +55,8 @@ def collect(workdir: Path, seeds: list[int], device: str, train: Path | None) ->
         file = state_file(workdir, seed, name)
         if file.exists():
             records = torch.load(file, weights_only=True, map_location="cpu")["records"]
+            if len(records) < len(protocol.WAYS[name].steps):  # was cut short
+                continue
             short = [{k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()} for record in records]
             runs.setdefault(name, {})[str(seed)] = short
     found = environment("attnprune", "transformers", "peft")
@@ -90,7 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each (1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--train", type=Path, help="the full training set (without it: the 910 shipped clips)")
-    parser.add_argument("--only", default="", help="only the ways whose name contains this")
+    parser.add_argument("--only", default="", help="only the ways in whose name this pattern is found")
     parser.add_argument("--collect", action="store_true", help="run nothing; write what the work directory holds")
     parser.add_argument("--render", action="store_true", help="run nothing; draw from the results file")
     parser.add_argument("--trial", nargs=5, metavar=("VARIANT", "RATE", "CLIPS", "BATCH", "DISTIL"),
@@ -107,7 +110,7 @@ def main() -> None:
     if not (args.render or args.collect):
         context = torch.multiprocessing.get_context("spawn")
         jobs = context.Queue()
-        names = sorted((name for name in protocol.WAYS if args.only in name), key=late)
+        names = sorted((name for name in protocol.WAYS if re.search(args.only, name)), key=late)
         for name, seed in product(names, args.seeds):
             jobs.put((seed, name))
         for _ in range(args.jobs):

@@ -1,14 +1,13 @@
 """How fast pruned models run: latency over dense, beside the ratio of multiply-adds, for plans of every kind and peers.
 
     python benchmarks/speed.py [--models ast146 ast1214 vit encoder] [--batches 1 8] [--plans uniform ragged]
-                               [--modes eager captured compiled graphs] [--device cuda] [--out DIRECTORY]
+                               [--modes eager compiled graphs] [--device cuda] [--out DIRECTORY]
 
 Half of the attention is removed. Every cell is the median, over interleaved rounds, of a variant's seconds over the
 dense model's in the same round. Weights and inputs are random. Ragged plans come from scores whose scale differs from
 head to head by a log-normal factor, so that heads keep from a few channels to all. "naive" runs the same plan with a
 call of the kernel for every head shape and nothing padded (``attnprune.nn.execution("separate")``). Float32 on a CPU;
-bfloat16 and float16 on an NVIDIA GPU, eager, eager code captured into a CUDA graph ("captured"), compiled, and compiled
-into CUDA graphs ("graphs"), timed by CUDA events.
+bfloat16 and float16 on an NVIDIA GPU, eager, compiled, and compiled into CUDA graphs ("graphs"), timed by CUDA events.
 Batches above 1 and compiled models are timed with --few-layers layers, as every layer is alike. Memory is the peak of
 what an eager forward pass allocates, over the dense model's. --out writes speed.json, speed.md and speed.png.
 """
@@ -43,15 +42,13 @@ GPU_LIMITS = {
     (32, "eager"): 0.82,
     (32, "compiled"): 0.82,
     (32, "graphs"): 0.82,
-    (32, "captured"): 0.82,
     (1, "eager"): 1.02,
-    (1, "captured"): 0.92,
     (1, "graphs"): 0.92,
 }
 """On a GPU of the H200 class, AST-base at 1,214 tokens in bfloat16, by batch and mode: latency over dense."""
 GPU_MORE = {"uniform": 0.0, "heads": 0.0, "decoupled": 0.05, "ragged": 0.05}
 """What the plans may have above that."""
-MODES = ("eager", "captured", "compiled", "graphs")
+MODES = ("eager", "compiled", "graphs")
 
 
 class Varied(Scorer):
@@ -126,8 +123,7 @@ def variants(dense: nn.Module, example: Tensor, plans: Sequence[str]) -> dict[st
 
 def runner(model: nn.Module, x: Tensor, mode: str) -> Callable[[], dict[str, float]]:
     """Runs a forward pass and gives its seconds, on CUDA those between two events of the stream."""
-    graph = capture(model, x) if mode == "captured" else None
-    if mode in ("compiled", "graphs"):
+    if mode != "eager":
         options = {"mode": "reduce-overhead"} if mode == "graphs" else {}
         model = torch.compile(model, dynamic=False, fullgraph=True, **options)  # type: ignore[assignment]
 
@@ -140,26 +136,12 @@ def runner(model: nn.Module, x: Tensor, mode: str) -> Callable[[], dict[str, flo
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             before.record()
-            model(x) if graph is None else graph.replay()
+            model(x)
             after.record()
             after.synchronize()
             return {"forward": before.elapsed_time(after) / 1000}
 
     return run
-
-
-def capture(model: nn.Module, x: Tensor) -> torch.cuda.CUDAGraph:
-    """A forward pass as one graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):
-            model(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        model(x)
-    return graph
 
 
 def peak(model: nn.Module, x: Tensor) -> int:
@@ -199,12 +181,12 @@ def cell(
     macs = {name: count_macs(model, x[:1]) for name, model in models.items()}
     torch._dynamo.reset()
     runs = {name: runner(model, x, mode) for name, model in models.items()}
-    if mode in ("eager", "compiled"):
+    if mode != "graphs":
         runs |= {
             f"{name}, naive": naive(runs[name]) for name in NAIVE if name in models
         }  # compiled again, as the layout is another one
     with torch._dynamo.config.patch(recompile_limit=len(runs) + 1):  # they may share code
-        times = paired(runs, rounds, warm_up=2 if mode in ("eager", "captured") else 4)
+        times = paired(runs, rounds, warm_up=2 if mode == "eager" else 4)
     memory = {name: peak(model, x) for name, model in models.items()}
     return {
         name: {
@@ -240,8 +222,8 @@ def main() -> None:
     args.modes = args.modes or (list(MODES) if gpu else ["eager"])
     args.dtypes = args.dtypes or (["bfloat16", "float16"] if gpu else ["float32"])
     args.few_layers = args.few_layers or (12 if gpu else 3)
-    if args.device == "cpu" and {"captured", "graphs"} & set(args.modes):
-        parser.error("captured and graphs are of a GPU")
+    if args.device == "cpu" and "graphs" in args.modes:
+        parser.error("graphs are of a GPU")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         args.json, args.plot = args.out / "speed.json", args.out / "speed.png"
@@ -280,7 +262,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for mode in args.modes:
                 for dtype in args.dtypes:
                     setting = SETTINGS[model]
-                    layers = args.layers if batch == 1 and mode in ("eager", "captured") else args.few_layers
+                    layers = args.layers if batch == 1 and mode == "eager" else args.few_layers
                     few = 25 if batch * setting.tokens < 1000 else 9
                     rounds = args.rounds or (50 if args.device == "cuda" else few)
                     key = {"model": model, "tokens": setting.tokens, "batch": batch, "mode": mode, "layers": layers,

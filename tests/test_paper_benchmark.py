@@ -87,6 +87,20 @@ def test_a_state_of_another_recipe_is_refused(protocol: Any, task: Any, tmp_path
         protocol.run(task, way, 0, file)
 
 
+def test_runs_that_were_cut_short_are_not_collected(
+    protocol: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import paper_table
+
+    monkeypatch.setattr(protocol, "keywords", lambda *_: task)
+    name, file = "rotated; no recovery", paper_table.state_file(tmp_path, 0, "rotated; no recovery")
+    way = protocol.WAYS[name]
+    protocol.run(task, way._replace(steps=way.steps[:2]), 0, file, lambda line: None)
+    assert paper_table.collect(tmp_path, [0], "cpu", None)["runs"] == {}
+    monkeypatch.setitem(protocol.WAYS, name, way._replace(steps=way.steps[:2]))
+    assert len(paper_table.collect(tmp_path, [0, 1], "cpu", None)["runs"][name]["0"]) == 2
+
+
 def test_a_trial_has_validation_figures_alone(protocol: Any, task: Any, tmp_path: Path) -> None:
     way = short(protocol.WAYS["EH-G-FI"])
     tried = protocol.run(task._replace(test=None), way, 0, tmp_path / "tried.pt", lambda line: None)
