@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -61,8 +61,20 @@ class HeadLayout:
     vo: tuple[int, ...]
     """Channels carried out, per logical head."""
 
-    @cached_property
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is worked out once; code that is compiled can ask too, which locks of cached_property do not let it."""
+        found = getattr(self, name, None)
+        if found is None:
+            found = make()
+            object.__setattr__(self, name, found)
+        return found
+
+    @property
     def buckets(self) -> tuple[Bucket, ...]:
+        found: tuple[Bucket, ...] = self._kept("_buckets", self._find_buckets)
+        return found
+
+    def _find_buckets(self) -> tuple[Bucket, ...]:
         by_shape: dict[tuple[int, int], list[int]] = {}
         for head, shape in enumerate(zip(self.qk, self.vo, strict=True)):
             by_shape.setdefault(shape, []).append(head)
@@ -72,12 +84,16 @@ class HeadLayout:
             qk, vo = found[-1].qk_stop, found[-1].vo_stop
         return tuple(found)
 
-    @cached_property
+    @property
     def order(self) -> tuple[int, ...]:
         """The logical number of every stored head."""
-        return tuple(head for bucket in self.buckets for head in bucket.heads)
+        found: tuple[int, ...] = self._kept("_order", self._find_order)
+        return found
 
-    @cached_property
+    def _find_order(self) -> tuple[int, ...]:
+        return tuple([head for bucket in self.buckets for head in bucket.heads])
+
+    @property
     def inverse(self) -> tuple[int, ...]:
         """The stored position of every logical head."""
         return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
@@ -90,8 +106,7 @@ class HeadLayout:
     def dims(self, kind: Kind) -> tuple[int, ...]:
         return self.qk if kind == "qk" else self.vo
 
-    @cached_property
-    def _spans(self) -> dict[str, tuple[tuple[int, int], ...]]:
+    def _find_spans(self) -> dict[str, tuple[tuple[int, int], ...]]:
         spans: dict[str, tuple[tuple[int, int], ...]] = {}
         for kind in KINDS:
             dims = self.dims(kind)
@@ -102,7 +117,8 @@ class HeadLayout:
 
     def span(self, kind: Kind, head: int) -> tuple[int, int]:
         """First and last-plus-one stored row of a logical head."""
-        return self._spans[kind][head]
+        spans: dict[str, tuple[tuple[int, int], ...]] = self._kept("_spans", self._find_spans)
+        return spans[kind][head]
 
 
 @dataclass(frozen=True)
