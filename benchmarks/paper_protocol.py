@@ -79,7 +79,7 @@ WAYS: dict[str, Way] = {
     **{f"{name}; all weights": Way(VARIANTS.get(name), (7,), WHOLE) for name in ("EH-L-FI", "dense")},
     **{
         f"{name}; more clips": Way(VARIANTS.get(name), HALF_STEPS, MORE)
-        for name in ("PH-G-FI", "PH-L-FI", "EH-G-FI", "dense")
+        for name in ("PH-G-FI", "PH-L-FI", "EH-G-FI", "EH-L-FI", "dense")
     },
     "rotated; LoRA": Way(OURS["rotated"], OUR_STEPS, LABELS),
     "rotated, free; LoRA": Way(FREE, OUR_STEPS, LABELS),
