@@ -345,6 +345,18 @@ def test_what_runs_on_cuda(dtype: torch.dtype, multiple: int, monkeypatch: pytes
     assert len(arrange(tiles, many, many)) == (2 if layouts.KNOWN else 1), "sizes are known"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_padded_weights_are_for_the_dtype_that_products_are_in(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast that is not the dtype of what comes in."""
+    monkeypatch.setitem(layouts.ALIGNED, "cpu", 16)
+    layout, x = HeadLayout(qk=(3, 5), vo=(3, 5)), torch.zeros(1, 4, 8)
+    width = 16 // dtype.itemsize * (1 if dtype == torch.bfloat16 else 2)
+    with execution("padded"), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert layouts.widened(layout, x) == HeadLayout((width, width), (width, width))
+
+
 def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = HeadLayout(qk=(4, 2, 3, 4), vo=(3, 3, 2, 3))
     assert list(layout.order) == [0, 3, 1, 2], "not its own inverse"

@@ -116,11 +116,11 @@ def arrange(layout: HeadLayout, q: Tensor, k: Tensor) -> list[Group]:
     Zeros in queries and keys add nothing to a logit, and zeros in values give zeros that are cut off again, so every
     choice computes the same. The smaller of qk and vo is padded to the larger where fused kernels want equal dims, and
     both to :data:`ALIGNED` rows. Buckets share a call where that saves more than padding costs; on CUDA all heads of as
-    many tiles do (:data:`TILE`). Compiled and exported models choose without
-    regard to numbers of tokens that may vary; see also :func:`at_run_time`.
+    many tiles do (:data:`TILE`). Compiled and exported models choose without regard to numbers of tokens that may vary;
+    see also :func:`at_run_time`.
     """
     buckets, how, cuda = layout.buckets, forced(), q.device.type == "cuda"
-    multiple = _multiple(q)
+    multiple = _multiple(q.device.type, q.dtype)
     if cuda and how in ("auto", "padded"):
         once = together if torch.compiler.is_compiling() else _together_once
         return once(layout, how == "auto" and _busy(q, k), multiple, not takes_unequal(q.dtype))
@@ -148,11 +148,14 @@ def widened(layout: HeadLayout, x: Tensor) -> HeadLayout | None:
 
     On CUDA: dims that kernels take, the same for all heads of a call.
     """
-    how, cuda = forced(), x.device.type == "cuda"
-    if not (how == "padded" or (how == "auto" and cuda)):
+    how, kind, dtype = forced(), x.device.type, x.dtype
+    if not (how == "padded" or (how == "auto" and kind == "cuda")):
         return None
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     once = _widened if torch.compiler.is_compiling() else _widened_once
-    return once(layout, how == "auto" and _busy(x, x), _multiple(x), not cuda or not takes_unequal(x.dtype))
+    even = kind != "cuda" or not takes_unequal(dtype)
+    return once(layout, how == "auto" and _busy(x, x), _multiple(kind, dtype), even)
 
 
 def _widened(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> HeadLayout | None:
@@ -166,9 +169,9 @@ def _widened(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> HeadL
 _together_once, _widened_once = lru_cache(maxsize=4096)(together), lru_cache(maxsize=4096)(_widened)
 
 
-def _multiple(x: Tensor) -> int:
-    """Channels of which a padded head's dims are multiples."""
-    return max(1, ALIGNED.get(x.device.type, 1) // x.dtype.itemsize)
+def _multiple(kind: str, dtype: torch.dtype) -> int:
+    """Channels of which a padded head's dims are multiples, by kind of device."""
+    return max(1, ALIGNED.get(kind, 1) // dtype.itemsize)
 
 
 def _busy(q: Tensor, k: Tensor) -> bool:

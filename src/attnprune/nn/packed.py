@@ -32,8 +32,8 @@ class Projected(NamedTuple):
     """The module's own."""
 
     def output(self, context: Tensor, linear: nn.Linear | None) -> Tensor:
-        """What O makes of a context ``(batch, tokens, sum of vo_dims of the layout)``; None: of the module's own
-        channels nothing, in stored order."""
+        """What O makes of a context ``(batch, tokens, sum of vo_dims of the layout)``; without O, the module's own
+        channels of it, in stored order."""
         if self.layout is self.own:
             return context if linear is None else linear(context)
         if linear is not None and _plain((linear,)):  # zeros in the context meet any columns of O
