@@ -351,8 +351,7 @@ def test_padded_weights_are_for_the_dtype_that_products_are_in(
 ) -> None:
     """Under autocast that is not the dtype of what comes in."""
     monkeypatch.setitem(layouts.ALIGNED, "cpu", 16)
-    layout, x = HeadLayout(qk=(3, 5), vo=(3, 5)), torch.zeros(1, 4, 8)
-    width = 16 // dtype.itemsize * (1 if dtype == torch.bfloat16 else 2)
+    layout, x, width = HeadLayout(qk=(3, 4), vo=(3, 4)), torch.zeros(1, 4, 7), 16 // dtype.itemsize
     with execution("padded"), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         assert layouts.widened(layout, x) == HeadLayout((width, width), (width, width))
 
