@@ -151,7 +151,7 @@ def widened(layout: HeadLayout, x: Tensor) -> HeadLayout | None:
     how, kind, dtype = forced(), x.device.type, x.dtype
     if not (how == "padded" or (how == "auto" and kind == "cuda")):
         return None
-    if torch.is_autocast_enabled(kind):
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     once = _widened if torch.compiler.is_compiling() else _widened_once
     even = kind != "cuda" or not takes_unequal(dtype)
