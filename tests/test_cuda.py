@@ -164,8 +164,8 @@ def test_compiled(mode: str, dtype: torch.dtype, plan: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("tokens", [40, 7 * MANY])
-def test_ragged_heads_by_padded_weights_or_calls_of_their_own(hooked: bool, tokens: int) -> None:
-    """Few tokens: one product and one call; many: a call for every shape; under hooks the Linears are called."""
+def test_ragged_heads_by_padded_weights_or_activations(hooked: bool, tokens: int) -> None:
+    """By weights in one product, unless somebody listens to a projection; both as the model in float64."""
     model = encoder(layers=1).eval()
     prune_attention(model, 0.5, heads="ragged", scorer="random", round_to=8)
     x, seen = torch.randn(1, tokens, 64), []
@@ -221,7 +221,7 @@ def test_random_state_is_as_it_was() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_latency_budget(tmp_path: Path) -> None:
+def test_a_latency_table_and_a_budget(tmp_path: Path) -> None:
     model, x = encoder(layers=1).eval(), torch.randn(2, 40, 64, device=DEVICE)
     table = attnprune.latency.measure(model, x, seconds=0.5, cache=str(tmp_path), progress=False)
     assert (torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu") in table.machine["device"]
@@ -242,8 +242,9 @@ def test_files(tmp_path: Path) -> None:
             assert torch.equal(a.cpu(), b.cpu()), name
 
 
+@only_cuda
 def test_by_an_empty_default_device() -> None:
-    """``torch.set_default_device`` does not decide where our own tensors go."""
+    """``torch.set_default_device`` does not decide where our own tensors go; on a CPU, test_elsewhere.py asks that."""
     for name in ("AST", "Encoder"):
         model, given = fresh(name, 0).to(DEVICE), there(inputs(name, 0))
         with torch.device("meta"):
