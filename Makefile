@@ -55,7 +55,7 @@ bench-streaming: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py
 
 paper-table: $(STAMP)
-	$(BIN)/python examples/keywords/generate.py paper_table_work --full-only
+	$(BIN)/python examples/keywords/generate.py paper_table_work --only train
 	$(BIN)/python benchmarks/paper_table.py --train paper_table_work/train.safetensors --seeds 0 1 2
 
 bench: $(STAMP)

@@ -1,8 +1,10 @@
 """The paper's table, end to end: eight variants by its protocol, and ours, on the shipped keyword recogniser.
 
-    python examples/keywords/generate.py DIR --full-only    # the training set, 4 minutes; needs espeak-ng
+    python examples/keywords/generate.py DIR --only train   # the training set, 4 minutes; needs espeak-ng
     python benchmarks/paper_table.py --train DIR/train.safetensors --seeds 0 1 2    # resumable
     python benchmarks/paper_table.py --render               # the table and the plot again, from the results file
+    python examples/keywords/generate.py DIR --only test --per-class 200 --seed 1    # 7,000 clips more
+    python benchmarks/paper_table.py --train DIR/train.safetensors --new-test DIR/test.safetensors
     python benchmarks/paper_table.py --trial PH-L-FI 1e-3 6125 32 0    # another recipe, by validation only
 
 Prune, fine-tune with LoRA, merge, again (:mod:`paper_protocol`). Every round of every run leaves its state in the work
@@ -64,7 +66,23 @@ def collect(workdir: Path, seeds: list[int], device: str, train: Path | None) ->
     recipes = {name: way.recipe and way.recipe._asdict() for name, way in protocol.WAYS.items()}
     dense = {"validation": task.validation.measure(task.model)[1], "test": task.test.measure(task.model)[1]}
     found |= {"device": device, "training clips": len(task.train.labels)}
-    return {"environment": found, "dense": dense, "recipes": recipes, "runs": runs}
+    results = {"environment": found, "dense": dense, "recipes": recipes, "runs": runs}
+    if (new := workdir / "new_clips.json").exists():
+        results["new clips"] = json.loads(new.read_text())
+    return results
+
+
+def on_new_clips(workdir: Path, seeds: list[int], task: Any) -> dict[str, Any]:
+    """Test accuracy, on other test clips, of every run's models at one half and at its end."""
+    import paper_protocol as protocol
+
+    found: dict[str, Any] = {"clips": len(task.test.labels), "dense": task.test.measure(task.model)[1], "runs": {}}
+    for name, seed in product(protocol.WAYS, seeds):
+        way, file = protocol.WAYS[name], state_file(workdir, seed, name)
+        if file.exists():
+            found["runs"].setdefault(name, {})[str(seed)] = one = protocol.again(task, way, seed, file)
+            print(f"seed {seed}, {name}: {one}", flush=True)
+    return found
 
 
 def trial(args: argparse.Namespace, task: Any) -> None:
@@ -74,9 +92,13 @@ def trial(args: argparse.Namespace, task: Any) -> None:
     name, *numbers = args.trial
     lr, clips, batch, distil = map(float, numbers)
     options = None if name == "dense" else protocol.VARIANTS[name]
-    way = protocol.Way(options, protocol.HALF_STEPS, protocol.Recipe(lr, int(clips), int(batch), distil))
+    way = protocol.Way(
+        options, protocol.HALF_STEPS, protocol.Recipe(lr, int(clips), int(batch), distil, rank=args.rank)
+    )
     for seed in args.seeds:
-        file = state_file(args.workdir, seed, " ".join(["trial", *args.trial]))
+        file = state_file(
+            args.workdir, seed, " ".join(["trial", *args.trial, *([f"rank {args.rank}"] if args.rank != 16 else [])])
+        )
         protocol.run(task._replace(test=None), way, seed, file, partial(print, f"seed {seed},", flush=True))
 
 
@@ -96,8 +118,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the ways in whose name this pattern is found")
     parser.add_argument("--collect", action="store_true", help="run nothing; write what the work directory holds")
     parser.add_argument("--render", action="store_true", help="run nothing; draw from the results file")
+    parser.add_argument("--new-test", type=Path, help="run nothing; measure what was run on the clips of this file too")
     parser.add_argument("--trial", nargs=5, metavar=("VARIANT", "RATE", "CLIPS", "BATCH", "DISTIL"),
                         help="only run seven rounds of a variant with these, and print validation figures")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=16, help="of a trial's updates (16)")
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT)]
     import paper_protocol as protocol
@@ -107,7 +131,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         trial(args, protocol.keywords(args.device, args.train))
         return
-    if not (args.render or args.collect):
+    if not (args.render or args.collect or args.new_test):
         context = torch.multiprocessing.get_context("spawn")
         jobs = context.Queue()
         names = sorted((name for name in protocol.WAYS if re.search(args.only, name)), key=late)
@@ -123,6 +147,10 @@ def main() -> None:
             worker.join()
         if any(worker.exitcode for worker in workers):
             raise SystemExit("a worker failed; what is done is kept, run again to continue")
+    if args.new_test:
+        task = protocol.keywords(args.device, args.train, args.new_test)
+        found = on_new_clips(args.workdir, args.seeds, task)
+        (args.workdir / "new_clips.json").write_text(json.dumps(found, indent=1) + "\n")
     if not args.render:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(collect(args.workdir, args.seeds, args.device, args.train), indent=1) + "\n")

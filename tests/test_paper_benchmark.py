@@ -192,6 +192,64 @@ def test_distances_are_from_both_dense_models(monkeypatch: pytest.MonkeyPatch) -
     assert paper_render.distance(results, "PH-G-FI", 2) is None
 
 
+def test_new_clips_have_a_dense_figure_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper_render
+
+    name = "EH-L-FI; 84,843 clips"
+    records = [
+        {"step": step, "test": test, "loss": 1.0, "removed": 0.5} for step, test in ((3, None), (7, 70), (8, 76))
+    ]
+    results: Any = {"dense": {"test": 80}, "runs": {name: {"0": records}}}
+    assert paper_render.distance(results, name, 7, new=True) is None
+    assert "new clips" not in "".join(paper_render.claims(results) + paper_render.rows(results)[0])
+    alike = {"0": {"7": 84, "8": 85}}
+    new = {"clips": 9000, "dense": 83, "runs": {name: {"0": {"7": 72, "8": 82.5}}, "dense; 84,843 clips": alike}}
+    results["new clips"] = new
+    assert paper_render.distance(results, name, 7) == (1, -10, -10, -10)
+    assert paper_render.distance(results, name, 8, new=True) == (1, -0.5, -0.5, -0.5)
+    assert paper_render.distance(results, name, 8, new=True, tuned=True) == (1, -2.5, -2.5, -2.5)
+    assert paper_render.distance(results, name, 3) is None
+    header, body = paper_render.rows(results)
+    assert header[-2] == "at 50 %, 9,000 new clips, from dense as shipped"
+    assert body[0][-2:] == ["-11.00", ""]
+
+
+def test_new_clips_measure_the_models_that_were_run(
+    protocol: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import paper_table
+
+    on = short(protocol.WAYS["PH-L-MAG"])
+    ways = {
+        "rotated; no recovery": protocol.WAYS["rotated; no recovery"],
+        "PH-L-MAG": on,
+        "EH-G-MAG": on._replace(steps=(4, 7, 9)),
+    }
+    monkeypatch.setattr(protocol, "WAYS", ways)
+    records = {}
+    for name, way in ways.items():
+        ran = protocol.run(task, way, 0, paper_table.state_file(tmp_path, 0, name), lambda line: None)
+        records[name] = {str(one["step"]): one["test"] for one in ran}
+    found = paper_table.on_new_clips(tmp_path, [0, 1], task)  # the same clips, so the same figures
+    assert found["clips"] == 12
+    for name, steps in {"rotated; no recovery": ("7", "14"), "PH-L-MAG": ("7",), "EH-G-MAG": ("7", "9")}.items():
+        assert found["runs"][name]["0"] == {step: records[name][step] for step in steps}
+    other = protocol.Clips(task.test.features.flip(0), (task.test.labels + 1) % 5)
+    assert paper_table.on_new_clips(tmp_path, [0], task._replace(test=other)) != found
+
+
+def test_a_state_of_before_a_field_is_of_its_default(protocol: Any, task: Any, tmp_path: Path) -> None:
+    way, file = short(protocol.WAYS["PH-L-MAG"]), tmp_path / "state.pt"
+    records = protocol.run(task, way, 0, file, lambda line: None)
+    state = torch.load(file, weights_only=True)
+    del state["of"]["recipe"]["rank"]
+    torch.save(state, file)
+    assert protocol.run(task, way, 0, file) == records
+    with pytest.raises(CheckpointError, match="expected recipe"):
+        protocol.run(task, way._replace(recipe=way.recipe._replace(rank=8)), 0, file)
+
+
 def test_the_protocol_is_the_papers(protocol: Any) -> None:
     shares = [protocol.share(step) for step in range(15)]
     left = [1 - share for share in shares]

@@ -4,7 +4,8 @@
 
 writes the full training set to ``WORKDIR/train.safetensors`` and, next to this file, the shipped splits
 ``features/{train,validation,test}.safetensors`` (the shipped train split is the head of the full one); with
-``--full-only`` the former alone.
+``--only SPLIT`` that split alone, whole, to ``WORKDIR/SPLIT.safetensors``: the training set, or with another ``--seed``
+new clips of the voices that validation or test is made with.
 Each clip depends only on the seed, its split and its index, so the result does not depend on the number of processes.
 """
 
@@ -181,17 +182,23 @@ def main() -> None:
     parser.add_argument("workdir", type=Path, help="where the full training set is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--full-only", action="store_true", help="write the full training set alone")
+    parser.add_argument("--only", choices=SPLITS, help="write this split alone, to WORKDIR")
+    parser.add_argument(
+        "--per-class", type=int, help="clips per keyword, with --only (train 350, validation 10, test 40)"
+    )
     args = parser.parse_args()
+    if args.per_class and not args.only:
+        parser.error("--per-class needs --only")
     with get_context("spawn").Pool(args.processes) as pool:
-        for split in SPLITS[:1] if args.full_only else SPLITS:
-            jobs = [(split, i, args.seed) for i in range(CLIPS_PER_CLASS[split] * len(LABELS))]
-            packed, voices = zip(*tqdm(pool.imap(example, jobs, chunksize=16), split, len(jobs)), strict=True)
-            if split == "train":
-                save(args.workdir / "train.safetensors", packed, voices, args.seed)
-            if args.full_only:
+        for split in [args.only] if args.only else SPLITS:
+            count = (args.per_class or CLIPS_PER_CLASS[split]) * len(LABELS)
+            jobs = [(split, i, args.seed) for i in range(count)]
+            packed, voices = zip(*tqdm(pool.imap(example, jobs, chunksize=16), split, count), strict=True)
+            if args.only or split == "train":
+                save(args.workdir / f"{split}.safetensors", packed, voices, args.seed)
+            if args.only:
                 continue
-            shipped = SHIPPED_TRAIN_PER_CLASS * len(LABELS) if split == "train" else len(jobs)
+            shipped = SHIPPED_TRAIN_PER_CLASS * len(LABELS) if split == "train" else count
             save(FEATURES / f"{split}.safetensors", packed[:shipped], voices[:shipped], args.seed)
 
 
