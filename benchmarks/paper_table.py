@@ -92,13 +92,10 @@ def trial(args: argparse.Namespace, task: Any) -> None:
     name, *numbers = args.trial
     lr, clips, batch, distil = map(float, numbers)
     options = None if name == "dense" else protocol.VARIANTS[name]
-    way = protocol.Way(
-        options, protocol.HALF_STEPS, protocol.Recipe(lr, int(clips), int(batch), distil, rank=args.rank)
-    )
+    recipe = protocol.Recipe(lr, int(clips), int(batch), distil, rank=args.rank)
+    way = protocol.Way(options, protocol.HALF_STEPS, recipe)
     for seed in args.seeds:
-        file = state_file(
-            args.workdir, seed, " ".join(["trial", *args.trial, *([f"rank {args.rank}"] if args.rank != 16 else [])])
-        )
+        file = state_file(args.workdir, seed, " ".join(["trial", *args.trial, f"rank {args.rank}"]))
         protocol.run(task._replace(test=None), way, seed, file, partial(print, f"seed {seed},", flush=True))
 
 
@@ -123,6 +120,8 @@ def main() -> None:
                         help="only run seven rounds of a variant with these, and print validation figures")  # fmt: skip
     parser.add_argument("--rank", type=int, default=16, help="of a trial's updates (16)")
     args = parser.parse_args()
+    if args.rank != 16 and not args.trial:
+        parser.error("--rank is of a --trial: the table's updates have rank 16")
     sys.path[:0] = [str(ROOT)]
     import paper_protocol as protocol
     from paper_render import render
