@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 import attnprune
-from attnprune.latency import measure
+from attnprune.cost.latency.measuring import measure
 
 
 @torch.no_grad()

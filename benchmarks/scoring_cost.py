@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 import attnprune
-from attnprune.scorers import Fisher, Taylor
+from attnprune.planning.scorers import Fisher, Taylor
 
 Batch = tuple[Tensor, Tensor]
 NOTHING, PLAIN = "nothing", "forward + backward"

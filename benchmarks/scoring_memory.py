@@ -30,7 +30,10 @@ from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 import attnprune
-from attnprune import calibration, closed_form, planning, scorers  # imported here, so that they count as imports
+from attnprune.calibration import bases as closed_form
+from attnprune.calibration import taps as calibration
+from attnprune.planning import decide as planning  # imported here, so that they count as imports
+from attnprune.planning import scorers
 
 MB = 1e6
 assert closed_form

@@ -33,7 +33,7 @@ from transformers import ASTConfig, ASTModel, ViTConfig, ViTModel
 
 import attnprune
 from attnprune import AttentionView, Scorer, Scores
-from attnprune.counting import count_macs
+from attnprune.cost.counting import count_macs
 from attnprune.nn import execution
 
 LIMITS = {"uniform": 1.03, "heads": 1.03, "decoupled": 1.06, "ragged": 1.10}

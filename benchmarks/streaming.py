@@ -24,7 +24,7 @@ from attnprune.checkpoint import hf
 from attnprune.checkpoint.folder import Folder
 from attnprune.checkpoint.skeleton import places
 from attnprune.checkpoint.tensors import Item, shards, write_tensors
-from attnprune.folds import Fold
+from attnprune.values.channel_maps import Fold
 
 TARGET = 1e9  # bytes, peak of the process
 SHARD = 500_000_000

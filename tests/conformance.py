@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnprune import AttentionView, LayerPlan, Plan, apply_plan, make_plan
-from attnprune.adapters.registry import all_views
+from attnprune.families.registry import all_views
 
 from .families import FAMILIES, Family, gradient
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 import attnprune
-from attnprune import AttentionSpec, LatencyTable, LayerPlan, Rules, Scores, errors, knapsack
-from attnprune.budgets import Costs, allocate_budget
-from attnprune.counting import count_macs, parameter_prices
-from attnprune.knapsack import BINS, Choice, choose
-from attnprune.ratios import Budget
-from attnprune.spec import KINDS
-from attnprune.timetable import Grid
+from attnprune import AttentionSpec, LatencyTable, LayerPlan, Rules, Scores, errors
+from attnprune.cost.counting import count_macs, parameter_prices
+from attnprune.cost.latency.table import Grid
+from attnprune.planning import knapsack
+from attnprune.planning.by_budget import Costs, allocate_budget
+from attnprune.planning.knapsack import BINS, Choice, choose
+from attnprune.values.budget import Budget
+from attnprune.values.layout import KINDS
 
 # the knapsack against all choices
 

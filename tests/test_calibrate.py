@@ -24,8 +24,8 @@ from attnprune import (
     register_adapter,
     unregister_adapter,
 )
+from attnprune.calibration.moments import Moments
 from attnprune.errors import CalibrationError, DataError, NonFiniteError
-from attnprune.moments import Moments
 
 from .conformance import fresh, inputs
 from .families import FAMILIES

@@ -21,7 +21,7 @@ from attnprune import Plan, cli, find_attention, from_pretrained, make_plan, pru
 from attnprune.checkpoint.tensors import Weights
 from attnprune.cli import main, timing
 from attnprune.cli.inputs import example_inputs
-from attnprune.timetable import Grid, LatencyTable
+from attnprune.cost.latency.table import Grid, LatencyTable
 
 CONFIG = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
 IMAGE = {**CONFIG, "image_size": 16, "patch_size": 8, "num_labels": 5}

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import attnprune
 from attnprune import LayerPlan, Plan, apply_plan, calibrate, make_plan, masked, prune_attention
-from attnprune.adapters import find_views
-from attnprune.closed_form import best_basis, refit_output, refit_product, turn
+from attnprune.calibration.bases import best_basis, refit_output, refit_product, turn
 from attnprune.errors import NonFiniteError, PlanFormatError, TiedWeightsError
-from attnprune.folds import Fold
-from attnprune.planning import turned
-from attnprune.scorers import Gate, Magnitude
+from attnprune.families import find_views
+from attnprune.planning.decide import turned
+from attnprune.planning.scorers import Gate, Magnitude
+from attnprune.values.channel_maps import Fold
 
 from .conformance import close, family, forward_backward, fresh, inputs
 from .families import FAMILIES

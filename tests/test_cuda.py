@@ -20,7 +20,7 @@ import attnprune
 from attnprune import apply_plan, make_plan, prune_attention
 from attnprune.nn import attend, execution
 from attnprune.nn.products import Plain
-from attnprune.spec import HeadLayout
+from attnprune.values.layout import HeadLayout
 
 from .conformance import family, fresh, inputs, random_plan, zero
 from .families import FAMILIES

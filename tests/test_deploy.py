@@ -20,7 +20,7 @@ from torch.export import Dim
 from attnprune import export_onnx, find_attention, prune_attention, prune_channels, prune_heads
 from attnprune.errors import DataError, ExportError, OptionError
 from attnprune.nn import execution
-from attnprune.nn.layouts import Execution
+from attnprune.nn.policy import Execution
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 12}
 Built = tuple[nn.Module, dict[str, Tensor], frozenset[str]]

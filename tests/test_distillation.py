@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnprune import capture, distillation_loss, hidden_loss, prune_attention, teacher_loss
-from attnprune.blocks import find_blocks
 from attnprune.errors import DataError, OptionError
+from attnprune.training.blocks import find_blocks
 
 from .conformance import fresh, inputs
 from .families import FAMILIES

@@ -11,21 +11,16 @@ import pytest
 import attnprune
 
 DOCS = Path(__file__).parents[1] / "docs"
-MODULES = (
-    attnprune,
-    attnprune.adapters,
-    attnprune.scorers,
-    attnprune.errors,
-    attnprune.nn,
-    attnprune.surgery,
-)
-NAMES = [(module, name) for module in MODULES for name in module.__all__]
+MODULES = {
+    "attnprune": attnprune,
+    **{f"attnprune.{name}": getattr(attnprune, name) for name in ("adapters", "scorers", "errors", "nn", "surgery")},
+}
+NAMES = [(public, name) for public, module in MODULES.items() for name in module.__all__]
 ROLE = re.compile(r":(?:class|func|meth|attr|exc|data):`(?:[^`<]*<)?~?([\w.]+)>?`")
 
 
 def _id(pair):
-    module, name = pair
-    return f"{module.__name__}.{name}"
+    return ".".join(pair)
 
 
 def _exists(path):
@@ -51,7 +46,7 @@ def test_public_name_is_in_the_reference(pair):
 
 @pytest.mark.parametrize("pair", NAMES, ids=_id)
 def test_public_name_has_a_docstring(pair):
-    found = getattr(*pair)
+    found = getattr(MODULES[pair[0]], pair[1])
     if inspect.isclass(found) or inspect.isfunction(found) or inspect.ismodule(found):
         # a class without a docstring of its own would inherit its base's
         assert (found.__dict__.get("__doc__") or "").strip() if inspect.isclass(found) else found.__doc__.strip()

@@ -42,9 +42,9 @@ from attnprune import (
     prune_channels,
     prune_heads,
     register_adapter,
-    scorers,
     unregister_adapter,
 )
+from attnprune.cost.rounding import liked_multiple
 from attnprune.errors import (
     AdapterError,
     AllocationError,
@@ -71,7 +71,7 @@ from attnprune.errors import (
     UnknownUnitError,
     WrappedModelError,
 )
-from attnprune.rounding import liked_multiple
+from attnprune.planning import scorers
 
 # the models
 

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from attnprune import find_attention
 from attnprune.errors import OptionError
-from attnprune.nn import Plain, attend, execution, layouts, products
-from attnprune.nn.layouts import arrange
-from attnprune.spec import KINDS, Bucket, HeadLayout
+from attnprune.nn import Plain, attend, execution, products
+from attnprune.nn import policy as layouts
+from attnprune.nn.policy import arrange
+from attnprune.values.layout import KINDS, Bucket, HeadLayout
 
 from .conformance import check_exact, family, fresh, inputs, random_plan
 from .families import FAMILIES

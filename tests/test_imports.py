@@ -11,105 +11,129 @@ from pathlib import Path
 import attnprune
 
 ROOT = Path(attnprune.__file__).parent
-LAYERS = (
-    ("errors",),
-    ("fields", "processes"),
-    ("spec",),
-    ("ratios",),
-    ("folds",),
-    ("layer_plan",),
-    ("plots",),
-    ("scores", "plan", "moments"),
-    ("timetable",),
-    ("views",),
-    ("nn",),
-    ("adapters",),
-    ("surgery",),
-    ("packing",),
-    ("passes",),
-    ("blocks", "counting", "rounding"),
-    ("timing",),
-    ("calibration", "distillation", "distributed"),
-    ("closed_form",),
-    ("scorers",),
-    ("allocate",),
-    ("knapsack", "latency"),
-    ("target", "budgets"),
-    ("planning", "asking"),
-    ("report", "checkpoint", "scoring", "export"),
-    ("api",),
-    ("schedules", "observing"),
-    ("pruner", "by_hand"),
-    ("integrations",),
-    ("cli",),
-    ("__init__", "__main__"),
+ROOMS = (
+    "errors",
+    "checks",
+    "values",
+    "nn",
+    "families",
+    "surgery",
+    "calibration",
+    "cost",
+    "planning",
+    "report",
+    "checkpoint",
+    "api",
+    "by_hand",
+    "training",
+    "integrations",
+    "cli",
+    "testing",
+    "__main__",
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK = {name: rank for rank, name in enumerate(ROOMS)}
 FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
 
 OWN = {"auto": {"transformers"}}  # else the module's own name
-WHEN_CALLED = {"plots": {"matplotlib"}, "checkpoint": {"transformers"}, "cli": {"transformers"}}
+WHEN_CALLED = {"report": {"matplotlib"}, "checkpoint": {"transformers"}, "cli": {"transformers"}}
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """Absolute names that a file imports at run time, and whether they are inside attnprune."""
-    package = ["attnprune", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
-    found = []
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+def module_of(path: Path) -> str:
+    """The dotted name of a file below the package; a room's own name for its __init__."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """What a file imports, in functions and for types too: names of other packages, and files of attnprune."""
+    package = ["attnprune", *path.relative_to(ROOT).parts[:-1]]
+    others, own = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(alias.name, False) for alias in node.names]
+            others |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.append((node.module or "", False))
+            others.add(node.module or "")
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            tails = [node.module] if node.module else [alias.name for alias in node.names]
-            found += [(".".join([*base, tail or ""]), True) for tail in tails]
-    return found
+            base = ".".join([*package[1 : len(package) - node.level + 1], *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".strip(".")
+                own.add(inner if inner in FILES else base)
+    return others, own
 
 
-def test_imports_go_down_only() -> None:
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        here = RANK[parts[0]]
-        for name, own in imports(path):
-            own_framework = OWN.get(parts[-1], {parts[-1]}) if parts[0] == "integrations" else set()
-            assert name.split(".")[0] not in FRAMEWORKS - WHEN_CALLED.get(parts[0], own_framework), (path, name)
-            if not own:
-                continue
-            target = name.split(".")[1:]
-            if target[0] == parts[0] and len(parts) > 1:
-                continue  # inside one package
-            assert RANK[target[0]] <= here, (path, name)
-            assert RANK[target[0]] < here or target[0] != parts[0], (path, name)
+ARROWS = {name: imports(path) for name, path in FILES.items()}
+
+
+def test_arrows_between_rooms_go_down_only() -> None:
+    for name, (_, own) in ARROWS.items():
+        here, *_ = name.split(".")
+        for target in own if here != "__init__" else ():
+            there, *_ = target.split(".")
+            assert RANK[there] < RANK[here] or there == here, f"{name} imports {target}"
+
+
+def test_no_circle_among_files() -> None:
+    """Also none of imports in functions, or for types alone."""
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"a circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        if name not in done:
+            for target in sorted(ARROWS[name][1]):
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in FILES:
+        if name != "__init__":  # the public names, for editors alone
+            walk(name, ())
+
+
+def test_frameworks_are_imported_where_they_belong() -> None:
+    for name, (others, _) in ARROWS.items():
+        parts = name.split(".")
+        allowed = OWN.get(parts[-1], {parts[-1]}) if parts[0] == "integrations" else WHEN_CALLED.get(parts[0], set())
+        found = {other.split(".")[0] for other in others} & FRAMEWORKS
+        assert found <= allowed, f"{name} imports {found - allowed}"
 
 
 def test_siblings_do_not_import_one_another() -> None:
-    """In a package of like things, only the shared module is imported."""
-    for package, shared in {
-        "adapters": {"base"},
-        "scorers": {"base", "gradient"},
-        "nn": {"attend", "decoupled", "layouts", "packed", "products"},
+    """In a room of like things, only the shared file is imported."""
+    for room, shared in {
+        "planning.scorers": {"base", "gradient"},
+        "families.hf": {"forward"},
+        "families.mha": {"forward"},
+        "families.timm": {"forward"},
     }.items():
-        for path in (ROOT / package).glob("*.py"):
-            if path.stem in ("__init__", "registry"):
-                continue
-            for name, own in imports(path):
-                target = name.split(".")[1:]
-                if own and target[0] == package and len(target) > 1:
-                    assert target[1] in shared, (path, name)
+        for name, (_, own) in ARROWS.items():
+            for target in own if name.startswith(f"{room}.") else ():
+                if target.startswith(f"{room}."):
+                    assert target.removeprefix(f"{room}.") in shared, f"{name} imports {target}"
 
 
-def test_import_loads_no_framework_and_nothing_that_is_loaded_when_asked_for() -> None:
+def test_rooms_are_small() -> None:
+    for name, path in FILES.items():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{name} has {lines} lines: which two nouns live there?"
+
+
+def test_import_loads_nothing_that_is_loaded_when_asked_for() -> None:
     """What it costs is measured by benchmarks/import_cost.py."""
-    later = {f"attnprune.{name}" for name in attnprune._MODULES}
-    code = f"import sys, json, attnprune; print(json.dumps(sorted({FRAMEWORKS | later!r} & sys.modules.keys())))"
+    heavy = FRAMEWORKS | {
+        "torch_pruning",
+        "torch._dynamo",
+        "attnprune.api",
+        "attnprune.report.plots",
+        "attnprune.planning",
+    }
+    code = f"import sys, json, attnprune; print(json.dumps(sorted({heavy!r} & sys.modules.keys())))"
     assert json.loads(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
+
+
+def test_planning_loads_neither_dynamo_nor_torch_pruning() -> None:
+    code = (
+        "import sys, torch, attnprune; attnprune.prune_attention(torch.nn.MultiheadAttention(8, 2), 0.5, heads='ragged');"
+        "assert not {'torch._dynamo', 'torch_pruning'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import attnprune
 from attnprune import AttentionPruner
 
 from .conformance import fresh
 from .test_pruner import train
 
+OURS = str(Path(attnprune.__file__).parent)
 UNDOING = {"undo", "restore"}  # an interrupt while things are put back is another one
 
 
@@ -35,7 +38,7 @@ def interrupted(pruner: Any, optimizer: Any, average: Any, at: int) -> tuple[boo
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal count
-        if "attnprune" not in frame.f_code.co_filename or frame.f_code.co_name in UNDOING:
+        if not frame.f_code.co_filename.startswith(OURS) or frame.f_code.co_name in UNDOING:
             return None
         if event == "line":
             count += 1

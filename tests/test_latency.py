@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import attnprune
-from attnprune import AttentionSpec, LatencyTable, errors, timing
-from attnprune.adapters import find_views
-from attnprune.latency import measure, measure_plan, shaped
+from attnprune import AttentionSpec, LatencyTable, errors
+from attnprune.cost.latency import measure, measure_plan, shaped, timing
+from attnprune.cost.latency.table import Grid
+from attnprune.families import find_views
 from attnprune.surgery import Surgeon
-from attnprune.timetable import Grid
 
 # the table
 
@@ -224,7 +224,7 @@ def test_which_shapes_are_measured(monkeypatch: pytest.MonkeyPatch, granularity:
 
 
 def test_large_grids_are_thinned() -> None:
-    from attnprune.latency import _axes
+    from attnprune.cost.latency.measuring import _axes
 
     heads, qk, vo = _axes(AttentionSpec.of("a", heads=16, head_dim=128, d_model=64), "joint", 8)
     assert (heads, qk) == ((1, 6, 11, 16), (8, 40, 72, 96, 128))

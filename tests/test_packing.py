@@ -14,8 +14,8 @@ from torch import nn
 
 import attnprune
 from attnprune import errors, pack_qkv, unpack_qkv
-from attnprune.adapters.registry import all_views
-from attnprune.nn import packed
+from attnprune.families.registry import all_views
+from attnprune.nn import projection as packed
 
 from .conformance import check_gradients, close, family, forward_backward, fresh, inputs, random_plan, without_fast_path
 from .families import FAMILIES

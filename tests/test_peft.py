@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnprune import AttentionPruner, apply_plan, calibrate, find_attention, make_plan, masked, prune_attention
+from attnprune import (
+    AttentionPruner,
+    apply_plan,
+    calibrate,
+    find_attention,
+    make_plan,
+    masked,
+    prune_attention,
+)
 from attnprune.errors import DataError, OptionError, TiedWeightsError, WrappedModelError
 from attnprune.integrations.peft import lora_recover, lora_targets
 

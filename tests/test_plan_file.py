@@ -18,9 +18,9 @@ from torch import Tensor
 
 from attnprune import AttentionSpec, LayerPlan, Plan, Ratios
 from attnprune.errors import PlanFormatError, PlanMismatchError
-from attnprune.folds import Fold
-from attnprune.plan import Asked
-from attnprune.ratios import Budget
+from attnprune.values.asked import Asked
+from attnprune.values.budget import Budget
+from attnprune.values.channel_maps import Fold
 
 DATA = Path(__file__).parent / "data"
 GOLDEN, GOLDEN_2, GOLDEN_1 = (DATA / f"plan_v{version}.json" for version in (3, 2, 1))

@@ -22,13 +22,13 @@ from attnprune import (
     energy_curves,
     find_attention,
     make_plan,
-    plots,
     prune_attention,
     score_attention,
 )
 from attnprune.errors import CalibrationError, OptionError
-from attnprune.layer_plan import make_layer
-from attnprune.spec import KINDS
+from attnprune.report import plots
+from attnprune.values.layer_plan import make_layer
+from attnprune.values.layout import KINDS
 
 from .conformance import fresh
 from .test_calibrate import batches

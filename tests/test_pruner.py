@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from attnprune import AttentionPruner, Plan, apply_plan, find_attention, make_plan, prune_attention
 from attnprune.errors import DataError, OptimizerStateError, OptionError, PlanMismatchError
-from attnprune.scorers import Fisher, Magnitude, Taylor
+from attnprune.planning.scorers import Fisher, Magnitude, Taylor
 from attnprune.surgery import OptimizerPatch
 
 from .conformance import close, family, flat_removed, fresh, inputs, random_plan

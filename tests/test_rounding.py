@@ -12,7 +12,7 @@ from torch import nn
 
 import attnprune
 from attnprune import AttentionSpec, Ratios, Rules, Scores, allocate, errors, make_plan
-from attnprune.rounding import liked_multiple, rounding
+from attnprune.cost.rounding import liked_multiple, rounding
 
 CPU = torch.device("cpu")
 

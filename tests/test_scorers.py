@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ASTConfig, ASTForAudioClassification, BertConfig, BertForSequenceClassification
 
 from attnprune import LayerPlan, Plan, Scores, apply_plan, find_attention, make_plan, masked, prune_channels
-from attnprune.adapters import find_views
-from attnprune.scorers import Fisher, Magnitude, Random, Scorer, Taylor, TorchPruning
+from attnprune.families import find_views
+from attnprune.planning.scorers import Fisher, Magnitude, Random, Scorer, Taylor, TorchPruning
 
 HEADS, CHANNELS, WIDTH = 4, 8, 32
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 37}

@@ -18,14 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, ViTForImageClassification
 
-from attnprune import (
-    apply_plan,
-    apply_to_checkpoint,
-    from_pretrained,
-    load_pruned,
-    make_plan,
-    save_pruned,
-)
+from attnprune import apply_plan, apply_to_checkpoint, from_pretrained, load_pruned, make_plan, save_pruned
 from attnprune.checkpoint.manifest import Manifest
 from attnprune.errors import CheckpointError, NonFiniteError, OptionError, PlanMismatchError
 

@@ -14,9 +14,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import attnprune
-from attnprune import AttentionPruner, apply_plan, find_attention, load_pruned, make_plan, masked, prune_attention
-from attnprune.adapters import FusedQKVAdapter
+from attnprune import (
+    AttentionPruner,
+    apply_plan,
+    find_attention,
+    load_pruned,
+    make_plan,
+    masked,
+    prune_attention,
+)
 from attnprune.errors import AdapterError, NoAttentionError, QuantizedError, WrappedModelError
+from attnprune.families import FusedQKVAdapter
 
 from .families import timm_module
 

@@ -10,41 +10,90 @@ torch.Size([32, 64])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, errors
-from .adapters import Adapter, register_adapter, unregister_adapter
-from .allocate import Rules, allocate
-from .api import apply_plan, find_attention, make_plan, masked, prune_attention
-from .layer_plan import LayerPlan
-from .plan import Plan
-from .ratios import Ratios
-from .report import Report
-from .scores import Scores
-from .spec import AttentionSpec
-from .surgery import ParamMap, Surgeon
-from .views import AttentionView, Slot
-
 if TYPE_CHECKING:
-    from . import latency, plots, scorers
+    from . import errors
+    from . import families as adapters
+    from .api import apply_plan, find_attention, make_plan, masked, prune_attention
     from .by_hand import prune_channels, prune_heads
-    from .calibration import calibrate
+    from .calibration.moments import Calibration
+    from .calibration.processes import across_processes
+    from .calibration.taps import calibrate
     from .checkpoint.describe import load_skeleton, read_report
     from .checkpoint.load import from_pretrained, load_pruned
+    from .checkpoint.onnx import export_onnx
     from .checkpoint.save import save_pruned
     from .checkpoint.stock import export_stock
     from .checkpoint.stream import apply_to_checkpoint
-    from .distillation import capture, distillation_loss, hidden_loss, teacher_loss
-    from .distributed import rewrap
-    from .export import export_onnx
-    from .moments import Calibration
-    from .packing import pack_qkv, unpack_qkv
-    from .processes import across_processes
-    from .pruner import AttentionPruner
-    from .scorers import Scorer
-    from .scoring import score_attention
-    from .target import energy_curves
-    from .timetable import LatencyTable
+    from .cost import latency
+    from .cost.latency import LatencyTable
+    from .families import Adapter, register_adapter, unregister_adapter
+    from .families.views import AttentionView, Slot
+    from .planning import scorers
+    from .planning.allocate import allocate
+    from .planning.by_error import energy_curves
+    from .planning.scorers import Scorer
+    from .planning.scoring import score_attention
+    from .report import plots
+    from .report.report import Report
+    from .surgery import ParamMap, Surgeon
+    from .surgery.pack import pack_qkv, unpack_qkv
+    from .training.ddp import rewrap
+    from .training.distillation import capture, distillation_loss, hidden_loss, teacher_loss
+    from .training.pruner import AttentionPruner
+    from .values.layer_plan import LayerPlan
+    from .values.plan import Plan
+    from .values.ratios import Ratios
+    from .values.rules import Rules
+    from .values.scores import Scores
+    from .values.spec import AttentionSpec
 
 __version__ = "0.1.0"
+
+_NAMES = {  # by the module that holds them; each is loaded when it is asked for
+    "api": "apply_plan find_attention make_plan masked prune_attention",
+    "by_hand": "prune_channels prune_heads",
+    "calibration.moments": "Calibration",
+    "calibration.processes": "across_processes",
+    "calibration.taps": "calibrate",
+    "checkpoint.describe": "load_skeleton read_report",
+    "checkpoint.load": "from_pretrained load_pruned",
+    "checkpoint.onnx": "export_onnx",
+    "checkpoint.save": "save_pruned",
+    "checkpoint.stock": "export_stock",
+    "checkpoint.stream": "apply_to_checkpoint",
+    "cost.latency": "LatencyTable",
+    "families": "Adapter register_adapter unregister_adapter",
+    "families.views": "AttentionView Slot",
+    "planning.allocate": "allocate",
+    "planning.by_error": "energy_curves",
+    "planning.scorers": "Scorer",
+    "planning.scoring": "score_attention",
+    "report.report": "Report",
+    "surgery": "ParamMap Surgeon",
+    "surgery.pack": "pack_qkv unpack_qkv",
+    "training.ddp": "rewrap",
+    "training.distillation": "capture distillation_loss hidden_loss teacher_loss",
+    "training.pruner": "AttentionPruner",
+    "values.layer_plan": "LayerPlan",
+    "values.plan": "Plan",
+    "values.ratios": "Ratios",
+    "values.rules": "Rules",
+    "values.scores": "Scores",
+    "values.spec": "AttentionSpec",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULES = {
+    "adapters": "families",
+    "checkpoint": "checkpoint",
+    "cli": "cli",
+    "errors": "errors",
+    "integrations": "integrations",
+    "latency": "cost.latency",
+    "nn": "nn",
+    "plots": "report.plots",
+    "scorers": "planning.scorers",
+    "surgery": "surgery",
+}
 
 __all__ = [
     "Adapter",
@@ -99,61 +148,16 @@ __all__ = [
     "unregister_adapter",
 ]
 
-_LATER = {  # loaded when asked for
-    "AttentionPruner": "pruner",
-    "Calibration": "moments",
-    "LatencyTable": "timetable",
-    "Scorer": "scorers",
-    "across_processes": "processes",
-    "apply_to_checkpoint": "checkpoint.stream",
-    "calibrate": "calibration",
-    "capture": "distillation",
-    "distillation_loss": "distillation",
-    "energy_curves": "target",
-    "export_onnx": "export",
-    "export_stock": "checkpoint.stock",
-    "from_pretrained": "checkpoint.load",
-    "hidden_loss": "distillation",
-    "load_pruned": "checkpoint.load",
-    "load_skeleton": "checkpoint.describe",
-    "pack_qkv": "packing",
-    "prune_channels": "by_hand",
-    "prune_heads": "by_hand",
-    "read_report": "checkpoint.describe",
-    "rewrap": "distributed",
-    "save_pruned": "checkpoint.save",
-    "score_attention": "scoring",
-    "teacher_loss": "distillation",
-    "unpack_qkv": "packing",
-}
-_MODULES = {
-    "blocks",
-    "budgets",
-    "calibration",
-    "checkpoint",
-    "closed_form",
-    "distillation",
-    "export",
-    "integrations",
-    "latency",
-    "moments",
-    "packing",
-    "planning",
-    "plots",
-    "pruner",
-    "scorers",
-    "scoring",
-    "target",
-    "timetable",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f".{_LATER[name]}", __name__), name)
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME:
+        found = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    elif name in _MODULES:
+        found = import_module(f".{_MODULES[name]}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -11,17 +11,14 @@ from warnings import warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .adapters import find_views
-from .adapters.registry import all_views, plain
-from .allocate import Granularity, Heads, Rules, Scope, Split
-from .counting import count_macs, count_parameters
+from .calibration.processes import agree
+from .cost.counting import count_macs, count_parameters
+from .cost.rounding import auto_rounding, check_rounding
 from .errors import AttnPruneWarning, OptionError
-from .plan import Plan
-from .processes import agree
-from .ratios import Ratios, RatiosLike
-from .report import Measured, Report
-from .rounding import auto_rounding, check_rounding
-from .spec import AttentionSpec
+from .families import find_views
+from .families.registry import all_views, plain
+from .families.views import AttentionView
+from .report.report import Measured, Report
 from .surgery import (
     OptimizerPatch,
     Step,
@@ -32,14 +29,17 @@ from .surgery import (
     masked_views,
     optimizers_of,
 )
-from .views import AttentionView
+from .values.plan import Plan
+from .values.ratios import Ratios, RatiosLike
+from .values.rules import Granularity, Heads, Rules, Scope, Split
+from .values.spec import AttentionSpec
 
 if TYPE_CHECKING:
-    from .moments import Calibration
-    from .passes import LossFn
-    from .planning import Basis, Compensate
-    from .scorers import Scorer
-    from .timetable import LatencyTable
+    from .calibration.losses import LossFn
+    from .calibration.moments import Calibration
+    from .cost.latency.table import LatencyTable
+    from .planning.decide import Basis, Compensate
+    from .planning.scorers import Scorer
 
 
 def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
@@ -93,10 +93,10 @@ def make_plan(
     >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
-    from .asking import check_table, check_ways, costs_for, stock_rules
-    from .moments import Calibration  # what only planning needs is loaded when there is something to plan
-    from .planning import Method, decide
-    from .target import check_target
+    from .calibration.moments import Calibration  # what only planning needs is loaded when there is something to plan
+    from .planning.asking import check_table, check_ways, costs_for, stock_rules
+    from .planning.by_error import check_target
+    from .planning.decide import Method, decide
 
     check_rounding(round_to)
     step = 1 if round_to == "auto" else round_to
@@ -238,7 +238,7 @@ def _missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
 
 def _latency(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any) -> Measured:
     """Measured latency, and a warning where it rose."""
-    from .latency import measure_plan, slower_because
+    from .cost.latency import measure_plan, slower_because
 
     found = Measured(*measure_plan(model, surgeon, example_inputs))
     if found.ratio > 1 and not plan.empty:
@@ -330,7 +330,7 @@ def prune_attention(
         loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy
             (integer targets) or square error.
         round_to: channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this;
-            ``"auto"``: of what the model's device likes (:func:`attnprune.rounding.rounding`), 1 for whole heads.
+            ``"auto"``: of what the model's device likes (:func:`attnprune.cost.rounding.rounding`), 1 for whole heads.
         match_dims: every head keeps as many qk as vo channels, so that layers with uniform heads keep their own
             forward and fused kernels; layers still differ. Needs one ratio for both, or ``split="auto"``.
         stock: plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as

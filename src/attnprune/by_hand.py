@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import find_views
-from .adapters.registry import plain
 from .api import apply_plan
 from .errors import UnknownUnitError
-from .layer_plan import Channels, LayerPlan, make_layer
-from .plan import Plan
-from .report import Report
-from .spec import KINDS, Kind
-from .views import AttentionView
+from .families import find_views
+from .families.registry import plain
+from .families.views import AttentionView
+from .report.report import Report
+from .values.layer_plan import Channels, LayerPlan, make_layer
+from .values.layout import KINDS, Kind
+from .values.plan import Plan
 
 
 def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> Report:

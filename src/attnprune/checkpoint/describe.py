@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .. import fields
-from ..adapters.registry import all_views
-from ..counting import count_parameters
+from ..cost.counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
-from ..layer_plan import LayerPlan
-from ..plan import Asked, Plan
-from ..report import Report
-from ..spec import KINDS, AttentionSpec
+from ..families.registry import all_views
+from ..report.report import Report
 from ..surgery import Surgeon
+from ..values import fields
+from ..values.asked import Asked
+from ..values.layer_plan import LayerPlan
+from ..values.layout import KINDS
+from ..values.plan import Plan
+from ..values.spec import AttentionSpec
 from . import hf
 from .folder import Folder, refuse
 from .manifest import MANIFEST, Manifest

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import fields
 from ..errors import AttnPruneError, CheckpointError
+from ..values import fields
 from .folder import Folder, refuse
 from .record import ENTRY
 from .tensors import Entry

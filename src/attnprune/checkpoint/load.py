@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.registry import all_views, plain
+from ..calibration.batches import device_named
 from ..errors import AttnPruneError, CheckpointError, OptionError
-from ..passes import device_named
+from ..families.registry import all_views, plain
 from ..surgery import Surgeon
 from . import hf
 from .folder import Folder, refuse

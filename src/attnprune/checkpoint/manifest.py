@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .. import fields
 from ..errors import AttnPruneError, CheckpointError
+from ..values import fields
 from .folder import Folder, refuse
 from .record import Record, digest_of, malformed
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .. import fields
-from ..adapters.registry import all_views, sound_views
 from ..errors import AttnPruneError, CheckpointError
-from ..layer_plan import Channels, LayerPlan
-from ..plan import Plan
-from ..spec import KINDS, AttentionSpec
-from ..views import AttentionView
+from ..families.registry import all_views, sound_views
+from ..families.views import AttentionView
+from ..values import fields
+from ..values.layer_plan import Channels, LayerPlan
+from ..values.layout import KINDS
+from ..values.plan import Plan
+from ..values.spec import AttentionSpec
 from .folder import refuse
 
 ENTRY = "attnprune"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .. import fields
-from ..adapters.registry import all_views, plain
 from ..errors import OptionError
+from ..families.registry import all_views, plain
 from ..nn import host_class
 from ..surgery import check_views
+from ..values import fields
 from .folder import Folder
 from .hf import CONFIG
 from .manifest import MANIFEST, WEIGHTS, Manifest, Shard
@@ -25,7 +25,7 @@ from .skeleton import class_name, items_of
 from .tensors import Item, shards, write_tensors
 
 if TYPE_CHECKING:
-    from ..report import Report
+    from ..report.report import Report
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

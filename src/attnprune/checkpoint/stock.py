@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.registry import all_views, plain
 from ..errors import NotExpressibleError, OptionError
+from ..families.registry import all_views, plain
+from ..families.views import AttentionView
 from ..nn import host_class
-from ..spec import AttentionSpec
-from ..views import AttentionView
+from ..values.spec import AttentionSpec
 from .record import ENTRY, is_pretrained
 
 _STOCK = "plan with stock=True, or use save_pruned"

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters.registry import all_views, plain
 from ..errors import NonFiniteError, OptionError
-from ..plan import Plan
-from ..spec import AttentionSpec
+from ..families.registry import all_views, plain
+from ..families.views import AttentionView, Slot
 from ..surgery import ParamChange, Surgeon
 from ..surgery.patch import along, mean_of
-from ..views import AttentionView, Slot
+from ..values.plan import Plan
+from ..values.spec import AttentionSpec
 from . import hf
 from .folder import Folder, refuse
 from .manifest import MANIFEST, Manifest

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import fields
 from ..errors import AttnPruneError, CheckpointError, OptionError
+from ..values import fields
 from .folder import LONGEST, Folder, refuse
 
 _BLOCK = 1 << 20

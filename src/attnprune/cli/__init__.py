@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..allocate import OPTIONS
 from ..errors import AttnPruneError
-from ..scorers import NAMED
+from ..planning.scorers import NAMED
+from ..values.rules import OPTIONS
 from . import commands
 
 PICTURES = (".png", ".svg", ".pdf")

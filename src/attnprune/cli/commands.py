@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from ..api import apply_plan, make_plan
+from ..calibration.batches import device_named
 from ..checkpoint.describe import overview, read_report, without_config
 from ..checkpoint.folder import Folder
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
 from ..checkpoint.stock import export_stock
-from ..counting import count_macs, count_parameters
+from ..cost.counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
-from ..passes import device_named
-from ..plan import Plan
-from ..report import Report
+from ..report.report import Report
+from ..values.plan import Plan
 from .inputs import DataFile, example_inputs
 from .outputs import Outputs
 from .timing import compare
@@ -181,7 +181,7 @@ def export(args: argparse.Namespace) -> Done:
                 if (args.directory / name).is_file():
                     shutil.copyfile(args.directory / name, folder / name)
         return Done({"stock": str(args.stock)}, f"wrote {args.stock}, which transformers loads without attnprune")
-    from ..export import export_onnx
+    from ..checkpoint.onnx import export_onnx
 
     model = _loaded(args.directory)
     data = _data(args, model)

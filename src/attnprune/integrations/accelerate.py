@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..adapters.registry import plain
-from ..distributed import rewrap
 from ..errors import CheckpointError, OptionError, ShardedError
-from ..pruner import AttentionPruner
-from ..report import Report
+from ..families.registry import plain
+from ..report.report import Report
+from ..training.ddp import rewrap
+from ..training.pruner import AttentionPruner
 
 FILE = "attnprune.pt"
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import OptionError
-from ..pruner import AttentionPruner
+from ..training.pruner import AttentionPruner
 
 
 def check_when(pruner: Any, every: Any, unit: Any) -> None:

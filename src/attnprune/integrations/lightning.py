@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..adapters.registry import all_views, find_views, plain
 from ..api import apply_plan
-from ..distributed import rewrap
 from ..errors import CheckpointError, OptionError, WrappedModelError
-from ..plan import Plan
-from ..pruner import AttentionPruner
+from ..families.registry import all_views, find_views, plain
+from ..training.ddp import rewrap
+from ..training.pruner import AttentionPruner
+from ..values.plan import Plan
 from .checks import check_when
 
 try:

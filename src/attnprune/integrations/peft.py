@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from ..adapters.registry import find_views, plain
-from ..blocks import find_blocks
-from ..distillation import teacher_loss
+from ..calibration.batches import batches, device_of
+from ..calibration.losses import LossFn, loss_of
 from ..errors import DataError, OptionError, TiedWeightsError
-from ..passes import LossFn, batches, device_of, loss_of
+from ..families.registry import find_views, plain
 from ..surgery import check_views
+from ..training.blocks import find_blocks
+from ..training.distillation import teacher_loss
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..adapters.registry import plain
-from ..distributed import rewrap
 from ..errors import CheckpointError, OptionError, WrappedModelError
-from ..pruner import AttentionPruner
+from ..families.registry import plain
+from ..training.ddp import rewrap
+from ..training.pruner import AttentionPruner
 from .checks import check_when
 
 FILE = "attnprune.pt"

@@ -2,20 +2,11 @@
 
 from .attend import attend
 from .decoupled import Decoupled, State, decoupled_class, host_class
-from .fused import DecoupledFusedAttention
-from .hf import HFCrossAttention, HFEagerSelfAttention, HFLegacySelfAttention, HFSelfAttention
-from .layouts import execution
-from .mha import DecoupledMultiheadAttention
+from .policy import execution
 from .products import Plain
 
 __all__ = [
     "Decoupled",
-    "DecoupledFusedAttention",
-    "DecoupledMultiheadAttention",
-    "HFCrossAttention",
-    "HFEagerSelfAttention",
-    "HFLegacySelfAttention",
-    "HFSelfAttention",
     "Plain",
     "State",
     "attend",

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import Bucket, HeadLayout, Kind
-from .layouts import ALIGNED, Group, arrange, at_run_time
+from ..values.layout import Bucket, HeadLayout, Kind
+from .policy import ALIGNED, Group, arrange, at_run_time
 from .products import Plain, pays, products
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..spec import Bucket, HeadLayout
+from ..values.layout import Bucket, HeadLayout
 
 
 class State(NamedTuple):

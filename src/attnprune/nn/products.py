@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import KINDS, Bucket, HeadLayout
-from .layouts import forced
+from ..values.layout import KINDS, Bucket, HeadLayout
+from .policy import forced
 
 WHOLE = 1 << 20
 """Scores (batch x heads x queries x keys) up to which several heads are one batched product."""
@@ -49,7 +49,7 @@ def possible(q: Tensor) -> bool:
 def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether products are the layout to run: what is forced, or on a CPU in float32 or float64, for inference.
 
-    Training keeps the kernels' memory. Compiled models come here when they run (:func:`.layouts.at_run_time`).
+    Training keeps the kernels' memory. Compiled models come here when they run (:func:`.policy.at_run_time`).
     """
     how = forced()
     if how != "auto":

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..adapters.registry import attention_names
 from ..errors import (
     AttnPruneError,
     MetaTensorError,
@@ -19,9 +18,10 @@ from ..errors import (
     ShardedError,
     WrappedModelError,
 )
-from ..layer_plan import difference
-from ..plan import Plan
-from ..views import AttentionView, Slot, gathered
+from ..families.registry import attention_names
+from ..families.views import AttentionView, Slot, gathered
+from ..values.layer_plan import difference
+from ..values.plan import Plan
 
 _WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again", "FullyShardedDataParallel": (
     "prune before wrapping; a plan made elsewhere can be applied on every rank")}  # fmt: skip

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer_plan import LayerPlan
-from ..spec import PROJECTIONS, HeadLayout, Kind, Projection
-from ..views import AttentionView
+from ..families.views import AttentionView
+from ..values.layer_plan import LayerPlan
+from ..values.layout import PROJECTIONS, HeadLayout, Kind, Projection
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
-from ..layer_plan import LayerPlan
-from ..plan import Plan
-from ..spec import Kind
-from ..views import AttentionView
+from ..families.views import AttentionView
+from ..values.layer_plan import LayerPlan
+from ..values.layout import Kind
+from ..values.plan import Plan
 from .check import check_fit, check_views
 from .maps import channel_maps
 from .patch import mean_output

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
-from ..layer_plan import LayerPlan
-from ..plan import Plan
-from ..spec import HeadLayout
-from ..views import AttentionView, Slot
+from ..families.views import AttentionView, Slot
+from ..values.layer_plan import LayerPlan
+from ..values.layout import HeadLayout
+from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, logical_channels
 

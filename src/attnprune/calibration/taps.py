@@ -1,0 +1,226 @@
+"""One pass over unlabelled data that keeps second moments alone: :func:`calibrate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import CalibrationError, NonFiniteError, OptionError
+from ..families.registry import find_views, plain
+from ..families.views import AttentionView
+from ..surgery import as_linears, check_views
+from .batches import batches, device_of, forward
+from .losses import LossFn
+from .moments import Calibration, LayerMoments, Running
+from .processes import agree
+from .quiet import undisturbed
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    loss_fn: LossFn | None = None,
+    across_heads: bool = True,
+    resume: Calibration | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Runs a model over data and keeps the second moments of queries, keys and contexts, per attention and head.
+
+    Nothing of the data is stored. Tokens that no query attends to (padding) do not count, nor do queries that may
+    attend to nothing. Dropout is off, gradients are off, and the model is left exactly as found.
+
+    Args:
+        model: any module with attention of a known family; may have been pruned before.
+        data: an iterable of batches, as :func:`attnprune.prune_attention` takes; labels are not needed.
+        include: glob patterns of names; only these attention modules are calibrated.
+        exclude: glob patterns of names to leave out.
+        loss_fn: ``loss_fn(model, batch)``, for batches that the model cannot be called with; its result is not used.
+        across_heads: also compare contexts of different heads, which a refit of O across heads needs. It takes
+            ``(heads * vo_dim)^2`` numbers for an attention module instead of ``heads * vo_dim^2``.
+        resume: an earlier calibration of the same model to add to.
+        progress: whether to show a progress bar.
+
+    Raises:
+        DataError: no batch, or one that the model cannot be called with.
+        NonFiniteError: queries, keys or contexts are NaN or infinite.
+        CalibrationError: ``resume`` is of another model.
+
+    >>> import torch
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    >>> calibration = calibrate(model, [torch.randn(8, 5, 32) for _ in range(3)])
+    >>> calibration["self_attn"].tokens
+    {'qk': 120.0, 'vo': 120.0}
+    """
+    model = plain(model)
+
+    def seen() -> Calibration:
+        views = find_views(model, include, exclude)
+        check_views(model, views)
+        return moments_of(model, views, data, loss_fn, across_heads, progress)
+
+    found = agree(seen)
+    if resume is None:
+        return found
+    if not isinstance(resume, Calibration):
+        raise OptionError(
+            "resume", "an attnprune.Calibration", f"a {type(resume).__name__}", "pass what calibrate gave"
+        )
+    return resume.merge(found)
+
+
+def moments_of(
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    data: Iterable[Any] | None,
+    loss_fn: LossFn | None = None,
+    across_heads: bool = True,
+    progress: bool = True,
+) -> Calibration:
+    """The moments of these attention modules over data."""
+    with as_linears(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
+        taps = [_Tap(view, across_heads) for view in tapped]
+        for tap in taps:
+            tap.listen(hooks)
+        for number, batch in enumerate(batches(data, device_of(model), progress, "calibration")):
+            _ = forward(model, batch) if loss_fn is None else loss_fn(model, batch)
+            for tap in taps:
+                tap.check(number)
+    return Calibration({tap.view.name: tap.moments() for tap in taps}).pooled()
+
+
+def check_calibration(calibration: Calibration, views: Sequence[AttentionView], across_heads: bool) -> None:
+    """Raises CalibrationError unless a calibration is of these modules and knows what is needed."""
+    for view in views:
+        layer = calibration.get(view.name)
+        where = f"{view.name or 'the model itself'}: calibration"
+        if layer is None:
+            raise CalibrationError(where, "moments of this attention module", "none", "calibrate it too")
+        if (layer.spec.qk_dims, layer.spec.vo_dims) != (view.spec.qk_dims, view.spec.vo_dims):
+            raise CalibrationError(
+                where, f"moments of {view.spec.describe()}", layer.spec.describe(), "calibrate the model as it is now"
+            )
+        if across_heads and not layer.across_heads:
+            raise CalibrationError(
+                where, "contexts compared across heads", "contexts by heads", "calibrate with across_heads=True"
+            )
+
+
+class _Tap:
+    """Listens to one attention: queries, keys and mask are kept until its context is there."""
+
+    def __init__(self, view: AttentionView, across_heads: bool) -> None:
+        self.view, self.across_heads = view, across_heads
+        self.extra = view.adapter.constant_keys(view)
+        self.mask: Tensor | None = None
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        buckets = view.spec.layout.buckets
+        self.q = [Running(len(b.heads), b.qk_dim) for b in buckets]
+        self.k = [Running(len(b.heads), b.qk_dim, centred=True) for b in buckets]
+        self.c = [Running(len(b.heads), b.vo_dim) for b in buckets]
+        if across_heads:
+            self.c = [Running(1, sum(view.spec.vo_dims))]
+
+    def moments(self) -> LayerMoments:
+        """What was heard."""
+        q, k, c = (tuple(one.moments() for one in parts) for parts in (self.q, self.k, self.c))
+        return LayerMoments(self.view.spec, q, k, c)
+
+    def listen(self, hooks: ExitStack) -> None:
+        linears = self.view.linears
+        assert linears is not None, "as_linears gave every view its Linears"
+        handles = [
+            self.view.module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            linears["q"].register_forward_hook(self._keep("q")),
+            linears["k"].register_forward_hook(self._keep("k")),
+            linears["o"].register_forward_pre_hook(self._end),
+        ]
+        for handle in handles:
+            hooks.callback(handle.remove)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen.clear()
+        self.mask = self.view.adapter.attended(self.view, args, kwargs)
+
+    def _keep(self, projection: str) -> Any:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.seen[projection] = (inputs[0], output)
+
+        return keep
+
+    def _end(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        with torch.autocast(inputs[0].device.type, enabled=False):  # sums stay exact where the model runs in less
+            self._add(inputs[0])
+
+    def _add(self, context: Tensor) -> None:
+        contexts, (q_input, q) = _sequences(context), self.seen["q"]
+        queries, keys = _sequences(q), None
+        if "k" in self.seen:  # a cache may stand in for K
+            keys = _sequences(self.seen["k"][1])
+        real_queries = real_keys = None
+        if self.mask is not None:
+            mask = self.mask if keys is None else self.mask[..., -keys.shape[1] :]
+            real_queries = mask.any(-1).any(1).expand(queries.shape[:2])
+            if keys is not None:
+                real_keys = mask.any(1).any(1).expand(keys.shape[:2])
+                if _same(q_input, self.seen["k"][0]):  # of a padded token, the query is padding too
+                    real_queries = real_queries & real_keys
+        self.seen.clear()
+        for i, b in enumerate(self.view.spec.layout.buckets):
+            self.q[i].add(_tokens(queries[..., b.qk_start : b.qk_stop], len(b.heads), real_queries))
+            if keys is not None:
+                self._add_keys(self.k[i], keys[..., b.qk_start : b.qk_stop], b.qk_start, len(b.heads), real_keys)
+            if not self.across_heads:
+                self.c[i].add(_tokens(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
+        if self.across_heads:
+            self.c[0].add(_tokens(contexts, 1, real_queries))
+
+    def _add_keys(self, running: Running, keys: Tensor, start: int, heads: int, real: Tensor | None) -> None:
+        """Deviations of keys ``(batch, tokens, channels)`` from the mean of their own sequence."""
+        if self.extra is not None:
+            more = self.extra[:, start : start + keys.shape[-1]].to(keys)
+            keys = torch.cat([keys, more.expand(len(keys), *more.shape)], dim=1)
+            real = None if real is None else torch.cat([real, real.new_ones(len(keys), len(more))], dim=1)
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        if real is None:
+            running.add(_tokens(keys - keys.mean(1, keepdim=True), heads, None))
+            return
+        keys = keys.masked_fill(~real[..., None], 0)
+        mean = keys.sum(1, keepdim=True) / real.sum(1)[:, None, None].clamp_min(1)
+        running.add(_tokens(keys - mean, heads, real))
+
+    def check(self, number: int) -> None:
+        """Raises if a batch brought NaN or infinity."""
+        for kind, parts in (("queries", self.q), ("keys", self.k), ("contexts", self.c)):
+            if not all(bool(one.products.diagonal(dim1=1, dim2=2).sum().isfinite()) for one in parts):
+                raise NonFiniteError(
+                    f"{self.view.name}: {kind}, batch {number}",
+                    "finite values",
+                    "NaN or infinite ones",
+                    "calibrate in float32 or bfloat16, and check the batch",
+                )
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """``(batch, tokens, channels)`` from any number of leading dimensions."""
+    if x.dim() == 3:
+        return x
+    return x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(1, -2)
+
+
+def _tokens(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
+    """``(count, heads, channels)`` from ``(batch, tokens, channels)``, tokens that are not real left out."""
+    x = rearrange(x, "b t (h d) -> b t h d", h=heads)
+    return x.flatten(0, 1) if real is None else x[real]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two inputs are the same tokens."""
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)

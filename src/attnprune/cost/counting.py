@@ -1,0 +1,126 @@
+"""What a model costs: parameters, and multiply-adds of a forward pass; of a channel of each attention module, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..calibration.quiet import undisturbed
+from ..families.views import AttentionView
+from ..nn import execution
+from ..surgery import as_linears
+from ..values.layout import Kind
+from ..values.spec import AttentionSpec
+
+
+def run(model: nn.Module, example_inputs: Any) -> Any:
+    """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as it is."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-adds of one forward pass, half of what ``torch.utils.flop_counter`` counts.
+
+    Zeros that a decoupled forward pads heads with for a kernel's sake are not counted.
+
+    Args:
+        model: any module; run in evaluation mode without gradients, and left as found.
+        example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    counter = FlopCounterMode(display=False)
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), _countable(), counter:
+            run(model, example_inputs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _countable() -> Iterator[None]:
+    """Plain matrix products instead of fused kernels, which the counter does not know on every device; no padding."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        kernel = torch.nn.attention
+        with (
+            execution("separate"),
+            kernel.sdpa_kernel(kernel.SDPBackend.MATH) if hasattr(kernel, "sdpa_kernel") else nullcontext(),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+Prices = Mapping[Kind, int]
+
+
+def parameter_prices(spec: AttentionSpec) -> Prices:
+    """Parameters that one qk and one vo channel of one head hold, biases included.
+
+    >>> parameter_prices(AttentionSpec.of("attention", heads=4, head_dim=8, d_model=32))
+    {'qk': 66, 'vo': 65}
+    """
+    q, k, v, _ = spec.bias
+    return {
+        "qk": spec.per_channel("qk") + q + k + spec.bias_kv,
+        "vo": spec.per_channel("vo") + v + spec.bias_kv,
+    }
+
+
+def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs: Any) -> dict[str, Prices]:
+    """By name, the multiply-adds that one qk and one vo channel of one head take in a forward pass.
+
+    Counted from the tokens that every attention sees, over all its calls; an attention that is not called costs 0.
+    """
+    sizes = {view.name: [0, 0, 0] for view in views}
+    with as_linears(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
+        for view in tapped:
+            _count_tokens(view, sizes[view.name], hooks)
+        run(model, example_inputs)
+    return {
+        view.name: {
+            "qk": queries * view.spec.q_in + keys * view.spec.k_in + pairs,
+            "vo": keys * view.spec.v_in + queries * view.spec.d_model + pairs,
+        }
+        for view in views
+        for queries, keys, pairs in [sizes[view.name]]
+    }
+
+
+def _count_tokens(view: AttentionView, size: list[int], hooks: ExitStack) -> None:
+    """Adds queries, keys, and pairs of both to ``size`` at every call."""
+    linears = view.linears
+    assert linears is not None, "as_linears gave every view its Linears"
+    extra = view.spec.bias_kv + bool(getattr(view.module, "add_zero_attn", False))
+    seen: list[torch.Size] = []
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].shape[:-1])
+        if len(seen) == 2:
+            (*batch, queries), (*_, keys) = seen
+            rows = torch.Size(batch).numel()
+            for i, count in enumerate((rows * queries, rows * keys, rows * queries * (keys + extra))):
+                size[i] += count
+            seen.clear()
+
+    for projection in ("q", "k"):
+        hooks.callback(linears[projection].register_forward_pre_hook(before).remove)

@@ -1,0 +1,63 @@
+"""Which multiples of channels a device likes: what ``round_to="auto"`` means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..calibration.batches import device_named
+from ..errors import OptionError
+from ..families.views import AttentionView
+from ..values.spec import AttentionSpec
+
+LEVELS = 4
+"""Multiples that a head's dim holds at least, so that there is something to choose from."""
+
+
+def liked_multiple(device: str | torch.device, dtype: torch.dtype) -> int:
+    """Channels per head in whose multiples a device's kernels run best.
+
+    On a CPU the floats of one vector register (16 with AVX-512, else 8). On CUDA 8 for half precision, which is what
+    tensor cores and the flash kernel want, and 4 for float32 (16 bytes, the alignment of the memory-efficient kernel).
+
+    Raises:
+        OptionError: no kind of device; it need not be here.
+
+    >>> liked_multiple("cuda", torch.bfloat16)
+    8
+    """
+    device = device_named(device, here=False)
+    if device.type == "cuda":
+        return 8 if dtype.itemsize <= 2 else 4
+    if device.type == "cpu":
+        return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    return 8
+
+
+def rounding(specs: Sequence[AttentionSpec], device: str | torch.device, dtype: torch.dtype) -> int:
+    """The device's multiple, or the largest half, quarter ... of it of which the smallest head holds four.
+
+    >>> specs = [AttentionSpec.of("attention", heads=12, head_dim=64, d_model=768)]
+    >>> rounding(specs, "cuda", torch.float16)
+    8
+    """
+    step = liked_multiple(device, dtype)
+    smallest = min(min(*spec.qk_dims, *spec.vo_dims) for spec in specs)
+    while step > 1 and step * LEVELS > smallest:
+        step //= 2
+    return step
+
+
+def auto_rounding(views: Sequence[AttentionView], granularity: str) -> int:
+    """What ``round_to="auto"`` means for these modules where they are; whole heads are not rounded."""
+    weight = views[0].weight("q")
+    return 1 if granularity == "head" else rounding([view.spec for view in views], weight.device, weight.dtype)
+
+
+def check_rounding(round_to: object) -> None:
+    """Raises OptionError unless it is a whole number from 1, or ``"auto"``."""
+    number = isinstance(round_to, int) and not isinstance(round_to, bool) and round_to >= 1
+    if not number and not (isinstance(round_to, str) and round_to == "auto"):
+        expected = 'a whole number of at least 1, or "auto"'
+        raise OptionError("round_to", expected, repr(round_to), "use 1 for no constraint")

@@ -1,0 +1,1 @@
+""":class:`torch.nn.MultiheadAttention`."""

@@ -1,0 +1,1 @@
+"""Attention with one fused ``qkv`` Linear, as in timm."""

@@ -1,0 +1,149 @@
+"""Asking for an error instead of a ratio, and the curves to choose by: how much energy is lost by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.bases import Turn, turn, white_moments
+from ..calibration.moments import Calibration
+from ..calibration.taps import check_calibration
+from ..errors import OptionError
+from ..families.registry import find_views, plain
+from ..values.asked import Asked
+from ..values.layer_plan import make_layer
+from ..values.layout import KINDS, Kind
+from ..values.plan import Plan
+from ..values.ratios import Ratios
+from ..values.rules import Rules
+from ..values.spec import AttentionSpec
+from .allocate import unmatched
+
+
+def lost_energy(energy: Tensor) -> Tensor:
+    """``(dim + 1,)``: the share of energy lost when 0, 1, ... dim directions stay; 0 where there is none to lose.
+
+    >>> lost_energy(torch.tensor([6.0, 3.0, 1.0])).tolist()
+    [1.0, 0.4, 0.1, 0.0]
+    """
+    ordered = energy.double().sort(descending=True).values
+    tails = torch.cat([ordered.flip(0).cumsum(0).flip(0), ordered.new_zeros(1)])
+    return tails / tails[0] if tails[0] > 0 else torch.zeros_like(tails)
+
+
+def energy_curves(
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    *,
+    basis: str = "rotated",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> dict[str, dict[Kind, list[Tensor]]]:
+    """How much of its energy every head loses when 0, 1, ... of its directions stay: curves to choose ratios by.
+
+    Energy is the mean square of the logits (qk) and of the head's output (vo). :func:`attnprune.plots.energy` draws
+    them.
+
+    Args:
+        model: any module with attention of a known family.
+        calibration: what :func:`attnprune.calibrate` gave for it; None for what weights alone tell (white inputs).
+        basis: ``"rotated"``, or ``"channels"`` as they stand (each channel's own energy).
+        include: glob patterns of names; only these attention modules.
+        exclude: glob patterns of names to leave out.
+
+    Returns:
+        By name and kind, per head ``(dim + 1,)`` float64, from 1 (nothing stays) to 0 (all stay).
+
+    >>> curves = energy_curves(nn.MultiheadAttention(16, 4))
+    >>> [len(curve) for curve in curves[""]["qk"]], float(curves[""]["vo"][0][0])
+    ([5, 5, 5, 5], 1.0)
+    """
+    if basis not in ("rotated", "channels"):
+        raise OptionError("basis", "'rotated' or 'channels'", repr(basis), "pick one of them")
+    views = find_views(plain(model), include, exclude)
+    if calibration is not None:
+        check_calibration(calibration, views, False)
+    found: dict[str, dict[Kind, list[Tensor]]] = {}
+    for view in views:
+        moments = white_moments(view) if calibration is None else calibration[view.name]
+        bases = turn(view, moments, basis == "rotated").bases
+        found[view.name] = {kind: [lost_energy(one.energy) for one in bases[kind]] for kind in KINDS}
+    return found
+
+
+def check_target(target_error: object, rules: Rules) -> float:
+    """The target as a number.
+
+    Raises:
+        OptionError: not in (0, 1), or whole heads are to go.
+    """
+    number = isinstance(target_error, (int, float)) and not isinstance(target_error, bool)
+    if not number or not 0 < target_error < 1:  # type: ignore[operator]
+        raise OptionError(
+            "target_error", "a number in (0, 1): the share of energy that may be lost", repr(target_error), "try 0.01"
+        )
+    if rules.granularity != "channel":
+        raise OptionError(
+            "target_error", 'granularity="channel"', f'granularity="{rules.granularity}"', "heads have no rank to lose"
+        )
+    return float(target_error)  # type: ignore[arg-type]
+
+
+def allocate_error(
+    specs: Sequence[AttentionSpec], turns: Mapping[str, Turn], target_error: float, rules: Rules
+) -> Plan:
+    """Every head (ragged) or every layer (uniform) keeps as few directions as lose at most this share of its energy.
+
+    qk counts energy of the logits, vo that of the attention's output; both are held to the target. Floors and
+    ``round_to`` raise what is kept.
+    """
+    layers = []
+    for spec in specs:
+        if rules.match_dims and spec.qk_dims != spec.vo_dims:
+            raise unmatched(spec)
+        removed: dict[Kind, tuple[tuple[int, ...], ...]] = {}
+        counts: dict[Kind, list[int]] = {}
+        for kind in KINDS:
+            energies = [basis.energy for basis in turns[spec.name].bases[kind]]
+            if rules.heads == "ragged":
+                keep = [_enough(lost_energy(one), target_error) for one in energies]
+            else:
+                if len({len(one) for one in energies}) > 1:
+                    raise OptionError(
+                        spec.name, 'heads="ragged", as its heads differ already', 'heads="uniform"', "exclude it, or so"
+                    )
+                together = torch.stack([one.double().sort(descending=True).values for one in energies]).sum(0)
+                keep = [_enough(lost_energy(together), target_error)] * spec.heads
+            counts[kind] = [_rounded(count, len(one), rules) for one, count in zip(energies, keep, strict=True)]
+        if rules.match_dims:
+            counts = {kind: list(map(max, *counts.values())) for kind in KINDS}
+        for kind in KINDS:
+            bases = turns[spec.name].bases[kind]
+            removed[kind] = tuple(_cheapest(one.energy, n) for one, n in zip(bases, counts[kind], strict=True))
+        layers.append(make_layer(spec, set(), removed))
+    plan = Plan(tuple(layers))
+    ratios = Ratios(*(max(plan.fraction(p), 0.0) for p in ("q", "k", "v", "o")))
+    asked = Asked(
+        ratios, rules.granularity, "local", rules.heads, "energy", "auto", round_to=rules.round_to,
+        target_error=target_error, match_dims=rules.match_dims,
+    )  # fmt: skip
+    return Plan(plan.layers, asked)
+
+
+def _enough(lost: Tensor, target: float) -> int:
+    """The least number of directions that loses at most the target."""
+    return max(int((lost > target + 1e-12).sum()), 1)
+
+
+def _rounded(count: int, dim: int, rules: Rules) -> int:
+    step = rules.round_to
+    return min(max(ceil(max(count, rules.min_channels) / step) * step, 1), dim)
+
+
+def _cheapest(energy: Tensor, keep: int) -> tuple[int, ...]:
+    """The directions with the least energy, all but ``keep``; of equal ones the last go first."""
+    order = sorted(range(len(energy)), key=lambda i: (-float(energy[i]), i))
+    return tuple(sorted(order[keep:]))

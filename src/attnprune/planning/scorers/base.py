@@ -1,0 +1,60 @@
+"""What a scorer is: the :class:`Scorer` interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ...calibration.losses import LossFn
+from ...families.views import AttentionView
+from ...values.scores import Scores
+
+
+class Scorer(ABC):
+    """Says how much each channel and each head of an attention module matters.
+
+    A scorer of your own subclasses this and may be passed wherever a scorer's name may.
+
+    >>> import torch, attnprune
+    >>> class LastFirst(attnprune.Scorer):
+    ...     '''Removes the last channels first.'''
+    ...     def score(self, model, views, **_):
+    ...         def ramp(heads, dim):
+    ...             return -torch.arange(dim).expand(heads, dim)
+    ...         return {v.name: attnprune.Scores(ramp(v.spec.heads, v.spec.qk_dim), ramp(v.spec.heads, v.spec.vo_dim),
+    ...                                          -torch.arange(v.spec.heads)) for v in views}
+    >>> model = torch.nn.MultiheadAttention(16, 4)
+    >>> plan = attnprune.make_plan(model, 0.5, scorer=LastFirst())
+    >>> plan[""].qk[0]
+    (2, 3)
+    """
+
+    needs_data: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What plans and reports call it."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def score(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        progress: bool = True,
+    ) -> dict[str, Scores]:
+        """Scores for every view, by name; leaves the model exactly as found.
+
+        Args:
+            model: the whole model, for scorers that run it.
+            views: the attention modules to score.
+            data: an iterable of batches, for scorers that need one.
+            loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss.
+            progress: whether a progress bar may be shown.
+        """

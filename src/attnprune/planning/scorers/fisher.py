@@ -1,0 +1,177 @@
+"""Diagonal Fisher information of a unit's weights, per batch as in the paper or per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.batches import batches, device_of
+from ...calibration.losses import LossFn, loss_of
+from ...calibration.processes import pooled
+from ...calibration.quiet import undisturbed
+from ...errors import DataError, OptionError
+from ...families.views import AttentionView
+from ...surgery import as_linears
+from ...values.layout import PROJECTIONS, Projection
+from ...values.scores import Scores
+from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, no_gradient
+
+Sums = dict[str, dict[Projection, Tensor]]
+
+
+class Fisher(GradientScorer):
+    """``FI`` of the paper: diagonal empirical Fisher information, summed over a unit's weights.
+
+    Per weight, the squared gradient of the loss averaged over batches, plus a damping; a qk channel sums over its rows
+    of Q and K, a vo channel over its row of V and column of O, a head over all four. Biases do not count.
+
+    With ``per_sample=True`` the gradient of every sample's own loss is squared, which is what Fisher information
+    means: squaring the mean gradient of a batch, as the paper does, lets samples cancel out and gives numbers that
+    depend on the batch size. The batch's loss must then be a mean over its samples (first dimension), as losses are
+    by default. It costs less than a plain backward pass, as no weight's gradient is ever formed: the squared norm of
+    a row's gradient ``sum_t g_t x_t`` is ``g^T (x x^T) g``.
+
+    Args:
+        per_sample: square per sample instead of per batch.
+        damping: added to the mean square of every weight; the paper's is 1e-6.
+    """
+
+    def __init__(self, per_sample: bool = False, damping: float = 1e-6) -> None:
+        if not 0 <= damping < float("inf"):
+            raise OptionError(
+                "Fisher: damping", "a finite number of at least 0", repr(damping), "use 1e-6, the paper's"
+            )
+        self.per_sample, self.damping = per_sample, damping
+
+    @property
+    def name(self) -> str:
+        return "fisher-per-sample" if self.per_sample else "fisher"
+
+    def score(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        progress: bool = True,
+    ) -> dict[str, Scores]:
+        if not self.per_sample:
+            return super().score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+        sums, count = squared_gradients(model, views, data, loss_fn, progress)
+        return {
+            view.name: self.finish(view, *self._units(view, {p: sums[view.name][p] / count for p in PROJECTIONS}))
+            for view in views
+        }
+
+    def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        squares: dict[Projection, Tensor] = {
+            p: torch.linalg.vector_norm(grads[f"{p}.weight"], dim=1).double().square() for p in PROJECTIONS
+        }
+        return self._units(view, squares)
+
+    def _units(self, view: AttentionView, squares: Mapping[Projection, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        damped = {p: value + self.damping * view.spec.width(p) for p, value in squares.items()}
+        qk, vo = damped["q"] + damped["k"], damped["v"] + damped["o"]
+        return qk, vo, head_sums(view, "qk", qk) + head_sums(view, "vo", vo)
+
+
+def squared_gradients(
+    model: nn.Module, views: Sequence[AttentionView], data: Iterable[Any] | None, loss_fn: LossFn | None, progress: bool
+) -> tuple[Sums, int]:
+    """Per view and projection ``(channels,)``: the sum over samples of the channel's squared weight gradients.
+
+    Also returns the number of samples. Packed modules run by Linears meanwhile, so that every projection has an input
+    and an output to tap; the sample is the first dimension of both.
+    """
+    count = 0
+    with as_linears(views) as tapped, undisturbed(model, ()):
+        # every tap's output depends on the switch, so asking for its gradient makes every tap see its own
+        switch = torch.zeros((), device=device_of(model), requires_grad=True)
+        taps = {(view.name, p): _Tap(view, p, switch) for view in tapped for p in PROJECTIONS}
+        try:
+            for number, batch in enumerate(batches(data, device_of(model), progress, "fisher-per-sample")):
+                count += _one_batch(loss_of(model, batch, loss_fn), switch, list(taps.values()), number)
+        finally:
+            for tap in taps.values():
+                tap.handle.remove()
+    return pooled(({view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count))
+
+
+def _one_batch(loss: Tensor, switch: Tensor, taps: Sequence[_Tap], number: int) -> int:
+    """Lets every tap add its squares; returns the number of samples."""
+    reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
+    samples = {samples for tap in taps for samples in tap.finish(number)}
+    if reached[0] is None or not samples:
+        raise no_gradient(number)
+    if len(samples) != 1:
+        raise DataError(
+            f"data, batch {number}",
+            "the same number of samples, first, in every attention",
+            str(sorted(samples)),
+            "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
+        )
+    return samples.pop()
+
+
+class _Tap:
+    """Listens to one Linear: keeps its inputs until the gradients of its outputs come.
+
+    A Linear may run several times in a forward pass; the weight's gradient is then the sum over its runs.
+    """
+
+    def __init__(self, view: AttentionView, projection: Projection, switch: Tensor) -> None:
+        linears = view.linears
+        assert linears is not None, "as_linears gave every view its Linears"
+        self.where, self.projection, self.switch = f"{view.name}: {projection}", projection, switch
+        self.total = torch.zeros(len(view.weight(projection)), dtype=torch.float64, device=switch.device)
+        self.runs = 0
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.squares: Tensor | None = None
+        self.samples: list[int] = []
+        self.handle = linears[projection].register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.runs += 1
+        return listen(output, self.switch, inputs[0].detach(), self)
+
+    def receive(self, x: Tensor, grad: Tensor) -> None:
+        samples = len(x)
+        # the loss is a mean over samples, so a sample's own gradient is that many times larger
+        self.seen.append((x.reshape(samples, -1, x.shape[-1]), grad.reshape(samples, -1, grad.shape[-1]) * samples))
+        if len(self.seen) == self.runs:
+            self._add()
+
+    def _add(self) -> None:
+        self.samples.append(len(self.seen[0][0]))
+        x, grad = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
+        outer, inner = (grad, x) if self.projection == "o" else (x, grad)
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        self.squares = row_squares(outer.to(exact), inner.to(exact)).double().sum(0)
+        self.seen = []
+
+    def finish(self, number: int) -> list[int]:
+        """Adds what a batch gave to the total; returns its number of samples, if any came."""
+        if self.seen:  # some runs do not reach the loss
+            self._add()
+        if self.squares is not None:
+            self.total += check_finite(self.where, self.squares, number)
+        samples, self.samples, self.squares, self.runs = self.samples, [], None, 0
+        return samples
+
+
+def row_squares(outer: Tensor, inner: Tensor) -> Tensor:
+    """``(samples, channels)``: for every sample, the squared norms of the columns of ``outer^T inner``.
+
+    Args:
+        outer: ``(samples, tokens, width)``.
+        inner: ``(samples, tokens, channels)``.
+    """
+    tokens, width = outer.shape[1:]
+    if tokens * (width + inner.shape[2]) < width * inner.shape[2]:
+        gram = outer @ outer.transpose(1, 2)
+        return ((gram @ inner) * inner).sum(1).clamp_min(0)
+    return torch.stack([(o.transpose(0, 1) @ i).square().sum(0) for o, i in zip(outer, inner, strict=True)])

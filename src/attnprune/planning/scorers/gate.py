@@ -1,0 +1,263 @@
+"""What closing a channel does to the model's output: :class:`Gate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.batches import batches, device_of
+from ...calibration.losses import LossFn, loss_of, projection_loss
+from ...calibration.processes import pooled
+from ...calibration.quiet import undisturbed
+from ...errors import DataError, OptionError
+from ...families.views import AttentionView
+from ...surgery import as_linears
+from ...values.layout import Kind
+from ...values.scores import Scores
+from .base import Scorer
+from .gradient import check_finite, listen, no_gradient
+
+if TYPE_CHECKING:
+    from ...calibration.bases import Turn
+
+
+class Gate(Scorer):
+    """Mean square of the loss's derivative with respect to a gate on a unit: what closing it does, to second order.
+
+    A gate is a factor of 1 on a channel of Q (and so on its product with K), or on a channel's deviation from its mean
+    in the context (as removal leaves the mean to O's bias); a head's gate is on its whole context. The score of a unit
+    is the mean over samples of the squared derivative: the diagonal of the Gauss-Newton matrix, which makes qk and vo,
+    layers, heads and channels comparable.
+
+    Without ``loss_fn`` the loss is a random projection of the model's output, ``v . output``
+    (:func:`attnprune.scorers.projection_loss`), so no labels are needed, and their noise does no harm.
+
+    Args:
+        samples: at most about this many samples, spread evenly over the data; None for all. Scores settle fast.
+        metric: ``"output"``, ``"kl"`` or ``"auto"``, see :func:`attnprune.scorers.projection_loss`.
+        seed: for the projections.
+        centred: whether vo gates act on deviations from the mean, which O's bias keeps; where O has none they do not.
+        turns: by name, a basis for every head (:class:`attnprune.calibration.bases.Turn`) whose directions to score
+            instead of the channels.
+    """
+
+    needs_data = True
+
+    def __init__(
+        self,
+        samples: int | None = None,
+        metric: str = "auto",
+        seed: int = 0,
+        centred: bool = True,
+        turns: Mapping[str, Turn] | None = None,
+    ) -> None:
+        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+            raise OptionError("Gate: samples", "a whole number of at least 1, or None", repr(samples), "use None")
+        projection_loss(seed, metric)  # checks the metric
+        self.samples, self.metric, self.seed, self.centred, self.turns = samples, metric, seed, centred, turns or {}
+
+    @property
+    def name(self) -> str:
+        return "gate"
+
+    def score(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        progress: bool = True,
+    ) -> dict[str, Scores]:
+        if loss_fn is None:
+            loss_fn = projection_loss(self.seed, self.metric)
+        with as_linears(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
+            switch = torch.zeros((), device=device_of(model), requires_grad=True)
+            taps = [_Gates(view, switch, self.turns.get(view.name)) for view in tapped]
+            for tap in taps:
+                tap.listen(hooks)
+            count = 0
+            for number, batch in enumerate(batches(self._some(data), device_of(model), progress, self.name)):
+                loss = loss_of(model, batch, loss_fn)
+                reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
+                del loss  # and its graph, before the next batch builds one
+                samples = {tap.finish(number) for tap in taps} - {0}
+                if reached[0] is None or not samples:
+                    raise no_gradient(number)
+                if len(samples) != 1:
+                    raise DataError(
+                        f"data, batch {number}",
+                        "the same number of samples, first, in every attention",
+                        str(sorted(samples)),
+                        "give loss_fn batches whose first dimension stays first",
+                    )
+                count += samples.pop()
+        count = pooled(count)
+        for tap in taps:
+            tap.share()
+        return {tap.view.name: tap.scores(count, self.centred) for tap in taps}
+
+    def _some(self, data: Iterable[Any] | None) -> Iterable[Any] | None:
+        """Batches spread evenly over the data, about ``samples`` samples together."""
+        if self.samples is None or isinstance(data, (str, bytes, Tensor, Mapping)) or not isinstance(data, Iterable):
+            return data
+        return _spread(data, self.samples)
+
+
+def _spread(data: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Evenly spread batches where the data have a length, else the first ones."""
+    count = len(data) if isinstance(data, Sized) else 0
+    wanted: set[int] = set()
+    seen = 0
+    for i, batch in enumerate(data):
+        if not i:
+            batches = min(max(count, 1), -(-samples // max(_size(batch), 1)))
+            wanted = {int((j + 0.5) * count / batches) for j in range(batches)}
+        if not count or i in wanted:
+            yield batch
+            seen += _size(batch)
+        if (not count and seen >= samples) or (count and i >= max(wanted)):
+            return
+
+
+def _size(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor, at any depth; 1 if there is none."""
+    found = next(_tensors(batch), None)
+    return len(found) if found is not None and found.dim() else 1
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _tensors(value)
+
+
+_SUMS = (
+    "qk", "products", "crossed", "plain", "total", "tokens", "head_products", "head_crossed", "head_plain",
+)  # fmt: skip
+
+
+class _Gates:
+    """The gates of one attention: listens to Q's output and O's input."""
+
+    def __init__(self, view: AttentionView, switch: Tensor, turn: Turn | None) -> None:
+        self.view, self.switch = view, switch
+        self.maps: dict[Kind, list[tuple[Tensor, Tensor]]] = {} if turn is None else _maps(turn, switch.device)
+        spec = view.spec
+        self.qk = torch.zeros(sum(spec.qk_dims), device="cpu", dtype=torch.float64)
+        vo, heads = sum(spec.vo_dims), spec.heads
+        self.products, self.crossed, self.plain, self.total = (
+            torch.zeros(vo, device="cpu", dtype=torch.float64) for _ in range(4)
+        )
+        self.tokens = 0
+        # per sample a = sum of c g, b = sum of g for every channel: the gate on c - m has the derivative a - m b
+        self.head_products = torch.zeros(heads, device="cpu", dtype=torch.float64)
+        self.head_crossed = torch.zeros(vo, device="cpu", dtype=torch.float64)
+        self.head_plain = [torch.zeros(dim, dim, device="cpu", dtype=torch.float64) for dim in spec.vo_dims]
+        self.q: list[Tensor] = []
+        self.c: list[tuple[Tensor, Tensor]] = []
+
+    def listen(self, hooks: ExitStack) -> None:
+        linears = self.view.linears
+        assert linears is not None, "as_linears gave every view its Linears"
+        gates = {"q": _Side(self._queries), "o": _Side(self._contexts)}
+
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return listen(output, self.switch, output.detach(), gates["q"])
+
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            context = inputs[0].detach()
+            self.total += context.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+            self.tokens += context[..., 0].numel()
+            return (listen(inputs[0], self.switch, context, gates["o"]), *inputs[1:])
+
+        hooks.callback(linears["q"].register_forward_hook(after).remove)
+        hooks.callback(linears["o"].register_forward_pre_hook(before).remove)
+
+    def _queries(self, x: Tensor, grad: Tensor) -> None:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x, grad = self._turned("qk", x.to(exact), grad.to(exact))
+        self.q.append((x * grad).reshape(len(x), -1, x.shape[-1]).sum(1).double().cpu())
+
+    def _contexts(self, x: Tensor, grad: Tensor) -> None:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x, grad = self._turned("vo", x.to(exact), grad.to(exact))
+        x, grad = (one.reshape(len(one), -1, one.shape[-1]) for one in (x, grad))
+        self.c.append(((x * grad).sum(1).double().cpu(), grad.sum(1).double().cpu()))
+
+    def _turned(self, kind: Kind, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Channels (last dimension) and their gradients in the basis of the turns: ``x' = A x``, ``g' = A^-T g``."""
+        if kind not in self.maps:
+            return x, grad
+        return _by_head(x, self.maps[kind], 0), _by_head(grad, self.maps[kind], 1)
+
+    def finish(self, number: int) -> int:
+        """Adds what a batch gave; returns its number of samples, 0 if the loss does not depend on this attention."""
+        queries, contexts = self.q, self.c
+        self.q, self.c = [], []
+        if not queries or not contexts:
+            return 0
+        samples = len(queries[0])
+        # the loss is a mean over samples, so a sample's own derivative is that many times larger
+        q = torch.stack(queries).sum(0) * samples
+        a, b = (torch.stack(parts).sum(0) * samples for parts in zip(*contexts, strict=True))
+        check_finite(self.view.name, q.sum() + a.sum() + b.sum(), number)
+        self.qk += q.square().sum(0)
+        self.products += a.square().sum(0)
+        self.crossed += (a * b).sum(0)
+        self.plain += b.square().sum(0)
+        for head, span in enumerate(self.view.spans("vo")):
+            rows = slice(*span)
+            whole = a[:, rows].sum(1)
+            self.head_products[head] += whole.square().sum()
+            self.head_crossed[rows] += whole @ b[:, rows]
+            self.head_plain[head] += b[:, rows].T @ b[:, rows]
+        return samples
+
+    def share(self) -> None:
+        """Adds what other processes saw."""
+        self.__dict__.update(pooled({name: getattr(self, name) for name in _SUMS}))
+
+    def scores(self, count: int, centred: bool) -> Scores:
+        kept = centred and self.view.spec.bias[3]  # without a bias of O, the mean goes with the channel
+        m = self.total / max(self.tokens, 1) if kept else torch.zeros_like(self.total)
+        m, _ = self._turned("vo", m, m)
+        vo = (self.products - 2 * m * self.crossed + m * m * self.plain).clamp_min(0) / count
+        heads = []
+        for head, span in enumerate(self.view.spans("vo")):
+            mean = m[slice(*span)]
+            cross = mean @ self.head_crossed[slice(*span)]
+            heads.append(self.head_products[head] - 2 * cross + mean @ self.head_plain[head] @ mean)
+        of: dict[Kind, Tensor] = {"qk": self.view.by_head(self.qk / count, "qk"), "vo": self.view.by_head(vo, "vo")}
+        return Scores(of["qk"], of["vo"], torch.stack(heads).clamp_min(0) / count)
+
+
+def _maps(turn: Turn, device: torch.device) -> dict[Kind, list[tuple[Tensor, Tensor]]]:
+    """Per kind the two maps of every head, in stored order."""
+    order = turn.spec.layout.order
+    return {
+        kind: [(bases[head].first.to(device), bases[head].second.to(device)) for head in order]
+        for kind, bases in turn.bases.items()
+    }
+
+
+def _by_head(x: Tensor, maps: Sequence[tuple[Tensor, Tensor]], side: int) -> Tensor:
+    """Every head's channels (last dimension) times its map."""
+    parts = torch.split(x, [len(pair[side]) for pair in maps], dim=-1)
+    return torch.cat([part @ pair[side].to(x).T for part, pair in zip(parts, maps, strict=True)], dim=-1)
+
+
+class _Side:
+    """Passes on what :func:`listen` tells."""
+
+    def __init__(self, take: Any) -> None:
+        self.receive = take

@@ -1,0 +1,64 @@
+"""The norm of a unit's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.losses import LossFn
+from ...errors import OptionError
+from ...families.views import AttentionView
+from ...values.layout import KIND_OF, PROJECTIONS, Projection
+from ...values.scores import Scores
+from .base import Scorer
+
+
+class Magnitude(Scorer):
+    """``MAG`` of the paper: the p-norm of a unit's weights, averaged over the projections that share the unit.
+
+    A qk channel scores ``(|Q row| + |K row|) / 2``, a vo channel ``(|V row| + |O column|) / 2``, a head the mean of
+    the norms of its parts of Q, K, V and O. Biases do not count. Computed in float64.
+
+    Args:
+        p: 1 or 2, the norm. The paper's is 2.
+
+    >>> import torch, attnprune
+    >>> views = attnprune.adapters.find_views(torch.nn.MultiheadAttention(16, 4))
+    >>> attnprune.scorers.Magnitude().score(None, views)[""].qk.shape
+    torch.Size([4, 4])
+    """
+
+    def __init__(self, p: int = 2) -> None:
+        if p not in (1, 2):
+            raise OptionError("Magnitude: p", "1 or 2", repr(p), "use 2, the paper's norm")
+        self.p = p
+
+    @property
+    def name(self) -> str:
+        return "magnitude" if self.p == 2 else f"magnitude-l{self.p}"
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: nn.Module | None,
+        views: Sequence[AttentionView],
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        progress: bool = True,
+    ) -> dict[str, Scores]:
+        return {view.name: self._one(view) for view in views}
+
+    def _one(self, view: AttentionView) -> Scores:
+        norms: dict[Projection, Tensor] = {
+            p: torch.linalg.vector_norm(view.weight(p), self.p, dim=-1, dtype=torch.float64).cpu() for p in PROJECTIONS
+        }
+        qk = view.by_head((norms["q"] + norms["k"]) / 2, "qk")
+        vo = view.by_head((norms["v"] + norms["o"]) / 2, "vo")
+        whole = [
+            torch.stack([norms[p][slice(*span)].norm(self.p) for span in view.spans(KIND_OF[p])]) for p in PROJECTIONS
+        ]
+        return Scores(qk, vo, torch.stack(whole).mean(0))

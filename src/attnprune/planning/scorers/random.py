@@ -1,0 +1,44 @@
+"""Scores drawn at random: the baseline that every other scorer must beat."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibration.losses import LossFn
+from ...families.views import AttentionView
+from ...values.scores import Scores
+from .base import Scorer
+
+
+class Random(Scorer):
+    """Uniform scores in [0, 1) from a seed and the attention's name; the global random state is not touched.
+
+    Args:
+        seed: equal seeds give equal scores on every device.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(
+        self,
+        model: nn.Module | None,
+        views: Sequence[AttentionView],
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        progress: bool = True,
+    ) -> dict[str, Scores]:
+        return {view.name: self._one(view) for view in views}
+
+    def _one(self, view: AttentionView) -> Scores:
+        key = hashlib.sha256(f"{self.seed}:{view.name}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:7], "big"))
+        heads, spec = view.spec.heads, view.spec
+        shapes = ((heads, spec.qk_dim), (heads, spec.vo_dim), (heads,))
+        return Scores(*(torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64) for shape in shapes))

@@ -1,0 +1,39 @@
+"""What removing a unit does to the loss, to first order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...families.views import AttentionView
+from ...values.layout import Kind
+from .gradient import Gradients, GradientScorer, head_sums
+
+
+class Taylor(GradientScorer):
+    """What removing a unit does to the loss, to first order: ``|sum of w * g|`` over the unit's weights and biases.
+
+    The absolute value (or the square) is taken per batch, over the unit as a whole (Q and K together, V and O
+    together, all four for a head), and averaged over batches (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
+
+    Args:
+        squared: square instead of absolute value.
+    """
+
+    def __init__(self, squared: bool = False) -> None:
+        self.squared = squared
+
+    @property
+    def name(self) -> str:
+        return "taylor-squared" if self.squared else "taylor"
+
+    def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        sums: dict[Kind, Tensor] = {}
+        for key, grad in grads.items():
+            slot, kind = view.slots[key], view.kinds[key]
+            products = slot.cut(slot.values) * grad
+            value = products.flatten(1).sum(1) if grad.dim() > 1 else products
+            sums[kind] = sums[kind] + value.double() if kind in sums else value.double()
+        head = head_sums(view, "qk", sums["qk"]) + head_sums(view, "vo", sums["vo"])
+        size = torch.square if self.squared else torch.abs
+        return size(sums["qk"]), size(sums["vo"]), size(head)

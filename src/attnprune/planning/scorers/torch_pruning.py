@@ -1,0 +1,162 @@
+"""Any importance of Torch-Pruning, applied to the channels that Q and K, and V and O, share."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.losses import LossFn
+from ...calibration.processes import pooled
+from ...errors import ScorerError
+from ...families.views import AttentionView, gathered
+from ...surgery import as_linears
+from ...values.layout import PROJECTIONS, Kind, Projection
+from ...values.scores import Scores
+from .base import Scorer
+from .gradient import Gradients, gradients, head_sums
+
+
+def is_importance(candidate: object) -> bool:
+    """Whether this is one of Torch-Pruning's importances; it is not imported to find out."""
+    module = sys.modules.get("torch_pruning.pruner.importance")
+    return module is not None and isinstance(candidate, module.Importance)
+
+
+class TorchPruning(Scorer):
+    """Wraps an importance of Torch-Pruning (``GroupMagnitudeImportance``, ``TaylorImportance``, ``FPGMImportance`` …).
+
+    For every attention two of Torch-Pruning's own Groups are made, Q and K by their output channels, V by its output
+    and O by its input channels, and the importance is asked for both; a head scores the sum of its channels.
+
+    Importances that read ``weight.grad`` find there the mean gradient over ``data`` (for ``HessianImportance`` the
+    mean squared gradient), or, without data, the gradients that the model holds. These need room for the attention's
+    gradients, as Torch-Pruning's interface is ``weight.grad``.
+
+    Args:
+        importance: an instance.
+    """
+
+    def __init__(self, importance: Callable[..., Tensor | None]) -> None:
+        self.importance = importance
+
+    @property
+    def name(self) -> str:
+        return f"torch-pruning {type(self.importance).__name__}"
+
+    def score(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        progress: bool = True,
+    ) -> dict[str, Scores]:
+        if data is not None:
+            grads = self._gradients(model, views, data, loss_fn, progress)
+        else:
+            grads = {view.name: self._held(view) for view in views}
+        with as_linears(views) as linears, torch.random.fork_rng(devices=()):
+            return {
+                view.name: self._one(view, {p: _lend(view, p, grads[view.name]) for p in PROJECTIONS})
+                for view in linears
+            }
+
+    def _held(self, view: AttentionView) -> dict[str, Tensor]:
+        """The gradients that the importance has gathered itself, or that the model holds, as ``(channels, ...)``."""
+        held, counts = getattr(self.importance, "_accu_grad", {}), getattr(self.importance, "_counter", {})
+        found = {}
+        for key, slot in view.slots.items():
+            p = slot.parameter
+            grad = held[p] / counts[p] if p in held else p.grad
+            if grad is not None:
+                found[key] = slot.cut(gathered(grad))
+        return found
+
+    def _gradients(
+        self, model: nn.Module, views: Sequence[AttentionView], data: Any, loss_fn: LossFn | None, progress: bool
+    ) -> dict[str, dict[str, Tensor]]:
+        """By view and slot: the mean gradient (or mean squared gradient) over batches."""
+        squared = "Hessian" in type(self.importance).__name__
+        total: dict[str, dict[str, Tensor]] = {view.name: {} for view in views}
+
+        def add(number: int, found: Mapping[str, Gradients]) -> None:
+            for name, grads in found.items():
+                for key, grad in grads.items():
+                    value = grad.square() if squared else grad.clone()
+                    total[name][key] = total[name][key].add_(value) if key in total[name] else value
+
+        count = gradients(model, views, data, loss_fn, progress, self.name, add)
+        total, count = pooled((total, count))
+        return {name: {key: value / count for key, value in keys.items()} for name, keys in total.items()}
+
+    def _one(self, view: AttentionView, linears: dict[Any, nn.Linear]) -> Scores:
+        spec = view.spec
+        qk = self._ask(view, "qk", [(linears["q"], "out"), (linears["k"], "out")], sum(spec.qk_dims))
+        vo = self._ask(view, "vo", [(linears["v"], "out"), (linears["o"], "in")], sum(spec.vo_dims))
+        head = head_sums(view, "qk", qk) + head_sums(view, "vo", vo)
+        return Scores(view.by_head(qk, "qk"), view.by_head(vo, "vo"), head)
+
+    def _ask(self, view: AttentionView, kind: Kind, layers: list[tuple[nn.Linear, str]], channels: int) -> Tensor:
+        try:
+            importance = copy.copy(self.importance)  # one that has gathered gradients writes them to the model
+            if hasattr(importance, "zero_grad"):
+                importance.zero_grad()
+            value = importance(_group(layers, channels))
+        except AttributeError as error:
+            raise ScorerError(
+                f"{view.name}: {self.name}",
+                "what the importance reads from each layer (for gradient-based ones weight.grad)",
+                str(error),
+                "pass data=, or run a backward pass before",
+            ) from error
+        if not isinstance(value, Tensor) or value.shape != (channels,):
+            found = "none" if value is None else f"shape {tuple(getattr(value, 'shape', ()))}"
+            raise ScorerError(
+                f"{view.name}: {self.name}",
+                f"one importance for each of {channels} {kind} channels",
+                found,
+                "use an importance that scores Linear layers by weight or gradient",
+            )
+        return value.detach().double().cpu()
+
+
+def _lend(view: AttentionView, projection: Projection, grads: Mapping[str, Tensor]) -> nn.Linear:
+    """A plain Linear over a projection's weights and gradients; the importance may write to its ``.grad``."""
+    channels, width = view.weight(projection).shape
+    across = projection == "o"
+    outputs, inputs = (width, channels) if across else (channels, width)
+    keys = [key for key in (f"{projection}.weight", f"{projection}.bias") if key in view.slots]
+    linear = nn.Linear(inputs, outputs, bias=len(keys) == 2, device="meta")
+    for key in keys:
+        part = key.partition(".")[2]
+        parameter = nn.Parameter(view.slots[key].values)
+        if key in grads:
+            parameter.grad = (grads[key].movedim(0, 1) if across and part == "weight" else grads[key]).clone()
+        setattr(linear, part, parameter)
+    return linear
+
+
+def _group(layers: list[tuple[nn.Linear, str]], channels: int) -> Any:
+    """Torch-Pruning's Group over all channels that the layers share."""
+    from torch_pruning.dependency import Dependency, Group, Node
+    from torch_pruning.pruner import function
+
+    handlers = {"out": function.prune_linear_out_channels, "in": function.prune_linear_in_channels}
+    root = Node(layers[0][0], grad_fn=None, name=kind_name(layers))
+    group = Group()
+    for i, (linear, side) in enumerate(layers):
+        target = Node(linear, grad_fn=None, name=f"{kind_name(layers)}.{i}")
+        group.add_dep(Dependency(handlers["out"], handlers[side], root, target), list(range(channels)))
+        group[i].root_idxs = list(range(channels))
+    return group
+
+
+def kind_name(layers: list[tuple[nn.Linear, str]]) -> str:
+    """The name that a group's nodes show."""
+    return "attention " + "-".join(side for _, side in layers)

@@ -1,0 +1,199 @@
+"""What was asked and what was achieved: :class:`Report`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..values.budget import Budget
+from ..values.layer_plan import LayerPlan
+from ..values.layout import PROJECTIONS, Projection
+from ..values.plan import Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Latency of a model before and after a plan, measured in turns."""
+
+    ratio: float
+    """Median of the pairs' ratios, after over before."""
+    seconds: tuple[float, float]
+    """Medians, before and after."""
+    pairs: int
+    """How many pairs of forward passes were timed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan asked for and what it achieved. Ratios count weights; parameter counts include biases.
+
+    ``str(report)`` is a table, notebooks show one, :meth:`to_dict` is JSON-ready.
+
+    >>> import torch, attnprune
+    >>> report = attnprune.prune_attention(torch.nn.MultiheadAttention(16, 4), 0.5)
+    >>> report.achieved["q"], report.attention_parameters
+    (0.5, (1088, 552))
+    """
+
+    plan: Plan
+    """What was done."""
+    model_parameters: tuple[int, int]
+    """Parameters of the whole model, before and after."""
+    macs: tuple[int, int] | None = None
+    """Multiply-adds of one forward pass over ``example_inputs``, before and after; None where none were given."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it was done."""
+    latency: Measured | None = None
+    """Latency after over before, measured; None where it was not."""
+
+    @property
+    def asked(self) -> dict[Projection, float] | None:
+        """The fraction of each projection's weights that was to go; None for plans made by hand."""
+        if self.plan.asked is None:
+            return None
+        return {p: self.plan.asked.ratios.of(p) for p in PROJECTIONS}
+
+    @property
+    def achieved(self) -> dict[Projection, float]:
+        """The fraction of each projection's weights that went."""
+        return {p: self.plan.fraction(p) for p in PROJECTIONS}
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """Per attention: its spec before and after, and what went."""
+        return self.plan.layers
+
+    @property
+    def attention_parameters(self) -> tuple[int, int]:
+        """Parameters of the attention modules in the plan, before and after."""
+        return sum(s.parameters for s in self.plan.specs), sum(s.parameters for s in self.plan.after)
+
+    @property
+    def removed_parameters(self) -> int:
+        """By how much the model's parameter count fell."""
+        return self.model_parameters[0] - self.model_parameters[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        how = self.plan.asked
+        return {
+            "asked": self.asked,
+            "how": None if how is None else {key: value for key, value in how.to_dict().items() if key != "ratios"},
+            "achieved": self.achieved,
+            "attention_parameters": list(self.attention_parameters),
+            "model_parameters": list(self.model_parameters),
+            "macs": None if self.macs is None else list(self.macs),
+            "latency": self._latency(),
+            "notes": list(self.notes),
+            "plan": self.plan.digest,
+            "layers": [
+                {
+                    "name": layer.spec.name,
+                    "heads": [layer.spec.heads, layer.after.heads],
+                    "qk_dims": [list(layer.spec.qk_dims), list(layer.after.qk_dims)],
+                    "vo_dims": [list(layer.spec.vo_dims), list(layer.after.vo_dims)],
+                    "achieved": {p: layer.fraction(p) for p in PROJECTIONS},
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """A picture: qk and vo channels kept by layer and head, and the share that each layer lost. Needs matplotlib.
+
+        Args:
+            path: also written there; the suffix says in which format (``.png``, ``.svg``, ``.pdf``).
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+        """
+        from . import plots
+
+        return plots.kept(self.plan, path=path)
+
+    @property
+    def _promised(self) -> Budget | None:
+        return None if self.plan.asked is None else self.plan.asked.budget
+
+    def _latency(self) -> dict[str, Any] | None:
+        budget, found = self._promised, self.latency
+        promised = budget.promised if budget is not None and budget.resource == "latency" else None
+        if promised is None and found is None:
+            return None
+        measured = None if found is None else found.ratio
+        seconds = None if found is None else list(found.seconds)
+        return {"promised": promised, "measured": measured, "seconds": seconds}
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["attention", "heads", "qk", "vo", *PROJECTIONS]]
+        for layer in self.layers:
+            before, after = layer.spec, layer.after
+            rows.append([
+                before.name or "(model)",
+                _arrow(str(before.heads), str(after.heads)),
+                _arrow(_dims(before.qk_dims), _dims(after.qk_dims)),
+                _arrow(_dims(before.vo_dims), _dims(after.vo_dims)),
+                *(f"-{layer.fraction(p):.1%}" for p in PROJECTIONS),
+            ])  # fmt: skip
+        rows.append(["achieved", "", "", "", *(f"-{share:.1%}" for share in self.achieved.values())])
+        asked = self.plan.asked
+        if asked is not None and asked.budget is None:
+            rows.append(["asked", "", "", "", *(f"-{asked.ratios.of(p):.1%}" for p in PROJECTIONS)])
+        return rows
+
+    def _totals(self) -> list[str]:
+        totals = {"attention parameters": self.attention_parameters, "model parameters": self.model_parameters}
+        if self.macs is not None:
+            totals["multiply-adds"] = self.macs
+        lines = [f"{name}: {a:,} -> {b:,} (x {b / a if a else 1:.3f})" for name, (a, b) in totals.items()]
+        if self.latency is not None:
+            a, b = (seconds * 1000 for seconds in self.latency.seconds)
+            lines.append(f"latency, measured: {a:,.1f} ms -> {b:,.1f} ms (x {self.latency.ratio:.3f})")
+        budget = self._promised
+        if budget is not None:
+            verb = "predicted" if budget.resource == "latency" else "counted"
+            got = "" if budget.promised is None else f", {verb} x {budget.promised:.3f}"
+            lines.append(f"budget: {_RESOURCES[budget.resource]} x {budget.share:.3f}{got}")
+        asked = self.plan.asked
+        if asked is not None:
+            how = [asked.granularity, asked.scope, f"{asked.heads} heads", asked.scorer, f"{asked.split} split"]
+            how += [f"{asked.basis} basis"] * (asked.basis != "channels") + ["refitted"] * (asked.compensate != "no")
+            how += [f"rounded to {asked.round_to}"] * (asked.round_to > 1) + ["matched dims"] * asked.match_dims
+            if asked.target_error is not None:
+                how.append(f"losing at most {asked.target_error:.2%} of energy")
+            lines.append(f"how: {', '.join(how)}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        rule = "-" * len(lines[0])
+        cut = 1 + len(self.layers)
+        return "\n".join([lines[0], rule, *lines[1:cut], rule, *lines[cut:], *self._totals()])
+
+    def _repr_html_(self) -> str:
+        import html  # costs 2 ms, and only notebooks need it
+
+        header, *body = self._rows()
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+        heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        totals = "<br>".join(html.escape(line) for line in self._totals())
+        return f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table><p>{totals}</p>"
+
+
+_RESOURCES = {"latency": "latency", "macs": "multiply-adds", "params": "model parameters"}
+
+
+def _dims(dims: tuple[int, ...]) -> str:
+    return str(dims[0]) if len(set(dims)) == 1 else f"{min(dims)}..{max(dims)}"
+
+
+def _arrow(before: str, after: str) -> str:
+    return before if before == after else f"{before} -> {after}"

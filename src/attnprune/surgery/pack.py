@@ -1,0 +1,94 @@
+"""Q, K and V of an attention in one matrix product, for inference: :func:`pack_qkv` and :func:`unpack_qkv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..families.registry import all_views, find_views, plain
+from ..families.views import AttentionView
+from ..nn import Decoupled
+from . import check_views
+
+
+def pack_qkv(
+    model: nn.Module, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Lays the weights of Q, K and V of every self-attention side by side, so that one matrix product serves all three.
+
+    Worth it where a call costs as much as its work: few tokens, narrow models, GPUs at small batches. Names, values and
+    shapes of parameters stay, and so do ``state_dict`` and optimizers. In training, under hooks on a projection, and in
+    compiled models the three Linears are called as before. Moving or casting the model takes the weights apart again:
+    pack last.
+
+    Args:
+        model: pruned or not; attention of known families. ``nn.MultiheadAttention`` that was never pruned is packed
+            already, and attention whose queries and keys read different widths never is.
+        include: glob patterns of names; None: all.
+        exclude: glob patterns of names to leave alone.
+
+    Returns:
+        The names of what is packed.
+
+    Raises:
+        WrappedModelError: (and its kinds) a projection is wrapped, quantised or sharded; nothing has changed then.
+
+    >>> model = nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    >>> from attnprune import prune_attention
+    >>> report = prune_attention(model, 0.5)
+    >>> pack_qkv(model)
+    ('self_attn',)
+    >>> unpack_qkv(model)
+    ('self_attn',)
+    """
+    model = plain(model)
+    views = [view for view in find_views(model, include, exclude) if _can_be_packed(view)]
+    check_views(model, views)
+    laid = [(parts, _lay(parts)) for view in views for parts in _parts(view)]
+    for parts, values in laid:
+        for part, value in zip(parts, values, strict=True):
+            part.data = value
+    for view in views:
+        view.adapter.decouple(view, packed=True)
+    return tuple(view.name for view in views)
+
+
+def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
+    """Undoes :func:`pack_qkv`: every weight has storage of its own again, bitwise the same.
+
+    Returns:
+        The names of what was packed.
+    """
+    views = [view for view in all_views(plain(model)) if _packed(view)]
+    for view in views:
+        for parts in _parts(view):
+            for part in parts:
+                part.data = part.detach().clone()
+        view.adapter.recast(view, view.spec, tuple(range(view.spec.heads)))
+    return tuple(view.name for view in views)
+
+
+def _packed(view: AttentionView) -> bool:
+    return isinstance(view.module, Decoupled) and view.module.attnprune_state.packed
+
+
+def _can_be_packed(view: AttentionView) -> bool:
+    spec, linears = view.spec, view.linears
+    if linears is None or not spec.q_in == spec.k_in == spec.v_in or view.adapter.decoupled_for(view) is None:
+        return False
+    q, k, v = linears["q"], linears["k"], linears["v"]
+    kinds = {(one.weight.dtype, one.weight.device, one.bias is None) for one in (q, k, v)}
+    return len(kinds) == 1 and len({id(one.weight) for one in (q, k, v)}) == 3
+
+
+def _parts(view: AttentionView) -> list[list[nn.Parameter]]:
+    """The weights of Q, K and V, and their biases if there are any."""
+    keys = ["weight", "bias"] if view.spec.bias[0] else ["weight"]
+    return [[view.slots[f"{p}.{key}"].parameter for p in "qkv"] for key in keys]
+
+
+def _lay(parts: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    """The same values, one after the other in one storage."""
+    return torch.split(torch.cat([part.detach() for part in parts]), [len(part) for part in parts])

@@ -1,0 +1,339 @@
+"""Pruning as a step in somebody's training loop: :class:`AttentionPruner`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..api import apply_plan, make_plan, prepare_plan
+from ..calibration.processes import across_processes, active, agree, exchange
+from ..cost.counting import count_parameters
+from ..cost.latency.table import LatencyTable
+from ..cost.rounding import auto_rounding
+from ..errors import DataError, OptionError, PlanMismatchError
+from ..families.registry import find_views, plain
+from ..families.views import AttentionView
+from ..planning.asking import check_table, check_ways, cost_now, table_for
+from ..report.report import Report
+from ..surgery import Assignment, optimizers_of
+from ..values.budget import RESOURCES
+from ..values.layer_plan import LayerPlan
+from ..values.layout import PROJECTIONS
+from ..values.plan import Plan
+from ..values.ratios import Ratios, RatiosLike
+from ..values.rules import Rules
+from .observing import Observations, observer, read
+from .schedules import MOST, Schedule, check_schedule, gone, of_what_is_left
+
+_OPTIONS = frozenset(inspect.signature(make_plan).parameters) - {"model", "qkvo_ratios", "target_error", "calibration"}
+_TARGETS = tuple(f"target_{resource}" for resource in RESOURCES)
+
+
+class AttentionPruner:
+    """Removes attention step by step while a model trains; the one stateful thing in attnprune.
+
+    After ``steps`` calls of :meth:`step` the model has lost ``qkvo_ratios`` of the weights that it had when the pruner
+    was made. Every call removes what is due by the schedule, measured against that model, so rounding does not add up.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> pruner = AttentionPruner(model, 0.5, steps=2, scope="local", scorer="fisher")
+    >>> x = torch.randn(8, 5, 32)
+    >>> while not pruner.done:
+    ...     for _ in range(3):
+    ...         optimizer.zero_grad()
+    ...         model(x).square().mean().backward()
+    ...         pruner.observe()  # after backward, before the optimizer's step
+    ...         optimizer.step()
+    ...     report = pruner.step(optimizer)  # parameters and moments are cut along; no new optimizer
+    >>> pruner.report.achieved["q"], model.layers[0].self_attn.q_proj.weight.shape
+    (0.5, torch.Size([16, 32]))
+
+    Args:
+        model: any module with attention of a known family, pruned in place.
+        qkvo_ratios: the fraction of each projection's weights that is gone in the end, as in
+            :func:`attnprune.prune_attention`. In its place ``target_latency``, ``target_macs`` or ``target_params``:
+            the share of what the whole model cost in the beginning that is left. Latency is measured once, when
+            the pruner is made, unless ``latency`` gives a table.
+        schedule: ``"geometric"`` removes the same fraction of what is left every time (the paper's rounds),
+            ``"linear"`` the same number of weights, ``"cubic"`` most of them early (Zhu and Gupta 2017,
+            arXiv 1710.01878), ``"one-shot"`` all at the first step; or a function from the fraction of steps done,
+            in (0, 1], to the fraction of the ratios that is gone by then.
+        steps: number of calls of :meth:`step`, 1 for ``"one-shot"``.
+        options: everything else that :func:`attnprune.prune_attention` takes. With ``data``, every step plans by them;
+            without, ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) use the gradients that :meth:`observe`
+            saw.
+
+    Raises:
+        OptionError: an unknown schedule or option, or steps below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        qkvo_ratios: RatiosLike | None = None,
+        *,
+        schedule: Schedule = "geometric",
+        steps: int = 10,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(options.keys() - _OPTIONS)
+        if unknown:
+            raise OptionError("AttentionPruner", f"options of {sorted(_OPTIONS)}", str(unknown), "check the spelling")
+        check_schedule(schedule, steps)
+        # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
+        inner = plain(model)
+        self.model = plain(inner.module) if type(inner).__name__ == "DistributedDataParallel" else inner  # type: ignore[arg-type]
+        targets = {name: options.pop(name, None) for name in _TARGETS}
+        self.budget = check_ways(qkvo_ratios=qkvo_ratios, target_error=None, **targets)
+        self.ratios = Ratios() if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
+        self.schedule, self.options = schedule, options
+        self.steps = 1 if schedule == "one-shot" else steps
+        self.steps_done = 0
+        views = self._views()
+        self._dense = tuple(view.spec for view in views)
+        self._plan = Plan(tuple(LayerPlan(spec) for spec in self._dense))
+        self._before = count_parameters(self.model)
+        self._seen = Observations()
+        self._cost = 0.0
+        if options.get("round_to") == "auto":  # what is left later would be rounded finer
+            options["round_to"] = auto_rounding(views, options.get("granularity", "channel"))
+        self._gone(0.0, 1)  # a schedule that gives nonsense says so now
+        if self.budget is not None:
+            self._cost = self._measure_cost(views)
+        asked = {"qkvo_ratios": 0.0} if self.budget is None else {f"target_{self.budget.resource}": self.budget.share}
+        blank = {"data": None, "scorer": "random", "compensate": "auto", "sequential": False}
+        make_plan(self.model, **{**options, **blank, **asked})
+
+    def _views(self) -> list[AttentionView]:
+        return find_views(self.model, self.options.get("include"), self.options.get("exclude"))
+
+    @property
+    def _together(self) -> bool:
+        """Whether qk and vo share one budget, or units hold both."""
+        joined = any(self.options.get(key) for key in ("match_dims", "stock"))
+        return joined or self.options.get("split") == "auto" or self.options.get("granularity") == "head"
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.steps_done >= self.steps
+
+    @property
+    def plan(self) -> Plan:
+        """All steps so far as one plan for the model as it was in the beginning."""
+        return self._plan
+
+    @property
+    def report(self) -> Report:
+        """What was asked and achieved so far, against the model as it was in the beginning."""
+        return Report(self._plan, (self._before, count_parameters(self.model)))
+
+    # observing
+
+    def observe(self, *, scaler: Any = None) -> None:
+        """Adds the gradients that the loop has just computed to the scores; costs no pass of its own.
+
+        Call it after ``loss.backward()`` (after the last one, where gradients of several are accumulated) and before
+        gradients are clipped or zeroed. With ``torch.amp.GradScaler``, pass it: gradients are divided by its scale
+        (call before ``scaler.unscale_``), and observations that overflowed are left out, as the optimizer leaves out
+        the step.
+
+        Raises:
+            DataError: no gradient, or (without a scaler) one that is not finite.
+            OptionError: the scorer cannot use gradients.
+        """
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        found = read(observer(self.options), self._views(), scale)
+        if all(bool(part.isfinite().all()) for parts in found.values() for part in parts):
+            self._seen = self._seen.plus(found)
+        elif scaler is None:
+            remedy = "pass scaler=, or look for overflow in the loss"
+            raise DataError("observe", "finite gradients", "NaN or infinite ones", remedy)
+
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` can be called: scores come from gradients."""
+        try:
+            observer(self.options)
+        except OptionError:
+            return False
+        return True
+
+    # pruning
+
+    def step(
+        self, optimizer: Any = None, scheduler: Any = None, *, averages: Iterable[nn.Module] = (),
+        example_inputs: Any = None,
+    ) -> Report:  # fmt: skip
+        """Removes what is due; model, optimizer and averages change together or not at all.
+
+        In several processes of ``torch.distributed`` all of them must call it: what they observed, and scores and
+        moments of the ``data`` that each of them has, are put together (:func:`attnprune.across_processes`). Where one
+        of them cannot, none does.
+
+        Args:
+            optimizer: an optimizer (or several, in a list) whose parameters and state are cut along.
+            scheduler: a learning rate scheduler (or several). It goes on as it is, for groups stay the same objects;
+                its optimizer is cut along, if it is not given by itself.
+            averages: moving averages of the model to prune by the same plan.
+            example_inputs: where given, the report counts multiply-adds.
+
+        Returns:
+            The report of this step; :attr:`report` has that of all of them.
+
+        Raises:
+            OptionError: all steps have been taken.
+            DataError: the scorer needs gradients, and none were observed since the last step.
+            PlanMismatchError: processes of ``torch.distributed`` came to different plans; raised in all of them.
+            ProcessError: another of them failed.
+        """
+        self._check_open()
+
+        def prepared() -> tuple[Plan, Callable[[], Report]]:
+            plan = self._next()
+            number, whole = self.steps_done + 1, self._plan.then(plan) if self.steps_done else plan
+            if self.budget is not None and whole.asked is not None and whole.asked.budget is not None:
+                asked = replace(whole.asked.budget, share=self._left(number))  # of the beginning
+                whole = replace(whole, asked=replace(whole.asked, budget=asked))
+            mine = Assignment(self, _plan=whole, steps_done=number, _seen=Observations())
+            optimizers = optimizers_of(optimizer, scheduler)
+            return plan, prepare_plan(
+                self.model,
+                plan,
+                optimizer=optimizers,
+                averages=averages,
+                example_inputs=example_inputs,
+                also=[mine],
+            )
+
+        with across_processes():
+            _, commit = agree(prepared, digest=lambda both: both[0].digest)
+        return commit()
+
+    def next_plan(self) -> Plan:
+        """What :meth:`step` would do now, without doing it: for a model that is sharded (FSDP2), say.
+
+        Raises:
+            The errors of :meth:`step`; nothing changes.
+        """
+        self._check_open()
+        with across_processes():
+            return agree(self._next, digest=lambda plan: plan.digest)
+
+    def _check_open(self) -> None:
+        if self.done:
+            raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
+
+    def _next(self) -> Plan:
+        due = self._due(self.steps_done + 1) if self.budget is None else self._share_due(self.steps_done + 1)
+        options, seen = dict(self.options), self._seen.pooled()
+        if seen.count:
+            options["scorer"] = seen.scorer(observer(options))
+        elif options.get("data") is None and options.get("scorer") in ("fisher", "taylor"):
+            remedy = "call observe() after loss.backward(), or give data"
+            raise DataError("step", "gradients to score by", "none", remedy)
+        return make_plan(self.model, **{**options, **due})
+
+    def _gone(self, share: float, number: int) -> float:
+        """Of a final share that goes, what is gone after step ``number``."""
+        return gone(self.schedule, share, number / self.steps)
+
+    def _due(self, number: int) -> dict[str, Ratios]:
+        """What step ``number`` is to remove of what is left."""
+        now = tuple(view.spec for view in self._views())
+        found = {p: self._gone(self.ratios.of(p), number) for p in PROJECTIONS}
+        return {"qkvo_ratios": of_what_is_left(found, self._dense, now, self._together)}
+
+    def _left(self, number: int) -> float:
+        """What is left after step ``number`` of what the model cost in the beginning."""
+        assert self.budget is not None
+        return min(1 - self._gone(1 - self.budget.share, number), MOST)
+
+    def _share_due(self, number: int) -> dict[str, float]:
+        """The budget of step ``number``, as a share of what the model costs now."""
+        assert self.budget is not None
+        now = cost_now(self.budget, self.model, self._views(), self.options.get("example_inputs"), self._table)
+        return {f"target_{self.budget.resource}": min(self._left(number) * self._cost / now, MOST)}
+
+    @property
+    def _table(self) -> LatencyTable | None:
+        table: LatencyTable | None = self.options.get("latency")
+        return table
+
+    def _measure_cost(self, views: Sequence[AttentionView]) -> float:
+        """What the model costs in the beginning; measures latency unless a table was given."""
+        assert self.budget is not None
+        inputs, options = self.options.get("example_inputs"), self.options
+        if self.budget.resource == "macs" and inputs is None:
+            raise OptionError("target_macs", "example_inputs to count with", "none", "pass example_inputs=")
+        check_table(self._table)
+        if self.budget.resource == "latency" and self._table is None:
+            rules = Rules(options.get("granularity", "channel"), round_to=options.get("round_to", 1))
+            table = table_for(self.model, views, inputs, rules, options.get("progress", True))
+            options["latency"] = exchange(table)[0] if active() else table  # one clock for all processes
+        return cost_now(self.budget, self.model, views, inputs, self._table)
+
+    # checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on in another process, beside the model's and the optimizer's own: plain values."""
+        bare = Plan(tuple(LayerPlan(one.spec, one.heads, one.qk, one.vo) for one in self._plan), self._plan.asked)
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "steps_done": self.steps_done,
+            "ratios": {p: self.ratios.of(p) for p in PROJECTIONS},
+            "budget": None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share},
+            "cost": self._cost,
+            "latency": None if self._table is None else self._table.to_json(),
+            "plan": bare.to_json(),
+            "parameters": self._before,
+            "observations": self._seen.count,
+            "seen": {name: list(parts) for name, parts in self._seen.sums.items()},
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, optimizer: Any = None, averages: Iterable[nn.Module] = ()
+    ) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        A model as it was in the beginning is given the shapes that it had then, and so are an optimizer that was made
+        for it already and averages; load the weights and the optimizer's state afterwards.
+
+        Raises:
+            OptionError: the state of a pruner with other ratios or steps.
+            PlanMismatchError: the state of another model.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            raise OptionError("state", "a mapping that state_dict gave", repr(state)[:60], "save pruner.state_dict()")
+        mine = {"steps": self.steps, "ratios": {p: self.ratios.of(p) for p in PROJECTIONS}}
+        mine["budget"] = None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share}
+        theirs = {key: state[key] for key in ("steps", "ratios")} | {"budget": state.get("budget")}
+        if mine != theirs:
+            raise OptionError("state", str(mine), str(theirs), "make the pruner with the options that it had")
+        plan = Plan.from_json(state["plan"])
+        now = {view.name: view.spec for view in self._views()}
+        shapes = {spec.name: (spec.qk_dims, spec.vo_dims) for spec in now.values()}
+        if shapes != {spec.name: (spec.qk_dims, spec.vo_dims) for spec in plan.after}:
+            if {spec.name for spec in plan.specs} != set(now):
+                raise PlanMismatchError(
+                    "state", f"attention modules {sorted(now)[:4]}", f"{sorted(s.name for s in plan.specs)[:4]}",
+                    "load it into a pruner of the model it was saved from",
+                )  # fmt: skip
+            apply_plan(self.model, plan, optimizer=optimizer, averages=averages)
+        self._plan, self._dense = plan, plan.specs
+        if self.budget is not None:
+            self._cost = float(state["cost"])
+            if state["latency"] is not None:
+                self.options["latency"] = LatencyTable.from_json(state["latency"])
+        self._before = int(state["parameters"])
+        self.steps_done = int(state["steps_done"])
+        seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}
+        self._seen = Observations(seen, int(state["observations"]))

@@ -1,0 +1,169 @@
+"""What the channels that stay are made of: :class:`Fold`, linear maps that surgery multiplies into Q, K, V and O."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, PlanFormatError
+from . import fields
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Linear maps from the channels of a module to those that stay in it.
+
+    Of every kept head, in ascending order, Q, K and V become ``A Q``, ``A K``, ``A V`` (weight and bias; ``A`` is a
+    head's matrix for that projection), O becomes ``O B``, and O's bias gains ``O s``. Removing channels as they stand
+    is the case in which every ``A`` picks rows of the identity, ``B`` the same columns, and ``s`` is zero.
+
+    Two folds are equal if all their numbers are.
+
+    >>> eye = torch.eye(4, dtype=torch.float64)
+    >>> fold = Fold(q=(eye[:2],), k=(eye[:2],), v=(eye[1:],), o=eye[:, 1:])
+    >>> fold.shapes
+    ((2, 4), (2, 4), (3, 4), (4, 3))
+    """
+
+    q: tuple[Tensor, ...]
+    """Per kept head ``(kept qk channels, qk_dim)``."""
+    k: tuple[Tensor, ...]
+    """Per kept head ``(kept qk channels, qk_dim)``."""
+    v: tuple[Tensor, ...]
+    """Per kept head ``(kept vo channels, vo_dim)``."""
+    o: Tensor
+    """``(sum of vo_dims, sum of kept vo channels)``: rows and columns in logical order of heads, the kept ones only
+    among the columns."""
+    shift: Tensor | None = None
+    """``(sum of vo_dims,)``, or None where O's bias stays (or does not exist)."""
+
+    def __post_init__(self) -> None:
+        dtype = self.o.dtype if self.o.dtype in _DTYPES.values() else torch.float64
+        for key, value in (("q", self.q), ("k", self.k), ("v", self.v)):
+            object.__setattr__(self, key, tuple(_plain(one, dtype) for one in value))
+        object.__setattr__(self, "o", _plain(self.o, dtype))
+        if self.shift is not None:
+            object.__setattr__(self, "shift", _plain(self.shift, dtype))
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All maps, in the order in which they are stored."""
+        yield from (*self.q, *self.k, *self.v, self.o)
+        if self.shift is not None:
+            yield self.shift
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of all maps."""
+        return tuple(tuple(one.shape) for one in self.tensors)
+
+    def check(self, where: str, shapes: Sequence[Shape]) -> None:
+        """Raises unless the shapes are these and every number is finite."""
+        if self.shapes != tuple(shapes):
+            raise PlanFormatError(
+                f"{where}: fold", f"maps of shapes {_brief(shapes)}", _brief(self.shapes), "make the plan anew"
+            )
+        if not all(bool(one.isfinite().all()) for one in self.tensors):
+            raise NonFiniteError(f"{where}: fold", "finite maps", "NaN or infinite ones", "make the plan anew")
+
+    def then(self, other: Fold, heads: Sequence[int]) -> Fold:
+        """This fold and then another, made for what this one leaves.
+
+        Args:
+            other: the later fold.
+            heads: for every head that ``other`` keeps, its place among the heads that this fold keeps.
+        """
+        dtype = torch.promote_types(self.o.dtype, other.o.dtype)
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            return (left.double() @ right.double()).to(dtype)
+
+        q, k, v = (
+            tuple(product(late, early[head]) for late, head in zip(second, heads, strict=True))
+            for early, second in ((self.q, other.q), (self.k, other.k), (self.v, other.v))
+        )
+        shift = self.shift
+        if other.shift is not None:
+            moved = product(self.o, other.shift)
+            shift = moved if shift is None else shift + moved
+        return Fold(q, k, v, product(self.o, other.o), shift)
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return b"".join(one.numpy().astype(one.numpy().dtype.newbyteorder("<")).tobytes() for one in self.tensors)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the numbers and shapes."""
+        return hashlib.sha256(repr(self.shapes).encode() + self._bytes).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fold) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Fold({_brief(self.shapes)}; digest {self.digest[:12]})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping: all numbers in one base64 text, little-endian, row by row; the plan knows shapes."""
+        dtype = next(name for name, one in _DTYPES.items() if one == self.o.dtype)
+        return {"dtype": dtype, "shift": self.shift is not None, "data": base64.b64encode(self._bytes).decode()}
+
+    @classmethod
+    def from_dict(cls, raw: object, where: str, qk: Sequence[Shape], vo: Sequence[Shape], o: tuple[int, int]) -> Fold:
+        """Reads :meth:`to_dict`'s mapping, trusting nothing; shapes are per kept head (kept channels, channels)."""
+        found = fields.mapping(where, raw, {"dtype", "shift", "data"})
+        name = fields.string(f"{where}.dtype", found["dtype"])
+        if name not in _DTYPES:
+            fields.fail(f"{where}.dtype", " or ".join(_DTYPES), name)
+        shapes: list[Shape] = [*qk, *qk, *vo, o]
+        if fields.boolean(f"{where}.shift", found["shift"]):
+            shapes.append((o[0],))
+        numbers = _decode(f"{where}.data", found["data"], name, sum(int(np.prod(shape)) for shape in shapes))
+        parts, start = [], 0
+        for shape in shapes:
+            size = int(np.prod(shape))
+            parts.append(torch.from_numpy(numbers[start : start + size].reshape(shape).copy()))
+            start += size
+        n = len(qk)
+        whole = cls(tuple(parts[:n]), tuple(parts[n : 2 * n]), tuple(parts[2 * n : 3 * n]), *parts[3 * n :])
+        if not np.isfinite(numbers).all():
+            fields.fail(f"{where}.data", "finite numbers", "NaN or infinite ones")
+        return whole
+
+
+def _decode(where: str, text: object, dtype: str, count: int) -> np.ndarray[Any, Any]:
+    kind = np.dtype(dtype).newbyteorder("<")
+    if not isinstance(text, str) or len(text) != (count * kind.itemsize + 2) // 3 * 4:
+        fields.fail(
+            where, f"base64 text of {count} numbers", f"{len(text)} characters" if isinstance(text, str) else text
+        )
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        fields.fail(where, "base64 text", text)
+    if len(data) != count * kind.itemsize:
+        fields.fail(where, f"{count} numbers", f"{len(data)} bytes")
+    return np.frombuffer(data, dtype=kind).astype(dtype)
+
+
+def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(device="cpu", dtype=dtype).contiguous()
+
+
+def _brief(shapes: Sequence[Shape]) -> str:
+    shown = ", ".join("x".join(map(str, shape)) for shape in shapes[:6])
+    return shown + (f" and {len(shapes) - 6} more" if len(shapes) > 6 else "")

@@ -1,0 +1,97 @@
+"""How much each unit of an attention matters: :class:`Scores`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, ScorerError
+from .layout import KINDS, Kind
+from .spec import AttentionSpec
+
+LARGEST = 1e290  # sums of more would overflow
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Importance of the units of one attention module; the lowest is removed first.
+
+    Kept as float64 on the CPU. Where heads are ragged, places beyond a head's own dim are ignored.
+
+    >>> scores = Scores(qk=torch.ones(2, 4), vo=torch.ones(2, 4), head=torch.ones(2))
+    >>> scores.qk.shape, scores.head.dtype
+    (torch.Size([2, 4]), torch.float64)
+    """
+
+    qk: Tensor
+    """``(heads, qk_dim)``: channels of the dot product."""
+    vo: Tensor
+    """``(heads, vo_dim)``: channels that the head carries out."""
+    head: Tensor
+    """``(heads,)``: whole heads."""
+
+    def __post_init__(self) -> None:
+        for key in ("qk", "vo", "head"):
+            value = getattr(self, key)
+            tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+            object.__setattr__(self, key, tensor.to(torch.float64))
+
+    def of(self, kind: Kind) -> Tensor:
+        """The channel scores of ``"qk"`` or ``"vo"``."""
+        return self.qk if kind == "qk" else self.vo
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, name: str = "") -> Any:
+        """A picture of every channel, a row per head. Needs matplotlib.
+
+        :func:`attnprune.plots.scores` draws those of a whole model.
+
+        Args:
+            path: also written there; the suffix says in which format (``.png``, ``.svg``, ``.pdf``).
+            name: the attention's, for the title.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+        """
+        plots = import_module(__name__.partition(".")[0]).plots  # by its public name: values import nothing above them
+        return plots.channels(self, name=name, path=path)
+
+    def check(self, spec: AttentionSpec) -> None:
+        """Shapes as the spec has them, every score finite.
+
+        Raises:
+            ScorerError: a shape is not the spec's.
+            NonFiniteError: a score of a unit that exists is NaN or infinite.
+        """
+        expected = {"qk": (spec.heads, spec.qk_dim), "vo": (spec.heads, spec.vo_dim), "head": (spec.heads,)}
+        for key, shape in expected.items():
+            found = tuple(getattr(self, key).shape)
+            if found != shape:
+                raise ScorerError(
+                    f"{spec.name}: scores.{key}", f"shape {shape}", f"{found}", "Return one score per unit of the spec"
+                )
+        for kind in KINDS:
+            real = exists(spec, kind)
+            self._check_finite(spec, kind, self.of(kind)[real])
+        self._check_finite(spec, "head", self.head)
+
+    @staticmethod
+    def _check_finite(spec: AttentionSpec, key: str, values: Tensor) -> None:
+        bad = int((~(values.abs() < LARGEST)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{spec.name}: scores.{key}",
+                "finite scores",
+                f"{bad} of {values.numel()} NaN, infinite or above {LARGEST:g}",
+                "Look for overflow in the loss or in the scorer; bf16 or float32 gradients overflow less than float16",
+            )
+
+
+def exists(spec: AttentionSpec, kind: Kind) -> Tensor:
+    """``(heads, dim)`` bool: which places of a score matrix are channels of the module (all, unless ragged)."""
+    dims = torch.tensor(spec.dims(kind), device="cpu")
+    return torch.arange(int(dims.max()), device="cpu") < dims[:, None]
