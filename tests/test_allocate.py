@@ -28,7 +28,7 @@ from attnprune import (
     make_plan,
     prune_attention,
 )
-from attnprune.families.views import AttentionView
+from attnprune.families.base import AttentionView
 
 Array = NDArray[np.float64]
 LAYERS, HEADS, DIM, WIDTH = 3, 4, 8, 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -33,6 +34,7 @@ from attnprune import (
     Scores,
     apply_plan,
     errors,
+    export_stock,
     find_attention,
     from_pretrained,
     load_pruned,
@@ -56,7 +58,6 @@ from attnprune.errors import (
     MetaTensorError,
     NoAttentionError,
     NonFiniteError,
-    NotExpressibleError,
     OptimizerStateError,
     OptionError,
     ParametrizedError,
@@ -339,6 +340,12 @@ class Case:
     words: tuple[str, ...]
     call: Callable[[Any], object]
     build: Callable[[], Any] = ast
+
+
+def _ragged(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    prune_attention(copied, 0.5, heads="ragged")
+    return copied
 
 
 def wrong(error: type[AttnPruneError], words: str, call: Callable[[Any], object] | None = None, **more: Any) -> Case:
@@ -688,17 +695,11 @@ CASES: dict[str, Case] = {
         partial(with_adapter, Odd(), find_attention),
         build=home,
     ),
-    "adapter without ragged heads": wrong(
+    "heads that no stock config says": wrong(
         NotExpressibleError,
-        "equal heads|7 to 8|uniform",
-        partial(with_adapter, Bare(), lambda m: prune_channels(m, {0: {"qk": [[0], [], [], []]}})),
-        build=home,
-    ),
-    "adapter without qk unlike vo": wrong(
-        NotExpressibleError,
-        "as many qk as vo|equal ratios",
-        partial(with_adapter, Bare(), partial(_prune, {"qk": 0.5}, {})),
-        build=home,
+        'heads of equal dims|"uniform"|save_pruned',
+        lambda m: export_stock(_ragged(m), "nowhere"),
+        build=ast,
     ),
     "spec without heads": wrong(
         AdapterError, "at least one|adapter", lambda m: AttentionSpec.of("a", heads=0, head_dim=1, d_model=1)

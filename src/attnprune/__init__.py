@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from .checkpoint.stream import apply_to_checkpoint
     from .cost import latency
     from .cost.latency import LatencyTable
-    from .families import Adapter, register_adapter, unregister_adapter
-    from .families.views import AttentionView, Slot
+    from .families import Adapter, register_adapter, skipped_attention, unregister_adapter
+    from .families.base import AttentionView
+    from .families.slots import Slot
     from .planning import scorers
     from .planning.allocate import allocate
     from .planning.by_error import energy_curves
@@ -62,8 +63,9 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "checkpoint.stock": "export_stock",
     "checkpoint.stream": "apply_to_checkpoint",
     "cost.latency": "LatencyTable",
-    "families": "Adapter register_adapter unregister_adapter",
-    "families.views": "AttentionView Slot",
+    "families": "Adapter register_adapter skipped_attention unregister_adapter",
+    "families.base": "AttentionView",
+    "families.slots": "Slot",
     "planning.allocate": "allocate",
     "planning.by_error": "energy_curves",
     "planning.scorers": "Scorer",
@@ -143,6 +145,7 @@ __all__ = [
     "save_pruned",
     "score_attention",
     "scorers",
+    "skipped_attention",
     "teacher_loss",
     "unpack_qkv",
     "unregister_adapter",

@@ -16,8 +16,8 @@ from .cost.counting import count_macs, count_parameters
 from .cost.rounding import auto_rounding, check_rounding
 from .errors import AttnPruneWarning, OptionError
 from .families import find_views
+from .families.base import AttentionView
 from .families.registry import all_views, plain
-from .families.views import AttentionView
 from .report.report import Measured, Report
 from .surgery import (
     OptimizerPatch,
@@ -258,7 +258,7 @@ def _notes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
     """Where a rotated basis was asked for and a family keeps some channels as they stand."""
     if plan.asked is None or "rotated" not in plan.asked.basis:
         return ()
-    reasons = dict.fromkeys((kind, why) for view in views for kind, why in view.adapter.fixed(view).items())
+    reasons = dict.fromkeys((kind, why) for view in views for kind, why in view.fixed.items())
     return tuple(f"{kind} keeps its own channels instead of a rotated basis: {why}" for kind, why in reasons)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from .api import apply_plan
 from .errors import UnknownUnitError
 from .families import find_views
+from .families.base import AttentionView
 from .families.registry import plain
-from .families.views import AttentionView
 from .report.report import Report
 from .values.layer_plan import Channels, LayerPlan, make_layer
 from .values.layout import KINDS, Kind

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..families.views import AttentionView
+from ..families.base import AttentionView
 from ..values.channel_maps import Fold
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS, Kind, Projection
@@ -104,7 +104,7 @@ def output_gram(view: AttentionView) -> list[Tensor]:
 
 def turn(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> Turn:
     """The best basis of every head; not rotated, or of kinds that the adapter fixes, the channels as they stand."""
-    spec, fixed = view.spec, frozenset(view.adapter.fixed(view))
+    spec, fixed = view.spec, frozenset(view.fixed)
     centred = spec.bias[3]
     pairs = {
         "qk": zip(moments.queries(), moments.keys(), strict=True),

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, NonFiniteError, OptionError
+from ..families.base import AttentionView
 from ..families.registry import find_views, plain
-from ..families.views import AttentionView
-from ..surgery import as_linears, check_views
+from ..surgery import as_called, check_views
 from .batches import batches, device_of, forward
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
@@ -85,7 +85,7 @@ def moments_of(
     progress: bool = True,
 ) -> Calibration:
     """The moments of these attention modules over data."""
-    with as_linears(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
+    with as_called(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
         taps = [_Tap(view, across_heads) for view in tapped]
         for tap in taps:
             tap.listen(hooks)
@@ -118,7 +118,7 @@ class _Tap:
 
     def __init__(self, view: AttentionView, across_heads: bool) -> None:
         self.view, self.across_heads = view, across_heads
-        self.extra = view.adapter.constant_keys(view)
+        self.extra = view.constant_keys
         self.mask: Tensor | None = None
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         buckets = view.spec.layout.buckets
@@ -134,20 +134,18 @@ class _Tap:
         return LayerMoments(self.view.spec, q, k, c)
 
     def listen(self, hooks: ExitStack) -> None:
-        linears = self.view.linears
-        assert linears is not None, "as_linears gave every view its Linears"
         handles = [
             self.view.module.register_forward_pre_hook(self._begin, with_kwargs=True),
-            linears["q"].register_forward_hook(self._keep("q")),
-            linears["k"].register_forward_hook(self._keep("k")),
-            linears["o"].register_forward_pre_hook(self._end),
+            self.view.port("q").listen(self._keep("q")),
+            self.view.port("k").listen(self._keep("k")),
+            self.view.port("o").listen(self._end),
         ]
         for handle in handles:
             hooks.callback(handle.remove)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen.clear()
-        self.mask = self.view.adapter.attended(self.view, args, kwargs)
+        self.mask = self.view.attended(args, kwargs)
 
     def _keep(self, projection: str) -> Any:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -155,9 +153,9 @@ class _Tap:
 
         return keep
 
-    def _end(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        with torch.autocast(inputs[0].device.type, enabled=False):  # sums stay exact where the model runs in less
-            self._add(inputs[0])
+    def _end(self, module: nn.Module, inputs: tuple[Tensor, ...], context: Tensor) -> None:
+        with torch.autocast(context.device.type, enabled=False):  # sums stay exact where the model runs in less
+            self._add(context)
 
     def _add(self, context: Tensor) -> None:
         contexts, (q_input, q) = _sequences(context), self.seen["q"]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..errors import AttnPruneError, CheckpointError
+from ..families.base import AttentionView
 from ..families.registry import all_views, sound_views
-from ..families.views import AttentionView
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan
 from ..values.layout import KINDS

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import NotExpressibleError, OptionError
+from ..families.base import AttentionView
 from ..families.registry import all_views, plain
-from ..families.views import AttentionView
 from ..nn import host_class
 from ..values.spec import AttentionSpec
 from .record import ENTRY, is_pretrained

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError
+from ..families.base import AttentionView
 from ..families.registry import all_views, plain
-from ..families.views import AttentionView, Slot
+from ..families.slots import Slot
 from ..surgery import ParamChange, Surgeon
 from ..surgery.patch import along, mean_of
 from ..values.plan import Plan

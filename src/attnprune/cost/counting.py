@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..calibration.quiet import undisturbed
-from ..families.views import AttentionView
+from ..families.base import AttentionView
 from ..nn import execution
-from ..surgery import as_linears
+from ..surgery import as_called
 from ..values.layout import Kind
 from ..values.spec import AttentionSpec
 
@@ -92,24 +92,23 @@ def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs:
     Counted from the tokens that every attention sees, over all its calls; an attention that is not called costs 0.
     """
     sizes = {view.name: [0, 0, 0] for view in views}
-    with as_linears(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
+    with as_called(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
         for view in tapped:
             _count_tokens(view, sizes[view.name], hooks)
         run(model, example_inputs)
     return {
         view.name: {
-            "qk": queries * view.spec.q_in + keys * view.spec.k_in + pairs,
-            "vo": keys * view.spec.v_in + queries * view.spec.d_model + pairs,
+            "qk": queries * view.spec.q_in + keys * view.spec.k_in + products,
+            "vo": keys * view.spec.v_in + queries * view.spec.d_model + products,
         }
         for view in views
         for queries, keys, pairs in [sizes[view.name]]
+        for products in [0 if view.way(view.spec) == "expanded" else pairs]  # a host's own kernel keeps its dense dims
     }
 
 
 def _count_tokens(view: AttentionView, size: list[int], hooks: ExitStack) -> None:
     """Adds queries, keys, and pairs of both to ``size`` at every call."""
-    linears = view.linears
-    assert linears is not None, "as_linears gave every view its Linears"
     extra = view.spec.bias_kv + bool(getattr(view.module, "add_zero_attn", False))
     seen: list[torch.Size] = []
 
@@ -123,4 +122,4 @@ def _count_tokens(view: AttentionView, size: list[int], hooks: ExitStack) -> Non
             seen.clear()
 
     for projection in ("q", "k"):
-        hooks.callback(linears[projection].register_forward_pre_hook(before).remove)
+        hooks.callback(view.owner(projection).register_forward_pre_hook(before).remove)

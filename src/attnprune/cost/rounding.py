@@ -8,7 +8,7 @@ import torch
 
 from ..calibration.batches import device_named
 from ..errors import OptionError
-from ..families.views import AttentionView
+from ..families.base import AttentionView
 from ..values.spec import AttentionSpec
 
 LEVELS = 4

@@ -3,7 +3,8 @@
 from .base import Adapter
 from .hf.family import HFEncoderAdapter, HFTwoModuleAdapter
 from .mha.family import MultiheadAttentionAdapter
-from .registry import find_views, register_adapter, unregister_adapter
+from .registry import find_views, skipped_attention
+from .table import register_adapter, unregister_adapter
 from .timm.family import FusedQKVAdapter
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "MultiheadAttentionAdapter",
     "find_views",
     "register_adapter",
+    "skipped_attention",
     "unregister_adapter",
 ]

@@ -1,27 +1,258 @@
-"""What a family of attention modules must tell: :class:`Adapter`."""
+"""What a family of attention modules must tell (:class:`Adapter`), and a live module of it (:class:`AttentionView`)."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import AdapterError, DataError, WrappedModelError
-from ..nn import Decoupled, State, decoupled_class, host_class
-from ..values.layout import KIND_OF, PROJECTIONS, Kind
+from ..errors import DataError
+from ..nn import Decoupled, decoupled_class, host_class
+from ..nn.decoupled import State
+from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
-from .views import AttentionView, Slot
+from . import linears
+from .calls import Call, calls_of
+from .linears import Small
+from .slots import Port, Slot
+from .ways import EVERY, Verdict, Way
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionView:
+    """A live attention module: its spec and where its projections live. Never serialised.
+
+    Args:
+        spec: the module's facts.
+        module: the module whose forward splits heads.
+        adapter: the module's family: who made the view, and who can give the module another shape.
+        slots: where channels lie, by name: ``q.weight``, ``q.bias`` (if there is one), ``k.weight`` … ``o.weight``,
+            and whatever else runs along channels (:class:`torch.nn.MultiheadAttention`'s ``bias_k``, ``bias_v``).
+        kinds: for every slot, whose channels it follows: ``"qk"`` or ``"vo"``.
+        host: the module that holds all four projections, where ``module`` does not; what is run to prove what it is.
+        verdict: what running it showed; None for modules that were pruned before.
+        masks_by_head: whether the model may hand it masks with a row for every dense head.
+    """
+
+    spec: AttentionSpec
+    module: nn.Module
+    adapter: Adapter
+    slots: Mapping[str, Slot]
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    host: nn.Module | None = None
+    verdict: Verdict | None = None
+    masks_by_head: bool = False
+
+    def __post_init__(self) -> None:
+        usual = {name: KIND_OF[p] for name in self.slots for p in PROJECTIONS if name.startswith(f"{p}.")}
+        object.__setattr__(self, "kinds", {**usual, **self.kinds})
+
+    @property
+    def name(self) -> str:
+        """The module's fully qualified name."""
+        return self.spec.name
+
+    @property
+    def state(self) -> State | None:
+        """What the module knows of its pruning; None where it runs by its own forward."""
+        found: State | None = self.module.__dict__.get("attnprune_state")
+        return found
+
+    @property
+    def top(self) -> nn.Module:
+        """The module that holds all four projections."""
+        return self.module if self.host is None else self.host
+
+    # weights
+
+    def weight(self, projection: Projection) -> Tensor:
+        """``(channels, in)`` weight rows of Q, K, V, or columns of O, in stored order, detached; a view."""
+        slot = self.slots[f"{projection}.weight"]
+        return slot.cut(slot.values)
+
+    def heads(self, projection: Projection) -> list[Tensor]:
+        """Per head ``(channel, in)``: the weights of a projection in logical order; views.
+
+        For O the second dimension is what it writes. With equal heads, :meth:`stacked` gives one tensor.
+        """
+        return [self.weight(projection)[slice(*span)] for span in self.spans(KIND_OF[projection])]
+
+    def stacked(self, projection: Projection) -> Tensor:
+        """``(head, channel, in)``: the weights of a projection with equal heads; a view."""
+        return rearrange(self.weight(projection), "(h d) e -> h d e", h=self.spec.heads)
+
+    def spans(self, kind: Kind) -> Iterator[tuple[int, int]]:
+        """Per logical head, its first and last-plus-one stored channel."""
+        return (self.spec.layout.span(kind, head) for head in range(self.spec.heads))
+
+    def by_head(self, values: Tensor, kind: Kind) -> Tensor:
+        """``(heads, dim)`` from ``(channels,)`` in stored order; places that ragged heads lack hold infinity."""
+        if not self.spec.ragged:
+            return rearrange(values, "(h d) -> h d", h=self.spec.heads)
+        rows = [values[slice(*span)] for span in self.spans(kind)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.inf)
+
+    # modules
+
+    def owner(self, projection: Projection) -> nn.Module:
+        """The module that holds a projection's weight."""
+        return self.slots[f"{projection}.weight"].owner
+
+    @property
+    def called(self) -> bool:
+        """Whether each projection is a module that is called, not a parameter of the attention itself."""
+        return all(self.owner(p) is not self.module for p in PROJECTIONS)
+
+    @property
+    def linears(self) -> dict[Projection, nn.Linear] | None:
+        """The four Linear modules, or None where several projections lie in one, or in other parameters."""
+        owners = {p: self.owner(p) for p in PROJECTIONS}
+        if len({id(owner) for owner in owners.values()}) < len(PROJECTIONS):
+            return None
+        if not all(isinstance(owner, nn.Linear) for owner in owners.values()):
+            return None
+        return {p: owner for p, owner in owners.items() if isinstance(owner, nn.Linear)}
+
+    def port(self, projection: Projection) -> Port:
+        """What a projection writes (Q, K, V) or reads (O) while the model runs."""
+        return Port(self.slots[f"{projection}.weight"], projection == "o")
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module that a commit may touch: the attention itself and the owners of its parameters."""
+        found = {id(module): module for module in (self.module, *(slot.owner for slot in self.slots.values()))}
+        return tuple(found.values())
+
+    # how it runs
+
+    @property
+    def runs_expanded(self) -> bool:
+        """Whether it runs by its host's forward on dense dims."""
+        return self.state is not None and self.state.expanded is not None
+
+    @property
+    def mixin_runs(self) -> bool:
+        """Whether it runs by a forward of ours."""
+        return isinstance(self.module, Decoupled)
+
+    def way(self, spec: AttentionSpec) -> Way | None:
+        """How the module runs in a shape, the first that fits; None if there is no way."""
+        state, verdict = self.state, self.verdict
+        if state is not None and state.expanded is not None:
+            return "expanded" if spec.heads == self.spec.heads or "expanded" in state.heads else None
+        stock, decoupled, expanded = True, self.mixin, self.called
+        if self.mixin_runs:
+            stock, expanded = state is None or state.stock, False
+        elif verdict is not None:
+            word = not (verdict.ran and verdict.attends) and not verdict.expanded  # the family's, if anybody's
+            stock, expanded = verdict.stock, verdict.expanded or (word and self.called)
+        fewer = spec.heads < self.spec.heads
+        heads = self.heads_may_go if fewer else EVERY
+        if stock and "stock" in heads and self.expresses(spec) and not (fewer and self.masks_by_head):
+            return "stock"
+        if decoupled is not None and "decoupled" in heads:
+            return "decoupled"
+        return "expanded" if expanded and "expanded" in heads else None
+
+    @property
+    def heads_may_go(self) -> frozenset[str]:
+        """Ways to run in which whole heads may go."""
+        if self.state is not None:
+            return frozenset(self.state.heads)
+        return EVERY if self.verdict is None or not self.verdict.ran else self.verdict.heads
+
+    @property
+    def mixin(self) -> type[Decoupled] | None:
+        """The class with a forward of ours that runs, or may run, the module."""
+        if isinstance(self.module, Decoupled):
+            return type(self.module).__bases__[0]
+        if self.verdict is not None:
+            return self.verdict.decoupled
+        return next(iter(self.adapter.decoupled_for(self)), None)
+
+    @property
+    def fixed(self) -> dict[Kind, str]:
+        """Kinds whose channels may be removed but not mixed, each with the reason."""
+        state = self.state
+        seen = {} if self.verdict is None else self.verdict.fixed
+        return {**(seen if state is None else state.fixed), **self.adapter.fixed(self)}
+
+    # what the family says
+
+    def expresses(self, spec: AttentionSpec) -> bool:
+        """Whether the host's own attributes can say this shape."""
+        return self.adapter.expresses(self, spec)
+
+    def query_gain(self, spec: AttentionSpec) -> float:
+        """What Q is multiplied with where the host itself computes the softmax scale from the pruned head dim."""
+        return self.adapter.query_gain(self, spec)
+
+    def commit(self, tensors: Mapping[str, nn.Parameter], spec: AttentionSpec) -> None:
+        """Puts new parameters in place and sets the host's own shape attributes."""
+        self.adapter.commit(self, tensors, spec)
+
+    def attended(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Which keys each query may attend to in a call of the module (:meth:`Adapter.attended`)."""
+        return self.adapter.attended(self, args, kwargs)
+
+    @property
+    def constant_keys(self) -> Tensor | None:
+        """``(keys, channels)``: keys that every sequence has beside those that K makes."""
+        return self.adapter.constant_keys(self)
+
+    # classes
+
+    def recast(self) -> None:
+        """Gives the module the class that it had before it was pruned."""
+        self.module.__class__ = host_class(self.module)
+        self.module.__dict__.pop("attnprune_state", None)
+
+    def decouple(
+        self,
+        mixin: type[Decoupled],
+        spec: AttentionSpec | None = None,
+        kept: Sequence[int] | None = None,
+        *,
+        packed: bool = False,
+    ) -> None:
+        """Gives the module a subclass of its own class with a forward of ours.
+
+        Args:
+            mixin: the class with that forward.
+            spec: the shape; None: the one it has.
+            kept: heads that are left; None: all.
+            packed: whether the weights of Q, K and V lie side by side.
+        """
+        module = self.module
+        state = self.next_state(self.spec if spec is None else spec, kept)._replace(packed=packed)
+        module.__class__ = decoupled_class(mixin, host_class(module))
+        module.attnprune_state = state  # type: ignore[assignment]
+
+    def next_state(self, spec: AttentionSpec, kept: Sequence[int] | None = None) -> State:
+        """What the module will know once it has this shape."""
+        before = self.state
+        numbers = before.kept if before else tuple(range(self.spec.heads))
+        dense = before.dense_heads if before else self.spec.heads
+        still = numbers if kept is None else tuple(numbers[head] for head in kept)
+        fixed = self.fixed
+        stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
+        return State(
+            spec.layout, spec.scale, dense, still, stock=stock, fixed=fixed, heads=tuple(sorted(self.heads_may_go))
+        )
 
 
 class Adapter(ABC):
     """Finds one family of attention modules, tells where their projections live, and gives them another shape.
 
-    A subclass writes :meth:`matches`, :meth:`view` (usually by :meth:`of_linears`) and :meth:`reshape`; one more,
-    :attr:`decoupled`, lets a family run shapes that the host's own forward cannot.
+    A subclass writes :meth:`matches` and :meth:`view` (usually by :meth:`of_linears`), and :meth:`reshape` where the
+    host's attributes say its shape; :attr:`decoupled` lets a family run shapes that the host's own forward cannot.
+    What a subclass says is proposed; running the module decides (:mod:`attnprune.families.proof`).
     """
 
     decoupled: ClassVar[type[Decoupled] | None] = None
@@ -47,29 +278,29 @@ class Adapter(ABC):
             spec: the new shape.
         """
         for key, parameter in tensors.items():
-            slot = view.slots[key]
-            setattr(slot.owner, slot.name, parameter)
-            if isinstance(slot.owner, nn.Linear) and slot.name == "weight":
-                slot.owner.out_features, slot.owner.in_features = parameter.shape
+            linears.put(view.slots[key].owner, view.slots[key].name, parameter)
         self.reshape(view, spec)
 
     def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
-        """Whether the host's own forward can run this shape. The default: equal heads with qk_dim equal to vo_dim."""
-        return not spec.ragged and spec.qk_dim == spec.vo_dim
+        """Whether the host's own forward can run this shape. The default: equal heads with qk_dim equal to vo_dim, and
+        no projection that shares its parameter with another."""
+        alone = len({(id(slot.owner), slot.name) for slot in view.slots.values()}) == len(view.slots)
+        return alone and not spec.ragged and spec.qk_dim == spec.vo_dim
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         """What Q is multiplied with where the host itself computes the softmax scale from the pruned head dim."""
         return 1.0
 
-    def decoupled_for(self, view: AttentionView) -> type[Decoupled] | None:
-        """The class with a forward of ours for this module, or None if there is none."""
-        return self.decoupled
+    def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
+        """Classes with a forward of ours for this module, the one to try first first; none if there is none."""
+        return () if self.decoupled is None else (self.decoupled,)
 
     def fixed(self, view: AttentionView) -> Mapping[Kind, str]:
         """Kinds whose channels may be removed but not mixed, each with the reason; none by default.
 
         A norm or a rotary embedding between projection and product sets qk channels apart from one another: a rotated
-        basis would change what it does. Such kinds keep their channels, and the report says why.
+        basis would change what it does. Such kinds keep their channels, and the report says why. What running the
+        module finds is added to what is said here.
         """
         return {}
 
@@ -97,38 +328,30 @@ class Adapter(ABC):
                 found,
                 'calibrate with the "sdpa" or "eager" attention implementation',
             )
-        return may_attend(mask)
+        return linears.may_attend(mask)
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""
         return None
 
-    def recast(self, view: AttentionView, spec: AttentionSpec, kept: tuple[int, ...]) -> None:
-        """Gives the module the class that can run the spec: its own, or a subclass of it with a forward of ours."""
-        if not self.expresses(view, spec):
-            self.decouple(view, spec, kept)
-            return
-        view.module.__class__ = host_class(view.module)
-        view.module.__dict__.pop("attnprune_state", None)
+    def calls(self, view: AttentionView) -> Sequence[Call]:
+        """Ways to call the view's host that show all it does; the default goes by the names of its arguments.
 
-    def decouple(
-        self,
-        view: AttentionView,
-        spec: AttentionSpec | None = None,
-        kept: tuple[int, ...] | None = None,
-        *,
-        packed: bool = False,
-    ) -> None:
-        """Gives the module a subclass of its own class with a forward of ours; without a spec for the shape it has."""
-        module, before = view.module, getattr(view.module, "attnprune_state", None)
-        mixin = self.decoupled_for(view)
-        assert mixin is not None, "surgery checks this before anything moves"
-        spec = view.spec if spec is None else spec
-        numbers = before.kept if before else tuple(range(view.spec.heads))
-        dense = before.dense_heads if before else view.spec.heads
-        module.__class__ = decoupled_class(mixin, host_class(module))
-        still = numbers if kept is None else tuple(numbers[head] for head in kept)
-        module.attnprune_state = State(spec.layout, spec.scale, dense, still, packed)  # type: ignore[assignment]
+        The first is the plainest. What the host refuses is left out; an argument that no call gives makes a forward of
+        ours unfit, as nobody knows what the host does with it.
+        """
+        return calls_of(view.top, view.spec)
+
+    def small(self, view: AttentionView) -> Small:
+        """A smaller size at which the host computes the same way, for a stand-in of it.
+
+        What happens between the projections does not depend on the model's width; wide weights take long to make. The
+        default cuts what Q, K and V read and O writes to 64.
+
+        Returns:
+            The spec of the stand-in, shapes by the id of a parameter, and attributes to set by the id of a module.
+        """
+        return linears.slim(view.spec, view.slots, view.top)
 
     def of_linears(
         self,
@@ -154,66 +377,6 @@ class Adapter(ABC):
         Raises:
             AdapterError: the projections' sizes do not fit one another or the number of heads.
         """
-        linears = {"q": q, "k": k, "v": v, "o": o}
-        for p, linear in linears.items():
-            check_linear(f"{name}: {p}", linear)
-        sizes = {p: (linear.out_features, linear.in_features) for p, linear in linears.items()}
-        (qs, q_in), (ks, k_in), (vs, v_in), (d_model, os) = (sizes[p] for p in PROJECTIONS)
-        state: State | None = getattr(module, "attnprune_state", None)
-        if state is not None:
-            qk_dims, vo_dims, scale = state.layout.qk, state.layout.vo, state.scale
-        else:
-            qk_dims, vo_dims = (int(qs) // heads,) * heads, (int(vs) // heads,) * heads
-        if not (sum(qk_dims) == qs == ks and sum(vo_dims) == vs == os):
-            raise AdapterError(
-                name,
-                f"Q and K, and V and O, of equal size, divisible by {heads} heads",
-                ", ".join(f"{p} {tuple(size)}" for p, size in sizes.items()),
-                "write an adapter that tells how this module splits heads",
-            )
-        bias = tuple(linears[p].bias is not None for p in PROJECTIONS)
-        slots = {}
-        for p in PROJECTIONS:
-            axis, size = (1, sum(vo_dims)) if p == "o" else (0, sum(qk_dims if KIND_OF[p] == "qk" else vo_dims))
-            slots[f"{p}.weight"] = Slot(linears[p], "weight", size, axis)
-            if p != "o" and linears[p].bias is not None:
-                slots[f"{p}.bias"] = Slot(linears[p], "bias", size)
-        spec = AttentionSpec(
-            name,
-            int(d_model),
-            qk_dims,
-            vo_dims,
-            qk_dims[0] ** -0.5 if scale is None else float(scale),
-            int(q_in),
-            int(k_in),
-            int(v_in),
-            bias,  # type: ignore[arg-type]
-        )
+        state: State | None = module.__dict__.get("attnprune_state")
+        spec, slots = linears.described(name, {"q": q, "k": k, "v": v, "o": o}, heads, scale, state)
         return AttentionView(spec, module, self, slots)
-
-
-def check_linear(where: str, module: Any) -> None:
-    """Raises WrappedModelError unless a module has what a Linear has."""
-    if not all(hasattr(module, key) for key in ("in_features", "out_features", "weight")):
-        remedy = "unwrap, merge or dequantise it, or exclude this layer"
-        raise WrappedModelError(where, "an nn.Linear", f"a {type(module).__name__}", remedy)
-
-
-def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A Linear that holds these very parameters."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=torch.device("meta"))
-    linear.weight = weight
-    linear.bias = bias  # type: ignore[assignment]
-    return linear
-
-
-def may_attend(mask: Tensor) -> Tensor:
-    """A mask as bool ``(batch, heads, queries, keys)``, True attends; ``(batch, keys)`` serves all queries.
-
-    Floating-point masks are added to the logits: what they lower by half of the dtype's range or more is cut off.
-    """
-    if mask.is_floating_point() and mask.dim() == 4:
-        allowed = mask > torch.finfo(mask.dtype).min / 2
-    else:
-        allowed = mask.bool()
-    return allowed if allowed.dim() == 4 else allowed[:, None, None]

@@ -1,89 +1,189 @@
-"""The table of adapters, and the walk through a model that asks them."""
+"""The walk through a model: which of its modules are attention, how they may run, and what is passed over."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import NamedTuple
+from warnings import warn
 
 from torch import nn
 
-from ..errors import AdapterError, AttnPruneError, NoAttentionError, OptionError
-from .base import Adapter
-from .hf.family import HFEncoderAdapter, HFTwoModuleAdapter
-from .mha.family import MultiheadAttentionAdapter
-from .timm.family import FusedQKVAdapter
-from .views import AttentionView
+from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError
+from ..nn import host_class
+from .base import Adapter, AttentionView
+from .expansion import expanded_view
+from .looks import Skipped, attending, looks_like
+from .proof.record import recorded_calls
+from .proof.verdict import verdict_of
+from .table import adapter_of, registered
 
-_ADAPTERS: list[Adapter] = [MultiheadAttentionAdapter(), FusedQKVAdapter(), HFTwoModuleAdapter(), HFEncoderAdapter()]
+Run = Callable[[], object]
+"""Runs the user's model once, on inputs of the user's, without a trace."""
 
 
-def register_adapter(adapter: Adapter) -> Adapter:
-    """Adds an adapter; the newest is asked first, before those that come with attnprune.
+class _Found(NamedTuple):
+    name: str
+    module: nn.Module
+    adapter: Adapter
 
-    Args:
-        adapter: an instance of a subclass of :class:`attnprune.Adapter`.
-
-    Returns:
-        The adapter, for :func:`unregister_adapter`.
-
-    Raises:
-        AdapterError: not an instance of Adapter.
-    """
-    if not isinstance(adapter, Adapter):
-        raise AdapterError(
-            "register_adapter", "an instance of attnprune.Adapter", repr(adapter), "write class Mine(attnprune.Adapter)"
+    def view(self) -> AttentionView:
+        """The live view; raises where the module is wrapped, quantised or not what it seems."""
+        return expanded_view(self.name, self.module, self.adapter) or replace(
+            self.adapter.view(self.name, self.module), host=self.module
         )
-    _ADAPTERS.insert(0, adapter)
-    return adapter
 
 
-def unregister_adapter(adapter: Adapter) -> None:
-    """Removes an adapter again.
-
-    Raises:
-        AdapterError: it is not registered.
-    """
-    if adapter not in _ADAPTERS:
-        raise AdapterError("unregister_adapter", "a registered adapter", repr(adapter), "pass what was registered")
-    _ADAPTERS.remove(adapter)
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
-    """Every attention of a model, in the order of ``named_modules``; a module that is used twice comes once."""
+def _walk(model: nn.Module) -> Iterator[_Found]:
+    """Modules that are attention by what their family says, in the order of ``named_modules``, each once."""
     inside: set[nn.Module] = set()  # parts of an attention already found
     for name, module in model.named_modules():
-        if module in inside:
+        adapter = None if module in inside else adapter_of(module)
+        if adapter is None:
             continue
-        adapter = next((adapter for adapter in _ADAPTERS if adapter.matches(module)), None)
-        if adapter is not None:
-            inside.update(module.modules())
-            yield name, module, adapter
+
+        inside.update(module.modules())
+        yield _Found(name, module, adapter)
+
+
+class Survey:
+    """What a model holds: attention that can be pruned, and what looks like attention and cannot.
+
+    Args:
+        model: any module.
+        names: only these attention modules are looked at; they are taken at their family's word where they cannot be
+            run, as somebody found them prunable before.
+        run: runs the model; modules whose arguments have names that tell nothing are then seen in a call.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str] | None = None, run: Run | None = None) -> None:
+        self.model = model
+        self.views: list[AttentionView] = []
+        self.errors: dict[str, AttnPruneError] = {}
+        """Attention of known families that is wrapped, quantised and so on."""
+        self.why: dict[str, str] = {}
+        """By name, why a module of a known family is not prunable."""
+        pending: list[AttentionView] = []
+        tables = _tables(model)
+        for found in _walk(model):
+            if names is not None and found.name not in names:
+                continue
+            try:
+                view = found.view()
+            except AdapterError as error:
+                if registered(found.adapter):
+                    raise
+                self.why[found.name] = f"expected {error.expected}, found {error.found}"
+            except AttnPruneError as error:
+                self.errors[found.name] = error
+            else:
+                view = replace(view, masks_by_head=view.spec.heads in tables)
+                if not (view.mixin_runs or view.runs_expanded) and _plain(view):
+                    view = replace(view, verdict=verdict_of(view))
+                    pending.append(view)
+                self.views.append(view)
+        self.views = list(self._settled(pending, names is not None, run))
+
+    def _settled(self, pending: list[AttentionView], trusted: bool, run: Run | None) -> Iterator[AttentionView]:
+        unknown = [view for view in pending if view.verdict is not None and not view.verdict.ran]
+        calls = recorded_calls(unknown, run) if unknown and run is not None else {}
+        for view in self.views:
+            verdict = view.verdict
+            if verdict is not None and not verdict.ran and view.name in calls:
+                verdict = verdict_of(view, calls[view.name])
+                view = replace(view, verdict=verdict)
+            # what somebody says who knows the class, where running it says nothing
+            said = (
+                (trusted or registered(view.adapter)) and verdict is not None and not (verdict.ran and verdict.attends)
+            )
+            if verdict is None or verdict.prunable or (said and view.way(view.spec) is not None):
+                yield view
+            else:
+                self.why[view.name] = verdict.why
+
+    def skipped(self, run: Run | None = None) -> tuple[Skipped, ...]:
+        """What is not prunable, with reasons; with ``run`` also modules that are seen to attend."""
+        known = [view.top for view in self.views] + [
+            self.model.get_submodule(name) if name else self.model for name in self.errors
+        ]
+        found = {one.name: one for one in looks_like(self.model, known, self.why)}
+        if run is not None:
+            for one in attending(self.model, [*known, *(self.model.get_submodule(n) for n in found)], run):
+                found.setdefault(one.name, one)
+        order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
+        return tuple(sorted(found.values(), key=lambda one: order.get(one.name, 0)))
+
+
+def _plain(view: AttentionView) -> bool:
+    """Whether nothing wraps the module or its projections; what does is refused by name, before anything is pruned."""
+    for module in view.modules:
+        linear = isinstance(module, nn.Linear) and host_class(module).forward is not nn.Linear.forward
+        tuner = any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+        if "forward" in module.__dict__ or linear or tuner:
+            return False
+    parameters = [slot.owner._parameters.get(slot.name) for slot in view.slots.values()]
+    return all(isinstance(one, nn.Parameter) and one.is_floating_point() for one in parameters)
+
+
+def _tables(model: nn.Module) -> set[int]:
+    """Numbers of heads for which the model may hold a table of biases that it hands to its attention as masks."""
+    words = ("bias_table", "relative", "position_bias", "rel_pos", "slopes", "alibi")
+    return {
+        size
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if any(word in name for word in words)
+        for size in tensor.shape
+    }
 
 
 def attention_names(model: nn.Module) -> list[str]:
     """The names of the attention modules of a model."""
-    return [name for name, _, _ in _walk(model)]
+    return [found.name for found in _walk(model)]
 
 
 def all_views(model: nn.Module, names: Collection[str] | None = None) -> list[AttentionView]:
     """The attention modules of a model, or those of these names; none is not an error."""
-    found = _walk(model)
-    return [adapter.view(name, module) for name, module, adapter in found if names is None or name in names]
+    survey = Survey(model, names)
+    for error in survey.errors.values():
+        raise error
+    return survey.views
 
 
 def sound_views(model: nn.Module) -> list[AttentionView]:
     """The attention modules of a model, without those that something wraps."""
-    found = []
-    for name, module, adapter in _walk(model):
-        with suppress(AttnPruneError):
-            found.append(adapter.view(name, module))
-    return found
+    return Survey(model).views
+
+
+def skipped_attention(model: nn.Module, run: Run | None = None) -> tuple[Skipped, ...]:
+    """What looks like attention and cannot be pruned, each with the reason.
+
+    Args:
+        model: any module.
+        run: runs the model once (``lambda: model(x)``); then what is seen to take a softmax over keys counts too, and
+            modules whose arguments cannot be guessed are judged by the call that the model makes.
+
+    >>> class Linear(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.num_heads = 2
+    ...         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+    ...     def forward(self, x):
+    ...         return self.o_proj(self.q_proj(x) @ (self.k_proj(x).mT @ self.v_proj(x)))
+    >>> skipped_attention(nn.Sequential(Linear()))
+    (Skipped(name='0', kind='Linear', why='no softmax over keys was seen in its forward'),)
+    """
+    model = plain(model)
+    return Survey(model, run=run).skipped(run)
 
 
 def find_views(
-    model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+    model: nn.Module,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    *,
+    run: Run | None = None,
 ) -> list[AttentionView]:
     """The attention modules of a model whose names match.
 
@@ -91,31 +191,59 @@ def find_views(
         model: any module.
         include: glob patterns (``"encoder.*"``); a name must match one of them. None: all.
         exclude: glob patterns; a name must match none of them.
+        run: runs the model once, for modules whose arguments have names that tell nothing.
 
     Raises:
-        NoAttentionError: none found, or none left; lists modules that look like attention.
+        NoAttentionError: none found, or none left; says of what looks like attention why it is not prunable.
         OptionError: a pattern matches no attention.
     """
-    found = list(_walk(model))
-    if not found:
+    return select(Survey(model, run=run), include, exclude)
+
+
+def select(
+    survey: Survey, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> list[AttentionView]:
+    """The attention modules of a survey whose names match (:func:`find_views`)."""
+    model = survey.model
+    names = [found.name for found in _walk(model) if found.name not in survey.why]
+    if not names:
+        looks = [f"{one.name or 'the model itself'} ({one.kind}): {one.why}" for one in survey.skipped()]
         raise NoAttentionError(
             type(model).__name__,
-            "at least one attention module of a known family",
-            f"none; modules that look like one: {_candidates(model) or 'none'}",
-            "register an adapter for it (attnprune.register_adapter)",
+            "at least one attention module that can be pruned",
+            f"none; modules that look like one: {_shorten(looks) or 'none'}",
+            "pass example_inputs=, so that modules are seen in a call, or tell how the class is built "
+            "(attnprune.register_adapter)",
         )
-    names = [name for name, _, _ in found]
     wanted, unwanted = _patterns("include", include, names), _patterns("exclude", exclude, names)
-    left = [
-        (name, module, adapter)
-        for name, module, adapter in found
-        if (wanted is None or _any(name, wanted)) and not (unwanted and _any(name, unwanted))
-    ]
+
+    def meant(name: str) -> bool:
+        return (wanted is None or _any(name, wanted)) and not (unwanted and _any(name, unwanted))
+
+    for name, error in survey.errors.items():
+        if meant(name):
+            raise error
+    left = [view for view in survey.views if meant(view.name)]
     if not left:
         raise NoAttentionError(
             "include and exclude", f"at least one of {_shorten(names)}", "none", "loosen the patterns"
         )
-    return [adapter.view(name, module) for name, module, adapter in left]
+    return left
+
+
+def report_skipped(skipped: Sequence[Skipped], strict: bool) -> None:
+    """Says what is passed over: a warning, or with ``strict`` an error.
+
+    Raises:
+        NoAttentionError: strict, and something is passed over.
+    """
+    if not skipped:
+        return
+    found = _shorten([f"{one.name or 'the model itself'} ({one.kind}): {one.why}" for one in skipped])
+    if strict:
+        remedy = "exclude nothing by strict=False, or tell how the class is built (attnprune.register_adapter)"
+        raise NoAttentionError("strict=True", "every attention to be prunable", found, remedy)
+    warn(f"Attention that is not pruned: {found}.", AttnPruneWarning, stacklevel=3)
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:
@@ -135,24 +263,6 @@ def _patterns(option: str, given: str | Sequence[str] | None, names: Sequence[st
                 option, "patterns that match an attention module", repr(pattern), f"names here are like {near}"
             )
     return patterns
-
-
-def _candidates(model: nn.Module) -> str:
-    """Modules whose class or children have the names of attention."""
-    found = []
-    for name, module in model.named_modules():
-        children = {child for child, _ in module.named_children()}
-        named = "attention" in type(module).__name__.lower()
-        if named or children & {
-            "q_proj",
-            "query",
-            "to_q",
-            "qkv",
-            "Wqkv",
-            "c_attn",
-        }:
-            found.append(f"{name or 'the model itself'} ({type(module).__name__})")
-    return _shorten(found)
 
 
 def _shorten(names: Sequence[str], limit: int = 4) -> str:

@@ -23,6 +23,14 @@ class State(NamedTuple):
     """For every head, its number before any pruning: picks the rows of masks made for the dense model."""
     packed: bool = False
     """Whether the weights of Q, K and V were laid side by side, to run as one product."""
+    expanded: Any = None
+    """Where the host's own forward runs on dense dims (:mod:`attnprune.nn.expanded`): the spec, and compact slots."""
+    stock: bool = True
+    """Whether the host's own forward may run shapes that its attributes can say."""
+    fixed: Any = {}  # noqa: RUF012  # never changed
+    """Kinds whose channels may not be mixed, and why."""
+    heads: tuple[str, ...] = ("decoupled", "expanded", "stock")
+    """Ways to run in which whole heads may go."""
 
 
 class Decoupled(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from ..cost.counting import count_macs, count_parameters, mac_prices, parameter_prices
 from ..cost.latency.table import LatencyTable
 from ..errors import OptionError, RatioError
-from ..families.views import AttentionView
+from ..families.base import AttentionView
 from ..values.budget import RESOURCES, Budget
 from ..values.ratios import Ratios
 from ..values.rules import Rules

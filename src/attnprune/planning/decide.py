@@ -15,7 +15,7 @@ from ..calibration.losses import LossFn, loss_with_or_without_labels
 from ..calibration.moments import Calibration, LayerMoments
 from ..calibration.taps import check_calibration, moments_of
 from ..errors import OptionError
-from ..families.views import AttentionView
+from ..families.base import AttentionView
 from ..surgery import masked_views
 from ..values.layout import KINDS, Kind
 from ..values.plan import Plan

@@ -3,7 +3,7 @@
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
 from .optimizer import Assignment, OptimizerPatch, Step, commit_all, optimizers_of
-from .patch import ParamChange, ParamMap, Surgeon, as_linears
+from .patch import ParamChange, ParamMap, Surgeon, as_called
 
 __all__ = [
     "Assignment",
@@ -12,7 +12,7 @@ __all__ = [
     "ParamMap",
     "Step",
     "Surgeon",
-    "as_linears",
+    "as_called",
     "check_expressible",
     "check_fit",
     "check_views",

@@ -18,8 +18,10 @@ from ..errors import (
     ShardedError,
     WrappedModelError,
 )
+from ..families.base import AttentionView
 from ..families.registry import attention_names
-from ..families.views import AttentionView, Slot, gathered
+from ..families.slots import Slot, gathered
+from ..nn import host_class
 from ..values.layer_plan import difference
 from ..values.plan import Plan
 
@@ -62,7 +64,7 @@ def check_views(model: nn.Module, views: Iterable[AttentionView], *, blank: bool
             if id(parameter) not in seen and not blank:
                 seen.add(id(parameter))
                 _check_finite(f"{view.name}: {key}", parameter)
-        bias = view.slots["o.weight"].owner._parameters.get("bias")  # not cut, and still part of the attention
+        bias = view.owner("o")._parameters.get("bias")  # not cut, and still part of the attention
         if bias is not None and not blank:
             _check_finite(f"{view.name}: o.bias", bias)
 
@@ -77,7 +79,7 @@ def _check_owner(where: str, slot: Slot) -> None:
     if any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__):  # PEFT's: LoRA and its kind
         found = f"a {kind.__module__}.{kind.__qualname__} whose adapters are not merged"
         raise WrappedModelError(where, "a plain nn.Linear", found, "merge them first: model = model.merge_and_unload()")
-    changed = isinstance(owner, nn.Linear) and kind.forward is not nn.Linear.forward
+    changed = isinstance(owner, nn.Linear) and host_class(owner).forward is not nn.Linear.forward
     if not changed and "forward" not in owner.__dict__ and isinstance(owner, nn.Module):
         return
     found = f"a {kind.__module__}.{kind.__qualname__} with a forward of its own"
@@ -135,16 +137,16 @@ def _check_finite(where: str, parameter: nn.Parameter) -> None:
 
 
 def check_expressible(views: Sequence[AttentionView], plan: Plan) -> None:
-    """Raises NotExpressibleError where neither the host nor its adapter has a forward for the planned shape."""
+    """Raises NotExpressibleError where there is no way to run the planned shape."""
     by_name = {view.name: view for view in views}
     for layer in plan:
         view, after = by_name[layer.spec.name], layer.after
-        adapter = view.adapter
-        if not layer.empty and not adapter.expresses(view, after) and adapter.decoupled_for(view) is None:
+        if not layer.empty and view.way(after) is None:
+            reasons = view.verdict.reasons.values() if view.verdict is not None else ()
             raise NotExpressibleError(
                 view.name,
                 "a shape that the host's forward can run (equal heads, as many qk as vo channels)",
-                after.describe(),
+                "; ".join([after.describe(), *dict.fromkeys(reasons)]),
                 'use granularity="head", or scope="local" with heads="uniform" and equal ratios, or give the adapter '
                 "a decoupled forward",
             )

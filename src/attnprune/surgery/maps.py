@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..families.views import AttentionView
+from ..families.base import AttentionView
+from ..families.expansion import Joint
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, HeadLayout, Kind, Projection
 
@@ -79,6 +80,34 @@ def kept_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int
         start, _ = layout.span(kind, head)
         rows += [start + channel for channel in layer.kept(kind, head)]
     return rows
+
+
+def joined(view: AttentionView, joint: Joint, maps: Mapping[str, ChannelMap]) -> ChannelMap:
+    """How all of a parameter changes that several projections may share: their maps, one after the other."""
+    parts: list[tuple[int, int, ChannelMap]] = []
+    end = 0
+    for key in joint.keys:
+        slot = view.slots[key]
+        if slot.start > end:
+            parts.append((end, slot.start, Pick(tuple(range(slot.start - end)))))
+        end = slot.start + slot.size
+        parts.append((slot.start, end, maps[key]))
+    if joint.slot.size > end:
+        parts.append((end, joint.slot.size, Pick(tuple(range(joint.slot.size - end)))))
+    if all(isinstance(part, Pick) for _, _, part in parts):
+        return Pick(tuple(start + row for start, _, part in parts for row in part.rows))  # type: ignore[union-attr]
+
+    def blocks(dual: bool) -> Blocks:
+        found: list[tuple[int, int, Tensor]] = []
+        for start, stop, part in parts:
+            if isinstance(part, Pick):
+                found.append((start, stop, torch.eye(stop - start, dtype=torch.float64)[list(part.rows)]))
+            else:
+                own = part.duals if dual else part.blocks
+                found += [(start + first, start + last, matrix) for first, last, matrix in own]
+        return tuple(found)
+
+    return Mix(blocks(False), lambda: blocks(True))
 
 
 def side(key: str, kind: Kind) -> Projection:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
-from ..families.views import AttentionView
+from ..families.base import AttentionView
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Kind
 from ..values.plan import Plan
 from .check import check_fit, check_views
-from .maps import channel_maps
+from .maps import channel_maps, kept_channels
 from .patch import mean_output
 
 
@@ -31,7 +31,7 @@ def removed_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[
 def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Iterator[None]:
     """Rows of Q, K, V and columns of O that the plan removes are zero inside the block, and as before after it.
 
-    Where a plan turns heads, the directions that stay take a head's first places, and the rest are zero.
+    Where a plan turns heads, directions that stay take the places of channels of the same numbers.
     """
     check_fit(model, views, plan)
     by_name = {view.name: view for view in views}
@@ -55,7 +55,7 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
 def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """The channels of every parameter of a view (in place), and what they are inside the block."""
     maps = channel_maps(view, layer)
-    bias = view.slots["o.weight"].owner._parameters.get("bias")
+    bias = view.owner("o")._parameters.get("bias")
     if layer.fold is not None and layer.fold.shift is not None and bias is not None:
         gained = mean_output(view, layer.fold.shift)  # before O changes
         yield bias.detach(), (bias.detach().double() + gained).to(bias.dtype)
@@ -66,17 +66,8 @@ def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Ten
             rows = removed_channels(view, layer, view.kinds[key])
             yield channels, values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
         else:
-            places = torch.tensor(first_places(view, layer, view.kinds[key]), device=channels.device)
+            places = torch.tensor(kept_channels(view, layer, view.kinds[key]), device=channels.device)
             yield channels, torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
-
-
-def first_places(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
-    """For every channel that stays, in the order in which it will be stored, a place in its head's dense channels."""
-    places: list[int] = []
-    for position in layer.after.layout.order:
-        start, _ = view.spec.layout.span(kind, layer.kept_heads[position])
-        places += range(start, start + layer.after.dims(kind)[position])
-    return places
 
 
 def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
-from ..families.views import AttentionView
 from ..nn import Decoupled
 from . import check_views
 
@@ -51,7 +51,8 @@ def pack_qkv(
         for part, value in zip(parts, values, strict=True):
             part.data = value
     for view in views:
-        view.adapter.decouple(view, packed=True)
+        assert view.mixin is not None, "what cannot run by a forward of ours is left out"
+        view.decouple(view.mixin, packed=True)
     return tuple(view.name for view in views)
 
 
@@ -66,7 +67,11 @@ def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
         for parts in _parts(view):
             for part in parts:
                 part.data = part.detach().clone()
-        view.adapter.recast(view, view.spec, tuple(range(view.spec.heads)))
+        if view.way(view.spec) == "stock":
+            view.recast()
+        else:
+            assert view.mixin is not None
+            view.decouple(view.mixin)
     return tuple(view.name for view in views)
 
 
@@ -76,7 +81,7 @@ def _packed(view: AttentionView) -> bool:
 
 def _can_be_packed(view: AttentionView) -> bool:
     spec, linears = view.spec, view.linears
-    if linears is None or not spec.q_in == spec.k_in == spec.v_in or view.adapter.decoupled_for(view) is None:
+    if view.runs_expanded or linears is None or not spec.q_in == spec.k_in == spec.v_in or view.mixin is None:
         return False
     q, k, v = linears["q"], linears["k"], linears["v"]
     kinds = {(one.weight.dtype, one.weight.device, one.bias is None) for one in (q, k, v)}

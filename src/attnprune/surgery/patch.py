@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
-from ..families.views import AttentionView, Slot
+from ..families.base import AttentionView
+from ..families.expansion import expand_view, joints
+from ..families.proof.verdict import inherit
+from ..families.slots import Slot
+from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
-from ..values.layout import HeadLayout
+from ..values.layout import KINDS, HeadLayout
 from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
-from .maps import ChannelMap, Pick, channel_maps, logical_channels
+from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,7 @@ class _Tensors:
         self.changes: dict[int, list[tuple[ParamChange, Slot]]] = {}
         self.users: dict[int, set[tuple[int, str]]] = {}
 
-    def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float) -> nn.Parameter:
+    def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float = 1.0) -> nn.Parameter:
         """The successor of the channels of a slot."""
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
@@ -122,7 +126,7 @@ class _Tensors:
 
     def shift(self, where: str, view: AttentionView, shift: Tensor) -> nn.Parameter:
         """The successor of O's bias: it gains ``O s``."""
-        owner = view.slots["o.weight"].owner
+        owner = view.owner("o")
         old = owner._parameters["bias"]
         assert old is not None, "the plan's spec says that O has a bias"
         if id(old) in self.changes:
@@ -200,17 +204,33 @@ def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor],
 
 
 class _Operation(NamedTuple):
+    """What gives one attention its new shape; assigns alone."""
+
     view: AttentionView
     layer: LayerPlan
+    way: Way
     tensors: Mapping[str, nn.Parameter]
+    """By slot; of an attention that runs expanded by the first slot of each parameter."""
+    bias: nn.Parameter | None = None
+    """O's bias, where it changes."""
 
     def run(self) -> None:
-        tensors = dict(self.tensors)
-        bias = tensors.pop("o.bias", None)  # not a slot: it has no channels of heads
-        self.view.adapter.commit(self.view, tensors, self.layer.after)
-        if bias is not None:
-            self.view.slots["o.weight"].owner.bias = bias
-        self.view.adapter.recast(self.view, self.layer.after, self.layer.kept_heads)
+        view, after, kept = self.view, self.layer.after, self.layer.kept_heads
+        if self.way == "expanded":
+            rows = {kind: kept_channels(view, self.layer, kind) for kind in KINDS}
+            parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
+            expand_view(view, parameters, after, kept, rows)
+        else:
+            view.commit(self.tensors, after)
+        if self.bias is not None:
+            view.owner("o").bias = self.bias
+        if self.way == "decoupled":
+            assert view.mixin is not None, "surgery checks this before anything moves"
+            view.decouple(view.mixin, after, kept)
+        if self.way == "stock":
+            view.recast()
+            if view.verdict is not None:
+                inherit(view, view.verdict)
 
 
 class Surgeon:
@@ -243,15 +263,23 @@ class Surgeon:
         check_expressible(views, plan)
         tensors, operations = _Tensors(), []
         for view, layer in work:
-            maps = channel_maps(view, layer)
-            gain = view.adapter.query_gain(view, layer.after)
-            new = {
-                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
-                for key, slot in view.slots.items()
-            }
+            maps, way = channel_maps(view, layer), view.way(layer.after)
+            assert way is not None, "check_expressible found one"
+            if way == "expanded":
+                new = {
+                    joint.keys[0]: tensors.cut(f"{view.name}: {joint.keys[0]}", joint.slot, joined(view, joint, maps))
+                    for joint in joints(view)
+                }
+            else:
+                gain = view.query_gain(layer.after)
+                new = {
+                    key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
+                    for key, slot in view.slots.items()
+                }
+            bias = None
             if layer.fold is not None and layer.fold.shift is not None:
-                new["o.bias"] = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
-            operations.append(_Operation(view, layer, new))
+                bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
+            operations.append(_Operation(view, layer, way, new, bias))
         tensors.check_ties(model)
         return cls(operations, tensors.map)
 
@@ -296,18 +324,22 @@ def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any] | Non
 
 
 @contextmanager
-def as_linears(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
-    """For a while, every attention runs by four Linears whose weights are views of its own; nothing is copied.
+def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
+    """For a while, each projection of every attention is a module that is called, so that its ports can be heard.
 
-    Packed modules get their decoupled form; the rest stay as they are. Yields views in the same order.
+    Attention that holds packed parameters itself gets its decoupled form, over views of its own weights; the rest stays
+    as it is. Yields views in the same order.
     """
-    packed = [view for view in views if view.linears is None]
+    packed = [view for view in views if not view.called]
     before = _Snapshot(packed)
     try:
         for view in packed:
             tensors = {key: _alias(slot) for key, slot in view.slots.items()}
-            _Operation(view, LayerPlan(view.spec), tensors).run()
-        yield [view.adapter.view(view.name, view.module) if view in packed else view for view in views]
+            _Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
+        yield [
+            replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
+            for view in views
+        ]
     finally:
         before.restore()
 

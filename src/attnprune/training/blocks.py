@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..families.base import AttentionView
 from ..families.registry import all_views
-from ..families.views import AttentionView
 
 
 @dataclass(frozen=True)

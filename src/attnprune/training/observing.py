@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..calibration.processes import exchange, pooled, sharing
 from ..errors import DataError, OptionError
-from ..families.views import AttentionView, gathered
+from ..families.base import AttentionView
+from ..families.slots import gathered
 from ..planning.scorers import Fisher, Scorer, Taylor
 from ..planning.scorers.gradient import GradientScorer
 from ..values.layout import PROJECTIONS

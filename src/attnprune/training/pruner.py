@@ -15,8 +15,8 @@ from ..cost.counting import count_parameters
 from ..cost.latency.table import LatencyTable
 from ..cost.rounding import auto_rounding
 from ..errors import DataError, OptionError, PlanMismatchError
+from ..families.base import AttentionView
 from ..families.registry import find_views, plain
-from ..families.views import AttentionView
 from ..planning.asking import check_table, check_ways, cost_now, table_for
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of

@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...errors import AttnPruneWarning, LatencyError, OptionError
+from ...families.base import AttentionView
 from ...families.registry import find_views, plain
-from ...families.views import AttentionView
 from ...surgery import Surgeon, check_views
 from ...values.layer_plan import LayerPlan
 from ...values.plan import Plan

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.batches import device_of
-from ...families.views import AttentionView
+from ...families.base import AttentionView
 from ...surgery import Surgeon
 from ..counting import run
 

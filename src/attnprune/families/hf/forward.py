@@ -7,6 +7,7 @@ the eager function are read from the namespace of the host's own forward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +19,8 @@ from ...nn.decoupled import Decoupled, forward_of
 from ...nn.products import Plain, possible
 from ...nn.projection import Projected, project
 from ...values.layout import Bucket
+from ..calls import CACHES
+from ..names import K, O, Q, V, first
 
 
 class Host(NamedTuple):
@@ -36,25 +39,18 @@ class Host(NamedTuple):
     """The registry of attention functions, or None."""
     fused: bool
     """Whether the forward itself calls the fused kernel."""
+    cache: str | None
+    """The argument with the cache of keys and values, by whatever name."""
 
 
-def first(names: tuple[str, ...], among: Any) -> str | None:
-    """The first of the names that is among the others."""
-    return next((name for name in names if name in among), None)
-
-
-Q, K, V, O = (
-    ("q_proj", "query", "q_lin"),
-    ("k_proj", "key", "k_lin"),
-    ("v_proj", "value", "v_lin"),
-    (
-        "o_proj",
-        "out_proj",
-        "out_lin",
-    ),
-)
 DROPOUT = ("attention_dropout", "dropout_prob", "attention_probs_dropout_prob", "dropout")
 EAGER = ("eager_attention_forward", "simple_eager_attention_forward")
+
+
+def parameters_of(host: type[Any]) -> tuple[str, ...]:
+    """The names of what a host's forward takes, but self and what is open."""
+    parameters = inspect.signature(forward_of(host)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)[1:]
 
 
 def describe(host: type[Any]) -> Host:
@@ -74,6 +70,7 @@ def describe(host: type[Any]) -> Host:
         space.get(eager),
         space.get("ALL_ATTENTION_FUNCTIONS"),
         "scaled_dot_product_attention" in names,
+        first(CACHES, parameters_of(host)),
     )
 
 
@@ -96,6 +93,14 @@ class HFAttention(Decoupled):
             return 0.0
         value: Any = getattr(self, name)
         return float(value.p if isinstance(value, nn.Dropout) else value)
+
+    def _cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache, taken out of what else the forward was called with; under the name that it had before too."""
+        found = args[0] if args else None
+        for name in CACHES:
+            given = kwargs.pop(name, None)
+            found = given if found is None else found
+        return found
 
     def _project(self, x: Tensor, widen: bool = True) -> Projected:
         parts = self._parts
@@ -142,13 +147,15 @@ class HFSelfAttention(HFAttention):
     """Self-attention: AST, ViT, DeiT, DINOv2, CLIP, SigLIP, BERT, RoBERTa and the like in transformers 5."""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        heads = self._project(hidden_states, widen=past_key_values is None)
-        if past_key_values is not None:
+        cache = self._cache(args, kwargs)
+        heads = self._project(hidden_states, widen=cache is None)
+        if cache is not None:
             # one "head" as wide as all heads together: caches take any width, and need not know about ragged heads
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            k, v = cache.update(heads.k.unsqueeze(1), heads.v.unsqueeze(1), self.layer_idx)
+            cache = getattr(cache, "self_attention_cache", cache)
+            more = {"kwargs": kwargs} if self._parts.cache == "cache" else {}
+            k, v = cache.update(heads.k.unsqueeze(1), heads.v.unsqueeze(1), self.layer_idx, **more)
             heads = heads._replace(k=k.squeeze(1), v=v.squeeze(1))
         return self._attend(heads, attention_mask, **kwargs)
 
@@ -161,9 +168,10 @@ class HFCrossAttention(HFAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Any = None,
-        past_key_values: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        past_key_values = self._cache(args, kwargs)
         if encoder_hidden_states is None and past_key_values is None:
             encoder_hidden_states = hidden_states  # hosts without a cache attend to themselves then
         parts = self._parts

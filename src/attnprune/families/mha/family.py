@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ...nn import host_class
 from ...values.layout import Kind
 from ...values.spec import AttentionSpec
-from ..base import Adapter, linear_of, may_attend
-from ..views import AttentionView, Slot
+from ..base import Adapter, AttentionView
+from ..calls import Arguments, Call
+from ..linears import Small, linear_of, may_attend
+from ..slots import Slot
 from .forward import GONE, DecoupledMultiheadAttention
 
 
@@ -82,6 +84,32 @@ class MultiheadAttentionAdapter(Adapter):
         rest = {key: parameter for key, parameter in tensors.items() if key[:2] not in ("q.", "k.", "v.")}
         super().commit(view, rest, spec)
 
+    def calls(self, view: AttentionView) -> Sequence[Call]:
+        return list(_calls(view))
+
+    def small(self, view: AttentionView) -> Small:
+        module, spec = view.module, view.spec
+        assert isinstance(module, nn.MultiheadAttention)
+        width = 4 * spec.heads
+        if module.embed_dim <= 256:
+            return spec, {}, {}
+        sizes = {module.embed_dim: width, module.kdim: 4 * spec.heads if module.kdim == module.embed_dim else 8}
+        sizes.setdefault(module.vdim, 16)
+        sizes |= {3 * module.embed_dim: 3 * width}
+        shapes = {
+            id(parameter): torch.Size([sizes.get(size, size) for size in parameter.shape])
+            for parameter in module.parameters()
+        }
+        attributes = {
+            id(module): {"embed_dim": width, "kdim": sizes[module.kdim], "vdim": sizes[module.vdim], "head_dim": 4},
+            id(module.out_proj): {"in_features": width, "out_features": width},
+        }
+        small = AttentionSpec.of(
+            spec.name, heads=spec.heads, head_dim=4, d_model=width, k_in=sizes[module.kdim], v_in=sizes[module.vdim],
+            bias=spec.bias, bias_kv=spec.bias_kv, fused=spec.fused,
+        )  # fmt: skip
+        return small, shapes, attributes
+
     def attended(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         module = view.module
         assert isinstance(module, nn.MultiheadAttention)
@@ -108,6 +136,53 @@ class MultiheadAttentionAdapter(Adapter):
 
     def reshape(self, view: AttentionView, spec: AttentionSpec) -> None:
         view.module.num_heads, view.module.head_dim = spec.heads, spec.qk_dim  # type: ignore[assignment]
+
+
+def _calls(view: AttentionView) -> Iterator[Call]:
+    """Every option of the forward, in the layout that the module has."""
+    module, spec = view.module, view.spec
+    assert isinstance(module, nn.MultiheadAttention)
+    heads, batch, queries, keys = spec.heads, 2, 5, 6
+
+    def call(what: str, rounding: float = 1.0, size: float = 1.0, keys: int = keys, **more: Any) -> Call:
+        def arguments(generator: torch.Generator, dtype: torch.dtype) -> list[Arguments]:
+            def tokens(length: int, width: int) -> Tensor:
+                x = torch.randn(batch, length, width, generator=generator, dtype=dtype, device="cpu") * size
+                return x if module.batch_first else x.transpose(0, 1)
+
+            found: Arguments = {
+                "query": tokens(queries, spec.q_in), "key": tokens(keys, spec.k_in), "value": tokens(keys, spec.v_in),
+            }  # fmt: skip
+            for name, value in more.items():
+                found[name] = value(generator, dtype) if callable(value) else value
+            return [found]
+
+        return Call(what, arguments, rounding)
+
+    def additive(*shape: int) -> Any:
+        return lambda generator, dtype: torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+
+    def hidden(*shape: int) -> Any:
+        def mask(generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+            gone = torch.rand(shape, generator=generator, device="cpu") < 0.4
+            gone[..., 0] = False
+            return gone
+
+        return mask
+
+    yield call("plain", need_weights=False)
+    yield call("attention weights", need_weights=True)
+    yield call("attention weights of every head", need_weights=True, average_attn_weights=False)
+    yield call("large inputs", 1e4, 30.0, need_weights=False)
+    yield call("huge inputs", 1e8, 2e3, need_weights=False)
+    yield call("an additive mask", need_weights=False, attn_mask=additive(queries, keys))
+    yield call("a mask for every head", need_weights=False, attn_mask=additive(batch * heads, queries, keys))
+    yield call("a bool mask", need_weights=True, attn_mask=hidden(queries, keys))
+    yield call("a padding mask", need_weights=False, key_padding_mask=hidden(batch, keys))
+    causal = torch.full((queries, queries), -torch.inf, device="cpu").triu(1)
+    yield call(
+        "causality", need_weights=False, keys=queries, is_causal=True, attn_mask=lambda g, dtype: causal.to(dtype)
+    )
 
 
 _FORWARD = inspect.signature(nn.MultiheadAttention.forward)

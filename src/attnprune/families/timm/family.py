@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ...nn import host_class
-from ...nn.decoupled import forward_of
+from ...nn import Decoupled, host_class
 from ...values.spec import AttentionSpec
-from ..base import Adapter, check_linear, linear_of, may_attend
-from ..views import AttentionView, Slot
+from ..base import Adapter, AttentionView
+from ..linears import check_linear, is_linear, linear_of, may_attend, size_of, transposed
+from ..names import HEADS, first, output_of
+from ..slots import Slot
 from .forward import DecoupledFusedAttention, calls_kernel
 
-TIMM = frozenset({
-    "timm.layers.attention.Attention", "timm.models.vision_transformer.Attention", "timm.models.metaformer.Attention",
-    "timm.models.davit.WindowAttention", "timm.models.convit.MHSA",
-})  # fmt: skip
-"""Classes of timm whose forward is the one that this family has; others rotate, bias or mix besides."""
-PLAIN = ("q_norm", "k_norm", "norm", "gate")
-"""Attributes of such a class that must be absent, None or an nn.Identity."""
+FUSED = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj")
+"""What hosts call the projection that holds Q, K and V."""
 
 
 class FusedQKVAdapter(Adapter):
     """``qkv`` of ``(3, heads, head dim)`` rows and ``proj``: timm's ViT, DeiT and whatever else uses its ``Attention``.
 
-    Any change puts ``q_proj``, ``k_proj`` and ``v_proj`` in the place of ``qkv``. A module that normalises queries and
-    keys, or its context, or gates it, is not of this family.
+    A change puts ``q_proj``, ``k_proj`` and ``v_proj`` in the place of ``qkv``. A module that does more, as normalising
+    queries and keys, keeps its forward and its ``qkv``, which becomes compact.
 
     Args:
         classes: attention classes of one's own that compute what timm's does and name their parts alike (``qkv``,
@@ -54,17 +50,17 @@ class FusedQKVAdapter(Adapter):
     >>> attnprune.unregister_adapter(mine)
     """
 
-    decoupled = DecoupledFusedAttention
-
     def __init__(self, *classes: type[nn.Module]) -> None:
         self.classes = classes
 
     def matches(self, module: nn.Module) -> bool:
         host = host_class(module)
-        if not (any(host.forward is one.forward for one in self.classes) if self.classes else _place(host) in TIMM):
-            return False
-        parts = (getattr(module, key, None) for key in PLAIN)
-        return all(part is None or isinstance(part, nn.Identity) for part in parts)
+        if isinstance(module, DecoupledFusedAttention):
+            return not self.classes or any(host.forward is one.forward for one in self.classes)
+        if self.classes:
+            return any(host.forward is one.forward for one in self.classes)
+        fused, output = _parts(module)
+        return fused is not None and output is not None and first(HEADS, module.__dict__) is not None
 
     def view(self, name: str, module: Any) -> AttentionView:
         if isinstance(module, DecoupledFusedAttention):
@@ -72,35 +68,38 @@ class FusedQKVAdapter(Adapter):
                 name, module, q=module.q_proj, k=module.k_proj, v=module.v_proj, o=module.proj,
                 heads=len(module.attnprune_state.kept),
             )  # fmt: skip
-        for part in ("qkv", "proj"):
-            check_linear(f"{name}: {part}", getattr(module, part))
-        rows, heads, d_model = module.qkv.out_features, int(module.num_heads), module.proj.out_features
-        width = rows // 3
-        if rows % (3 * heads) or module.proj.in_features != width:
+        qkv, proj = _parts(module)
+        for part, linear in (("qkv", qkv), ("proj", proj)):
+            check_linear(f"{name}: {part}", linear)
+        (rows, read), (d_model, width) = size_of(qkv), size_of(proj)
+        heads = int(getattr(module, first(HEADS, module.__dict__) or "", 0) or 1)
+        if rows != 3 * width or width % heads:
             raise AdapterError(
                 name,
                 f"qkv with three times as many rows as proj has columns, divisible by {heads} heads",
-                f"qkv {rows}, proj {module.proj.in_features}",
+                f"qkv {rows}, proj {width}",
                 "write an adapter that tells how this module splits heads",
             )
-        slots = {}
+        slots, turned = {}, int(transposed(qkv))
         for i, p in enumerate("qkv"):
-            for key in ("weight", "bias") if module.qkv.bias is not None else ("weight",):
-                slots[f"{p}.{key}"] = Slot(module.qkv, key, width, start=i * width)
-        slots["o.weight"] = Slot(module.proj, "weight", width, axis=1)
-        bias, read = module.qkv.bias is not None, dict.fromkeys(("q_in", "k_in", "v_in"), module.qkv.in_features)
+            slots[f"{p}.weight"] = Slot(qkv, "weight", width, turned, i * width)
+            if qkv.bias is not None:
+                slots[f"{p}.bias"] = Slot(qkv, "bias", width, 0, i * width)
+        slots["o.weight"] = Slot(proj, "weight", width, 1 - int(transposed(proj)))
+        bias, reads = qkv.bias is not None, dict.fromkeys(("q_in", "k_in", "v_in"), read)
         kernel = getattr(module, "fused_attn", calls_kernel(host_class(module)))
         ignored = not self.classes and kernel  # timm leaves the scale to the kernel
         scale = None if ignored else getattr(module, "scale", None)
         spec = AttentionSpec.of(
             name, heads=heads, head_dim=width // heads, d_model=d_model, fused=True,
-            bias=(bias, bias, bias, module.proj.bias is not None), **read,
-            **({} if scale is None else {"scale": float(scale)}),
+            bias=(bias, bias, bias, proj.bias is not None), **reads,
+            **({"scale": float(scale)} if isinstance(scale, (int, float)) else {}),
         )  # fmt: skip
         return AttentionView(spec, module, self, slots)
 
-    def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
-        return False  # the host reads qkv
+    def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
+        named = {"qkv", "proj"} <= view.module._modules.keys()
+        return (DecoupledFusedAttention,) if named or view.mixin_runs else ()
 
     def commit(self, view: AttentionView, tensors: Mapping[str, nn.Parameter], spec: AttentionSpec) -> None:
         module = view.module
@@ -119,6 +118,9 @@ class FusedQKVAdapter(Adapter):
         mask = given.get("attn_mask")
         return None if mask is None else may_attend(mask[(None,) * (4 - mask.dim())])
 
+    def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
+        return False  # the host reads qkv
+
     def reshape(self, view: AttentionView, spec: AttentionSpec) -> None:
         module, width = view.module, sum(spec.vo_dims)
         values = {"num_heads": spec.heads, "head_dim": spec.qk_dim, "attn_dim": width, "attention_dim": width}
@@ -126,7 +128,7 @@ class FusedQKVAdapter(Adapter):
             setattr(module, key, values[key])
 
 
-def _place(host: type[Any]) -> str:
-    """Where the forward of a class is defined."""
-    forward = forward_of(host)  # anything that can be called
-    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}".removesuffix(".forward")
+def _parts(module: nn.Module) -> tuple[Any, Any]:
+    """The fused projection and O, as far as the module has them."""
+    fused = [module._modules[name] for name in FUSED if is_linear(module._modules.get(name))]
+    return (fused[0] if len(fused) == 1 else None), output_of(module)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ...calibration.losses import LossFn
-from ...families.views import AttentionView
+from ...families.base import AttentionView
 from ...values.scores import Scores
 
 

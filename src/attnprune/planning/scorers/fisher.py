@@ -13,8 +13,8 @@ from ...calibration.losses import LossFn, loss_of
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
 from ...errors import DataError, OptionError
-from ...families.views import AttentionView
-from ...surgery import as_linears
+from ...families.base import AttentionView
+from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
 from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, no_gradient
@@ -88,7 +88,7 @@ def squared_gradients(
     and an output to tap; the sample is the first dimension of both.
     """
     count = 0
-    with as_linears(views) as tapped, undisturbed(model, ()):
+    with as_called(views) as tapped, undisturbed(model, ()):
         # every tap's output depends on the switch, so asking for its gradient makes every tap see its own
         switch = torch.zeros((), device=device_of(model), requires_grad=True)
         taps = {(view.name, p): _Tap(view, p, switch) for view in tapped for p in PROJECTIONS}
@@ -124,19 +124,20 @@ class _Tap:
     """
 
     def __init__(self, view: AttentionView, projection: Projection, switch: Tensor) -> None:
-        linears = view.linears
-        assert linears is not None, "as_linears gave every view its Linears"
         self.where, self.projection, self.switch = f"{view.name}: {projection}", projection, switch
         self.total = torch.zeros(len(view.weight(projection)), dtype=torch.float64, device=switch.device)
         self.runs = 0
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.squares: Tensor | None = None
         self.samples: list[int] = []
-        self.handle = linears[projection].register_forward_hook(self._forward)
+        port = view.port(projection)
+        self.own = port.own if projection == "o" else None
+        self.handle = port.owner.register_forward_hook(self._forward) if self.own else port.listen(self._forward)
 
     def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         self.runs += 1
-        return listen(output, self.switch, inputs[0].detach(), self)
+        read = inputs[0].detach()
+        return listen(output, self.switch, read if self.own is None else self.own(read), self)
 
     def receive(self, x: Tensor, grad: Tensor) -> None:
         samples = len(x)

@@ -14,8 +14,8 @@ from ...calibration.losses import LossFn, loss_of, projection_loss
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
 from ...errors import DataError, OptionError
-from ...families.views import AttentionView
-from ...surgery import as_linears
+from ...families.base import AttentionView
+from ...surgery import as_called
 from ...values.layout import Kind
 from ...values.scores import Scores
 from .base import Scorer
@@ -75,7 +75,7 @@ class Gate(Scorer):
     ) -> dict[str, Scores]:
         if loss_fn is None:
             loss_fn = projection_loss(self.seed, self.metric)
-        with as_linears(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
+        with as_called(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
             switch = torch.zeros((), device=device_of(model), requires_grad=True)
             taps = [_Gates(view, switch, self.turns.get(view.name)) for view in tapped]
             for tap in taps:
@@ -167,21 +167,19 @@ class _Gates:
         self.c: list[tuple[Tensor, Tensor]] = []
 
     def listen(self, hooks: ExitStack) -> None:
-        linears = self.view.linears
-        assert linears is not None, "as_linears gave every view its Linears"
         gates = {"q": _Side(self._queries), "o": _Side(self._contexts)}
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return listen(output, self.switch, output.detach(), gates["q"])
 
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            context = inputs[0].detach()
+        def before(module: nn.Module, inputs: tuple[Tensor, ...], own: Tensor) -> Tensor:
+            context = own.detach()
             self.total += context.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
             self.tokens += context[..., 0].numel()
-            return (listen(inputs[0], self.switch, context, gates["o"]), *inputs[1:])
+            return listen(own, self.switch, context, gates["o"])
 
-        hooks.callback(linears["q"].register_forward_hook(after).remove)
-        hooks.callback(linears["o"].register_forward_pre_hook(before).remove)
+        hooks.callback(self.view.port("q").listen(after).remove)
+        hooks.callback(self.view.port("o").listen(before).remove)
 
     def _queries(self, x: Tensor, grad: Tensor) -> None:
         exact = torch.promote_types(x.dtype, torch.float32)

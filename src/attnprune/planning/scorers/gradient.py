@@ -14,7 +14,8 @@ from ...calibration.losses import LossFn, loss_of
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
 from ...errors import DataError, NonFiniteError
-from ...families.views import AttentionView, Slot
+from ...families.base import AttentionView
+from ...families.slots import Slot
 from ...values.layout import Kind
 from ...values.scores import Scores
 from .base import Scorer

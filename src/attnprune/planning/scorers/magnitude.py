@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...calibration.losses import LossFn
 from ...errors import OptionError
-from ...families.views import AttentionView
+from ...families.base import AttentionView
 from ...values.layout import KIND_OF, PROJECTIONS, Projection
 from ...values.scores import Scores
 from .base import Scorer

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...calibration.losses import LossFn
-from ...families.views import AttentionView
+from ...families.base import AttentionView
 from ...values.scores import Scores
 from .base import Scorer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...families.views import AttentionView
+from ...families.base import AttentionView
 from ...values.layout import Kind
 from .gradient import Gradients, GradientScorer, head_sums
 

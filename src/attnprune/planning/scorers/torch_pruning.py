@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ...calibration.losses import LossFn
 from ...calibration.processes import pooled
 from ...errors import ScorerError
-from ...families.views import AttentionView, gathered
-from ...surgery import as_linears
+from ...families.base import AttentionView
+from ...families.slots import gathered
+from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Kind, Projection
 from ...values.scores import Scores
 from .base import Scorer
@@ -61,7 +62,7 @@ class TorchPruning(Scorer):
             grads = self._gradients(model, views, data, loss_fn, progress)
         else:
             grads = {view.name: self._held(view) for view in views}
-        with as_linears(views) as linears, torch.random.fork_rng(devices=()):
+        with as_called(views) as linears, torch.random.fork_rng(devices=()):
             return {
                 view.name: self._one(view, {p: _lend(view, p, grads[view.name]) for p in PROJECTIONS})
                 for view in linears

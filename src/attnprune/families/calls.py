@@ -1,0 +1,272 @@
+"""How a host is called while it is proven: by the names of its arguments, or as the user's own model called it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..values.spec import AttentionSpec
+
+CACHES = ("past_key_values", "past_key_value", "cache", "layer_past")
+MASKS = (
+    "attention_mask", "attn_mask", "mask", "bias", "attention_bias", "position_bias", "relative_position_bias",
+    "causal_attention_mask", "encoder_attention_mask",
+)  # fmt: skip
+HEAD_MASKS = ("head_mask", "layer_head_mask")
+SOURCES = ("key_value_states", "encoder_hidden_states", "context", "memory", "encoder_output")
+KEYS, VALUES = ("key", "keys", "k", "key_states"), ("value", "values", "v", "value_states")
+ANGLES = ("position_embeddings", "rotary_pos_emb", "rope", "freqs_cis", "rotary_emb")
+FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to call a host, or several times in a row with one cache.
+
+    ``arguments(generator, dtype)`` makes new keyword arguments, the same for a generator of the same seed.
+    """
+
+    what: str
+    arguments: Callable[[torch.Generator, torch.dtype], list[Arguments]]
+    rounding: float = 1.0
+    """How much more than usual rounding may differ."""
+    by_head: str | None = None
+    """The argument with a row for every head, in its second dimension."""
+    recorded: Sequence[Any] = field(default=())
+    """Positional arguments, of a recorded call."""
+
+
+class ProbeCache:
+    """A cache that keeps whatever it is given: what any version's dynamic cache does."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, Any] = {}
+        self.is_updated: dict[int, bool] = {}
+
+    @property
+    def self_attention_cache(self) -> ProbeCache:
+        return self
+
+    @property
+    def cross_attention_cache(self) -> ProbeCache:
+        return self
+
+    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(batch, heads, tokens, dim)``, and gives all so far."""
+        old = self.layers.get(int(layer))
+        if old is not None:
+            k, v = torch.cat([old.keys, k], -2), torch.cat([old.values, v], -2)
+        self.layers[int(layer)] = SimpleNamespace(keys=k, values=v)
+        return k, v
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens so far."""
+        found = self.layers.get(int(layer))
+        return 0 if found is None else int(found.keys.shape[-2])
+
+
+class Signature:
+    """What a host's forward takes, by role."""
+
+    def __init__(self, host: nn.Module) -> None:
+        parameters = inspect.signature(type(host).forward).parameters
+        kinds = inspect.Parameter
+        named = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+        self.names = [p.name for p in named[1:]]
+        self.required = [p.name for p in named[1:] if p.default is kinds.empty]
+        self.open = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())
+
+    def first(self, names: Sequence[str]) -> str | None:
+        """The first of these names that the forward takes."""
+        return next((name for name in self.names if name in names), None)
+
+
+def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
+    """Ways to call a host by its arguments' names; the first is the plainest. None where a name tells nothing."""
+    signature = Signature(host)
+    if not signature.names:
+        return []
+    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
+    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES)):  # what an argument that may be missing may still have to be
+        inputs = _Inputs(signature, spec, more)
+        if more and not inputs.optional:
+            continue
+        try:
+            host(**inputs(torch.Generator("cpu").manual_seed(0), dtype))
+        except Exception:  # the next one, then
+            continue
+        return list(_variants(signature, spec, inputs))
+    return [Call("plain", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
+
+
+class _Inputs:
+    """Makes arguments that every call of a host needs.
+
+    Args:
+        signature: what the host takes.
+        spec: the attention.
+        more: names of arguments to give although they may be missing.
+    """
+
+    def __init__(self, signature: Signature, spec: AttentionSpec, more: Sequence[str]) -> None:
+        self.spec, self.hidden, self.required = spec, signature.names[0], signature.required
+        self.key, self.value = (
+            name if name in signature.required else None for name in (signature.first(KEYS), signature.first(VALUES))
+        )
+        wanted = [name for name in signature.names if name in more and name not in signature.required]
+        self.optional = tuple(wanted)
+        self.source = next((name for name in (*signature.required, *wanted) if name in SOURCES), None)
+        if self.source is None and spec.k_in != spec.q_in:
+            self.source = signature.first(SOURCES)
+        self.angles = next((name for name in (*signature.required, *wanted) if name in ANGLES), None)
+
+    def __call__(
+        self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
+    ) -> Arguments:
+        spec = self.spec
+
+        def normal(tokens: int, width: int) -> Tensor:
+            return torch.randn(batch, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
+
+        found: Arguments = {self.hidden: normal(tokens, spec.q_in)}
+        if self.key is not None:
+            found[self.key] = normal(tokens, spec.k_in)
+        if self.value is not None:
+            found[self.value] = normal(tokens, spec.v_in)
+        if self.source is not None:
+            found[self.source] = normal(tokens + 2, spec.k_in)
+        if self.angles is not None:
+            turn = torch.randn(batch, tokens, spec.qk_dim, generator=generator, dtype=dtype, device="cpu")
+            found[self.angles] = (turn.cos(), turn.sin())
+        return {**dict.fromkeys(self.required), **found}
+
+    def keys(self, found: Arguments) -> int:
+        """How many keys there are."""
+        read: Tensor = found[self.key or self.source or self.hidden]
+        return int(read.shape[1])
+
+
+def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Iterator[Call]:
+    heads = spec.heads
+
+    def call(
+        what: str,
+        more: Callable[..., Arguments] | None = None,
+        rounding: float = 1.0,
+        by_head: str | None = None,
+        **how: Any,
+    ) -> Call:
+        def arguments(generator: torch.Generator, dtype: torch.dtype) -> list[Arguments]:
+            found = inputs(generator, dtype, **how)
+            return [found | ({} if more is None else more(generator, dtype, found))]
+
+        return Call(what, arguments, rounding, by_head)
+
+    def normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+
+    yield call("plain")
+    yield call("one sequence of nine tokens", batch=1, tokens=9)
+    yield call("a single token", tokens=1)
+    yield call("large inputs", size=30.0, rounding=1e3)
+    yield call("huge inputs", size=2e3, rounding=1e6)
+
+    for mask in (name for name in signature.names if name in MASKS):
+        of_source = mask.startswith("encoder") and inputs.source is None
+        source = signature.first(SOURCES) if of_source else None
+
+        def square(found: Arguments, source: str | None = source) -> tuple[int, int]:
+            keys = found[source].shape[1] if source is not None else inputs.keys(found)
+            return found[inputs.hidden].shape[1], keys
+
+        def sourced(g: torch.Generator, dtype: torch.dtype, source: str | None = source) -> Arguments:
+            return {} if source is None else {source: normal(g, dtype, 2, 7, spec.k_in)}
+
+        for rows in (1, heads):
+
+            def additive(
+                g: torch.Generator, dtype: torch.dtype, found: Arguments, rows: int = rows, mask: str = mask,
+                square: Any = square, sourced: Any = sourced,
+            ) -> Arguments:  # fmt: skip
+                more = sourced(g, dtype)
+                return {**more, mask: normal(g, dtype, 2, rows, *square({**found, **more}))}
+
+            every = rows > 1
+            yield call(f"an additive {mask}{' of every head' * every}", additive, by_head=mask if every else None)
+
+        def causal(
+            g: torch.Generator, dtype: torch.dtype, found: Arguments, mask: str = mask, square: Any = square,
+            sourced: Any = sourced,
+        ) -> Arguments:  # fmt: skip
+            more = sourced(g, dtype)
+            shape = square({**found, **more})
+            hide = torch.ones(shape, dtype=torch.bool, device="cpu").triu(1)
+            zeros = torch.zeros(2, 1, *shape, dtype=dtype, device="cpu")
+            return {**more, mask: zeros.masked_fill(hide, torch.finfo(dtype).min)}
+
+        yield call(f"a causal {mask}", causal)
+
+        def boolean(
+            g: torch.Generator, dtype: torch.dtype, found: Arguments, mask: str = mask, square: Any = square,
+            sourced: Any = sourced,
+        ) -> Arguments:  # fmt: skip
+            more = sourced(g, dtype)
+            seen = torch.rand(2, 1, *square({**found, **more}), generator=g, device="cpu") < 0.6
+            seen[..., 0] = True
+            return {**more, mask: seen}
+
+        yield call(f"a bool {mask}", boolean)
+    for name in (name for name in signature.names if name in HEAD_MASKS):
+        yield call(f"a {name}", lambda g, dtype, _, name=name: {name: normal(g, dtype, 1, heads, 1, 1)}, by_head=name)
+    for flag in FLAGS:
+        if flag in signature.names or (signature.open and flag in ("output_attentions", "is_causal")):
+            for on in (True, False):
+                yield call(f"{flag}={on}", lambda g, dtype, _, flag=flag, on=on: {flag: on})
+    if inputs.source is None:
+        for source in (name for name in signature.names if name in SOURCES):
+            yield call(
+                f"another {source}", lambda g, dtype, _, source=source: {source: normal(g, dtype, 2, 7, spec.k_in)}
+            )
+    cache = signature.first(CACHES)
+    if cache is not None:
+
+        def cached(generator: torch.Generator, dtype: torch.dtype) -> list[Arguments]:
+            memory, found, seen = ProbeCache(), [], 0
+            for tokens in (4, 1, 2):
+                step = {**inputs(generator, dtype, tokens=tokens), cache: memory}
+                if "cache_position" in signature.names:
+                    step["cache_position"] = torch.arange(seen, seen + tokens, device="cpu")
+                found.append(step)
+                seen += tokens
+            return found
+
+        yield Call("a cache", cached)
+
+
+def recorded_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """A call of the user's own model, again."""
+
+    def arguments(generator: torch.Generator, dtype: torch.dtype) -> list[Arguments]:
+        return [{key: fresh(value, dtype) for key, value in kwargs.items()}]
+
+    return Call("the model's own call", arguments, recorded=tuple(args))
+
+
+def fresh(value: Any, dtype: torch.dtype) -> Any:
+    """A recorded value as a stand-in takes it: on the CPU, real numbers in its dtype, caches left out."""
+    if isinstance(value, Tensor):
+        value = value.detach().to("cpu")
+        return value.to(dtype) if value.is_floating_point() else value.clone()
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(fresh(one, dtype) for one in value)
+    if isinstance(value, dict):
+        return {key: fresh(one, dtype) for key, one in value.items()}
+    return None if hasattr(value, "update") and hasattr(value, "get_seq_length") else value

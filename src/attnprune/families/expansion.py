@@ -1,0 +1,129 @@
+"""The expanded way to run, for any host: :mod:`attnprune.nn.expanded` applied to an attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from ..nn.expanded import Expanded, expand
+from ..values.layout import KINDS, Kind
+from ..values.spec import AttentionSpec
+from . import linears
+from .base import Adapter, AttentionView
+from .slots import Slot
+
+
+class Joint(NamedTuple):
+    """A parameter and all the slots of an attention that lie in it."""
+
+    owner: nn.Module
+    name: str
+    axis: int
+    keys: tuple[str, ...]
+    """The slots, in the order in which they lie."""
+
+    @property
+    def slot(self) -> Slot:
+        """The whole parameter."""
+        return Slot(self.owner, self.name, getattr(self.owner, self.name).shape[self.axis], self.axis)
+
+    @property
+    def columns(self) -> bool:
+        """Whether channels are what the projection reads."""
+        return self.keys[0][0] == "o"
+
+    def places(self, view: AttentionView, rows: Mapping[Kind, Sequence[int]]) -> dict[str, list[int]]:
+        """For every slot (``""`` for what lies between them), the places along the axis that stay, in order.
+
+        Args:
+            view: the attention.
+            rows: of each kind, the stored channels that stay.
+        """
+        found: dict[str, list[int]] = {}
+        end = 0
+        for key in self.keys:
+            slot = view.slots[key]
+            found[f"before {key}"] = list(range(end, slot.start))
+            found[key] = [slot.start + row for row in rows[view.kinds[key]]]
+            end = slot.start + slot.size
+        found[""] = list(range(end, self.slot.size))
+        return found
+
+
+def joints(view: AttentionView) -> list[Joint]:
+    """The parameters of an attention, each with the slots that lie in it."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for key, slot in view.slots.items():
+        found.setdefault((id(slot.owner), slot.name), []).append(key)
+    result = []
+    for keys in found.values():
+        keys.sort(key=lambda key: view.slots[key].start)
+        first = view.slots[keys[0]]
+        result.append(Joint(first.owner, first.name, first.axis, tuple(keys)))
+    return result
+
+
+def expand_view(
+    view: AttentionView,
+    parameters: Mapping[tuple[int, str], nn.Parameter],
+    spec: AttentionSpec,
+    kept: Sequence[int],
+    rows: Mapping[Kind, Sequence[int]],
+) -> None:
+    """Puts compact parameters in place; the host's own forward runs them on its dense dims. Only assigns.
+
+    Args:
+        view: the attention as it was.
+        parameters: by the id of the owner and name, what becomes of every parameter of :func:`joints`.
+        spec: the new shape.
+        kept: heads that stay.
+        rows: of each kind, the stored channels that stay, in the order in which they will be stored.
+    """
+    slots: dict[str, Slot] = {}
+    for joint in joints(view):
+        places = joint.places(view, rows)
+        parameter, start = parameters[id(joint.owner), joint.name], 0
+        owner, flat = joint.owner, [place for part in places.values() for place in part]
+        for key, part in places.items():
+            if key in view.slots:
+                slots[key] = Slot(owner, joint.name, len(part), joint.axis, start)
+            start += len(part)
+        if joint.name == "weight":
+            dense: Sequence[int] = range(joint.slot.size)
+            width = joint.slot.size
+            if isinstance(owner, Expanded):
+                dense, width = owner.attnprune_channels, owner.attnprune_width
+            channels = [dense[place] for place in flat]
+            linears.put(owner, joint.name, parameter)
+            expand(owner, channels, width, columns=joint.columns)
+        else:
+            linears.put(owner, joint.name, parameter)
+    state = view.next_state(spec, kept)
+    ordered = {key: slots[key] for key in view.slots}
+    view.module.attnprune_state = state._replace(expanded=(spec, ordered))  # type: ignore[assignment]
+
+
+def dense_channels(view: AttentionView) -> dict[Kind, tuple[int, ...]]:
+    """Of each kind, the dense channel of every stored one, of an attention that runs expanded."""
+    found: dict[Kind, tuple[int, ...]] = {}
+    for kind in KINDS:
+        slot = view.slots["q.weight" if kind == "qk" else "v.weight"]
+        owner = slot.owner
+        assert isinstance(owner, Expanded)
+        found[kind] = owner.attnprune_channels[slot.start : slot.start + slot.size]
+    return found
+
+
+def expanded_view(name: str, host: nn.Module, adapter: Adapter) -> AttentionView | None:
+    """The view of an attention that runs expanded, from what it knows of itself; None if it does not."""
+    for module in host.modules():
+        state = module.__dict__.get("attnprune_state")
+        if state is not None:
+            if state.expanded is None:
+                return None
+            spec, slots = state.expanded
+            return AttentionView(replace(spec, name=name), module, adapter, slots, host=host)
+    return None

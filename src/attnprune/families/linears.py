@@ -1,0 +1,145 @@
+"""Attention whose projections are Linears: its spec and slots, and small things about Linears and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, WrappedModelError
+from ..nn.decoupled import State
+from ..values.layout import PROJECTIONS, Projection
+from ..values.spec import AttentionSpec
+from .slots import Slot
+
+Small = tuple[AttentionSpec, Mapping[int, torch.Size], Mapping[int, Mapping[str, Any]]]
+SLIM = 64
+"""Model width of stand-ins."""
+
+
+def slim(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Small:
+    """:meth:`attnprune.Adapter.small` of projections that are called: the model's width is :data:`SLIM`."""
+    width = spec.d_model
+    if not spec.q_in == spec.k_in == spec.v_in == width or width <= 4 * SLIM:
+        return spec, {}, {}
+    shapes: dict[int, torch.Size] = {}
+    attributes: dict[int, dict[str, Any]] = {}
+    for name, slot in slots.items():
+        if name.endswith(".weight"):
+            shape = list(slot.parameter.shape)
+            shape[1 - slot.axis] = SLIM
+            shapes[id(slot.parameter)] = torch.Size(shape)
+            if isinstance(slot.owner, nn.Linear):
+                attributes[id(slot.owner)] = {"out_features" if name[0] == "o" else "in_features": SLIM}
+    owners = {id(slot.owner) for name, slot in slots.items() if name[0] != "o"}
+    for module in host.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(module) not in owners and parameter.shape == (width,):
+                shapes[id(parameter)] = torch.Size([SLIM])
+        if getattr(module, "normalized_shape", None) == (width,):
+            attributes[id(module)] = {"normalized_shape": (SLIM,)}
+    return replace(spec, d_model=SLIM, q_in=SLIM, k_in=SLIM, v_in=SLIM), shapes, attributes
+
+
+def described(
+    name: str, linears: Mapping[Projection, Any], heads: int, scale: float | None, state: State | None
+) -> tuple[AttentionSpec, dict[str, Slot]]:
+    """The spec and the slots of an attention with four Linears (:meth:`attnprune.Adapter.of_linears`)."""
+    for p, linear in linears.items():
+        check_linear(f"{name}: {p}", linear)
+    sizes: dict[Projection, tuple[int, int]] = {p: size_of(linear) for p, linear in linears.items()}
+    (qs, q_in), (ks, k_in), (vs, v_in), (d_model, os) = (sizes[p] for p in PROJECTIONS)
+    if state is not None:
+        qk_dims, vo_dims, scale = state.layout.qk, state.layout.vo, state.scale
+    else:
+        qk_dims, vo_dims = (qs // heads,) * heads, (vs // heads,) * heads
+    if ks < qs and qs % ks == 0 and ks == vs:
+        raise AdapterError(
+            name, "as many key heads as query heads", f"{qs} query and {ks} key channels: grouped queries",
+            "grouped queries are not supported yet; exclude this layer",
+        )  # fmt: skip
+    if not (sum(qk_dims) == qs == ks and sum(vo_dims) == vs == os):
+        raise AdapterError(
+            name,
+            f"Q and K, and V and O, of equal size, divisible by {heads} heads",
+            ", ".join(f"{p} {tuple(size)}" for p, size in sizes.items()),
+            "write an adapter that tells how this module splits heads",
+        )
+    bias = tuple(linears[p].bias is not None for p in PROJECTIONS)
+    slots = {}
+    for p in PROJECTIONS:
+        turned = int(transposed(linears[p]))
+        axis, size = (1 - turned, sum(vo_dims)) if p == "o" else (turned, sum(qk_dims if p in "qk" else vo_dims))
+        slots[f"{p}.weight"] = Slot(linears[p], "weight", size, axis)
+        if p != "o" and linears[p].bias is not None:
+            slots[f"{p}.bias"] = Slot(linears[p], "bias", size)
+    spec = AttentionSpec(
+        name,
+        d_model,
+        qk_dims,
+        vo_dims,
+        qk_dims[0] ** -0.5 if scale is None else float(scale),
+        q_in,
+        k_in,
+        v_in,
+        bias,  # type: ignore[arg-type]
+    )
+    return spec, slots
+
+
+def check_linear(where: str, module: Any) -> None:
+    """Raises WrappedModelError unless a module has what a Linear has."""
+    if not all(hasattr(module, key) for key in ("in_features", "out_features", "weight")) and not transposed(module):
+        remedy = "unwrap, merge or dequantise it, or exclude this layer"
+        raise WrappedModelError(where, "an nn.Linear", f"a {type(module).__name__}", remedy)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module may be a projection: an nn.Linear, or what stands in for one."""
+    return isinstance(module, nn.Module) and (hasattr(module, "out_features") or transposed(module))
+
+
+def transposed(module: Any) -> bool:
+    """Whether a projection's weight is ``(in, out)``, as in transformers' Conv1D."""
+    return any(kind.__name__ == "Conv1D" and "nf" in getattr(module, "__dict__", ()) for kind in type(module).__mro__)
+
+
+def size_of(linear: Any) -> tuple[int, int]:
+    """What a projection writes and reads."""
+    if transposed(linear):
+        return int(linear.weight.shape[1]), int(linear.weight.shape[0])
+    return int(linear.out_features), int(linear.in_features)
+
+
+def put(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Gives a projection a new weight or bias; its own attributes follow."""
+    setattr(owner, name, parameter)
+    if name != "weight":
+        return
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = parameter.shape
+    elif transposed(owner):
+        owner.__dict__.update(nx=parameter.shape[0], nf=parameter.shape[1])
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A Linear that holds these very parameters."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=torch.device("meta"))
+    linear.weight = weight
+    linear.bias = bias  # type: ignore[assignment]
+    return linear
+
+
+def may_attend(mask: Tensor) -> Tensor:
+    """A mask as bool ``(batch, heads, queries, keys)``, True attends; ``(batch, keys)`` serves all queries.
+
+    Floating-point masks are added to the logits: what they lower by half of the dtype's range or more is cut off.
+    """
+    if mask.is_floating_point() and mask.dim() == 4:
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+    else:
+        allowed = mask.bool()
+    return allowed if allowed.dim() == 4 else allowed[:, None, None]

@@ -1,0 +1,101 @@
+"""What looks like attention, or is seen to attend, and is not of a known family: :class:`Skipped`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_CHILDREN = {"q_proj", "query", "q_lin", "to_q", "wq", "qkv", "to_qkv", "in_proj_qkv", "Wqkv", "qkv_proj",
+             "query_key_value", "c_attn", "q_a_proj", "linear_q", "q_attn"}  # fmt: skip
+
+
+class Skipped(NamedTuple):
+    """A module that looks like attention and cannot be pruned."""
+
+    name: str
+    """Fully qualified."""
+    kind: str
+    """Its class."""
+    why: str
+    """The reason."""
+
+
+def looks_like(model: nn.Module, known: Collection[nn.Module], why: Mapping[str, str]) -> Iterator[Skipped]:
+    """Modules with the class name or the children of attention, outside of known ones.
+
+    Args:
+        model: any module.
+        known: attention modules that can be pruned.
+        why: by name, reasons that are known already.
+    """
+    inside = {id(part) for module in known for part in module.modules()}
+    tops = {id(module) for module in known}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if name not in why:
+            if not _looks(module) or any(id(part) in tops for part in module.modules()):
+                continue
+            below = [part for part in module.modules() if part is not module and _looks(part)]
+            if sum(not any(one in other.modules() for other in below if other is not one) for one in below) > 1:
+                continue  # a container of several
+        inside.update(id(part) for part in module.modules())
+        yield Skipped(name, type(module).__name__, why.get(name) or _unknown(module))
+
+
+def _looks(module: nn.Module) -> bool:
+    children = {child for child, _ in module.named_children()}
+    word = type(module).__name__.lower()
+    named = "attention" in word or word.endswith("attn")
+    return bool(children & _CHILDREN) or (named and next(module.parameters(), None) is not None)
+
+
+def _unknown(module: nn.Module) -> str:
+    children = [child for child, _ in module.named_children()]
+    shown = ", ".join(children[:6]) or "none"
+    return f"four projections and a number of heads are not found among its parts ({shown})"
+
+
+class _Watch(TorchFunctionMode):
+    """Notes in which modules a softmax over keys runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.seen: dict[str, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        fused = name in ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward")
+        if self.stack and first is not None and (fused or (name == "softmax" and first.dim() >= 4)):
+            self.seen.setdefault(self.stack[-1], name)
+        return func(*args, **kwargs)
+
+
+def attending(model: nn.Module, known: Collection[nn.Module], run: Callable[[], object]) -> Iterator[Skipped]:
+    """Modules outside of known ones in which a softmax over keys runs when the model does."""
+    inside = {id(part) for module in known for part in module.modules()}
+    watch, by_name = _Watch(), dict(model.named_modules())
+    with ExitStack() as hooks:
+        for name, module in by_name.items():
+
+            def enter(*_: Any, name: str = name) -> None:
+                watch.stack.append(name)
+
+            def leave(*_: Any) -> None:
+                watch.stack.pop()
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        with watch:
+            run()
+    for name, what in watch.seen.items():
+        if id(by_name[name]) not in inside:
+            kind = type(by_name[name]).__name__
+            yield Skipped(name, kind, f"{what} was seen to run in it, and its projections are not known")

@@ -1,0 +1,149 @@
+"""Runs of stand-ins, in whatever modes the caller is in, and what they gave."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..calls import Call, fresh
+
+
+def short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Whatever modes the caller is in, code runs plainly here, and leaves no trace."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    before = logging.root.manager.disable
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
+        fast = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(logging.disable, before)
+        logging.disable(logging.CRITICAL)
+        yield
+
+
+_ATTENDING = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention")
+
+
+class Softmax(TorchFunctionMode):
+    """Sees whether a softmax runs."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ATTENDING:
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+class Result:
+    """What a call gave: the output, attention weights if there are any, and gradients."""
+
+    def __init__(
+        self, host: nn.Module, call: Call, dtype: torch.dtype, grads: bool = False, heads: Sequence[int] | None = None
+    ) -> None:
+        outputs, leaves = run(host, call, dtype, grads, heads)
+        self.shape = [_structure(output) for output in outputs]
+        parts = [list(tensors(output)) for output in outputs]
+        self.outputs = [found[0].detach().to(dtype) for found in parts]
+        self.weights = [one.detach().to(dtype) for found in parts for one in found[1:] if one.dim() == 4]
+        self.grads: list[Tensor] = []
+        if grads:
+            generator = torch.Generator("cpu").manual_seed(3)
+            total = sum((f[0] * torch.randn(f[0].shape, generator=generator, dtype=dtype)).sum() for f in parts)
+            if isinstance(total, Tensor) and total.requires_grad:
+                found = torch.autograd.grad(total, leaves, allow_unused=True)
+                self.grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def run(
+    host: nn.Module, call: Call, dtype: torch.dtype, grads: bool = False, heads: Sequence[int] | None = None
+) -> tuple[list[Any], list[Tensor]]:
+    """Outputs of a call, and the inputs that are real numbers; with the rows of these heads alone in what has rows for
+    heads."""
+    torch.default_generator.manual_seed(5)
+    outputs: list[Any] = []
+    leaves: list[Tensor] = []
+    for arguments in call.arguments(torch.Generator("cpu").manual_seed(1), dtype):
+        args = [_leaf(value, leaves, grads) for value in _taken(call.recorded, dtype)]
+        if heads is not None and call.by_head is not None:
+            arguments[call.by_head] = arguments[call.by_head].index_select(1, torch.tensor(heads))
+        kwargs = {name: _leaf(value, leaves, grads) for name, value in arguments.items()}
+        with torch.set_grad_enabled(grads):
+            outputs.append(host(*args, **kwargs))
+    return outputs, leaves
+
+
+def _taken(args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    return [fresh(value, dtype) for value in args]
+
+
+def _leaf(value: Any, leaves: list[Tensor], grads: bool) -> Any:
+    if grads and isinstance(value, Tensor) and value.is_floating_point():
+        value = value.detach().clone().requires_grad_()
+        leaves.append(value)
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from tensors(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from tensors(one)
+
+
+def _structure(value: Any) -> Any:
+    """What kinds of things an output is made of, with the shape of its first tensor."""
+    if isinstance(value, Mapping):
+        return type(value).__name__, tuple((key, _structure(one)) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return len(value), tuple(_structure(one) for one in value)
+    return "tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+_RATES = ("attention_dropout", "dropout_prob", "attention_probs_dropout_prob", "dropout", "attn_dropout", "dropout_p")
+
+
+def with_dropout(host: nn.Module) -> None:
+    """Training mode, with dropout where there can be some."""
+    host.train()
+    for module in host.modules():
+        module.__dict__["attnprune_rates"] = {
+            key: module.__dict__[key] for key in (*_RATES, "p") if type(module.__dict__.get(key)) is float
+        }
+        for key in module.__dict__["attnprune_rates"]:
+            if key != "p" or isinstance(module, nn.Dropout):
+                module.__dict__[key] = module.__dict__[key] or 0.3
+
+
+def without_dropout(host: nn.Module) -> None:
+    host.eval()
+    for module in host.modules():
+        module.__dict__.update(module.__dict__.pop("attnprune_rates", {}))

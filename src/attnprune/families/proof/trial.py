@@ -1,0 +1,370 @@
+"""One host tried: dense, with rows and columns at zero, and pruned in every way that its family proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...nn import Decoupled
+from ...values.layout import KINDS, Kind
+from ...values.spec import AttentionSpec
+from ..calls import Call, Signature
+from ..expansion import expand_view, joints
+from ..ways import Verdict
+from .runs import Result, Softmax, run, short, tensors, with_dropout, without_dropout
+from .stand_in import StandIn
+
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Share of the largest output by which two ways to compute the same may differ."""
+
+
+class Removal:
+    """What goes in a trial: most channels of every head, of each head others, so that nothing hides.
+
+    Args:
+        spec: the attention.
+        heads: whether most heads go whole, too.
+        ragged: whether heads keep different numbers of channels, and of qk others than of vo.
+    """
+
+    def __init__(self, spec: AttentionSpec, heads: bool, ragged: bool) -> None:
+        everyone = range(spec.heads)
+        self.heads = [head for head in everyone if not heads or head in (min(1, spec.heads - 1), spec.heads - 1)]
+        self.ragged = ragged
+        self.removes_heads = len(self.heads) < spec.heads
+        least = min(-(-dim // 2) for kind in KINDS for dim in spec.dims(kind))
+        kept: dict[Kind, list[list[int]]] = {}
+        for other, kind in enumerate(KINDS):
+            kept[kind] = []
+            for head in self.heads:
+                dim = spec.dims(kind)[head]
+                some = (list(range(head % 2, dim, 2)) or [0])[:least]  # every other channel
+                kept[kind].append(some[: -(-len(some) // 2)] if ragged and (head + other) % 2 else some)
+            shortest = len(some) if ragged else min(map(len, kept[kind]))
+            kept[kind] = [some if ragged else some[:shortest] for some in kept[kind]]
+        if not ragged:
+            even = min(len(some) for rows in kept.values() for some in rows)
+            kept = {kind: [some[:even] for some in rows] for kind, rows in kept.items()}
+        self.after = spec.keep(self.heads, *([len(some) for some in kept[kind]] for kind in KINDS))
+        self.rows: dict[Kind, list[int]] = {}
+        self.gone: dict[Kind, list[int]] = {}
+        for kind in KINDS:
+            starts = [spec.layout.span(kind, head)[0] for head in self.heads]
+            places = self.after.layout.order
+            self.rows[kind] = [starts[place] + channel for place in places for channel in kept[kind][place]]
+            self.gone[kind] = sorted({*range(sum(spec.dims(kind)))} - {*self.rows[kind]})
+
+
+class Trial:
+    """Runs of one stand-in: dense, with rows and columns at zero, and pruned in every way."""
+
+    def __init__(
+        self, again: Callable[[], StandIn], stand_in: StandIn, calls: Sequence[Call], dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            again: makes the stand-in anew.
+            stand_in: the copy to try.
+            calls: ways to call it; those that it refuses are left out.
+            dtype: of its weights.
+        """
+        self.again, self.stand_in, self.dtype, self.view = again, stand_in, dtype, stand_in.view
+        self.calls: list[Call] = []
+        self.problem = ""
+        """What the host raised first."""
+        for call in calls:
+            try:
+                run(stand_in.host, call, dtype)
+            except Exception as error:  # a host need not take every argument in every form
+                self.problem = self.problem or short(error)
+                continue
+            self.calls.append(call)
+        self.reasons: dict[str, str] = {}
+
+    def _unseen(self) -> list[str]:
+        """Arguments of the host that no call gave, or that it refused."""
+        if any(call.recorded for call in self.calls):
+            return []
+        generator = torch.Generator("cpu").manual_seed(0)
+        seen = {name for call in self.calls for found in call.arguments(generator, self.dtype) for name in found}
+        return [name for name in Signature(self.stand_in.host).names if name not in seen]
+
+    def verdict(self) -> Verdict:
+        """What the runs show. Every removal takes away more than the one before, so one set of weights serves all."""
+        with Softmax() as softmax:
+            run(self.stand_in.host, self.calls[0], self.dtype)
+        spec, view, adapter = self.view.spec, self.view, self.view.adapter
+        unseen = self._unseen()
+        for way in ("stock", "decoupled") if unseen else ():
+            self.reasons[way] = f"nobody knows what its argument {unseen[0]} does"
+        forwards = () if unseen else adapter.decoupled_for(view)
+        mixins = {f"decoupled {mixin.__name__}": mixin for mixin in forwards if self._decoupled(mixin)}
+        ways: dict[str, set[bool]] = {}  # whether heads may go, where the way is open
+        for removal in (Removal(spec, False, False), Removal(spec, True, False), Removal(spec, True, True)):
+            if not self._try(removal, mixins, unseen, ways):  # whole heads cannot go: channels alone
+                self.reasons["heads"] = "its output is not finite where all of a head is zero"
+                self.stand_in = self.again()
+                self.view = self.stand_in.view
+                self._try(Removal(spec, False, True), mixins, unseen, ways)
+                break
+        for way in ("stock", "expanded", *mixins):  # a way that failed with heads may still hold for channels
+            if way in self.reasons and way in ways:
+                self.reasons[f"{way}, heads"] = self.reasons.pop(way)
+            elif way in self.reasons:
+                ways.pop(way, None)
+        decoupled = next((mixin for way, mixin in mixins.items() if way in ways), None)
+        if not view.called:
+            self.reasons["expanded"] = "its projections are not modules of their own"
+        if "expanded" in ways and decoupled is None and "stock" not in ways and not self._heads_lie():
+            ways.pop("expanded")
+        fixed = {} if decoupled is not None else self._fixed()
+        heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
+        return Verdict(
+            "stock" in ways, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons)
+        )  # fmt: skip
+
+    def _try(
+        self, removal: Removal, mixins: Mapping[str, type[Decoupled]], unseen: Sequence[str], ways: dict[str, set[bool]]
+    ) -> bool:
+        """Tries the ways that a removal is for; False if it leaves nothing to compare."""
+        makers = {}
+        if removal.ragged:
+            makers = {way: self._cut(mixin, removal) for way, mixin in mixins.items()}
+            if self.view.called:
+                makers["expanded"] = self._expanded(removal)
+        elif self.view.adapter.expresses(self.view, removal.after) and not unseen:
+            makers["stock"] = self._stock(removal)
+        made = {way: self._made(way, make) for way, make in makers.items() if way not in self.reasons}
+        self._zero(removal)
+        if removal.removes_heads and not self._finite():
+            return False
+        for way, other in made.items():
+            if other is not None and self._same(way, other, removal):
+                ways.setdefault(way, set()).add(removal.removes_heads)
+        return True
+
+    def _finite(self) -> bool:
+        return all(bool(out.isfinite().all()) for out in Result(self.stand_in.host, self.calls[0], self.dtype).outputs)
+
+    def _made(self, way: str, make: Callable[[], StandIn]) -> StandIn | None:
+        try:
+            return make()
+        except Exception as error:
+            self.reasons[way] = f"its parts cannot be exchanged ({short(error)})"
+            return None
+
+    # pruned copies, made from values that the oracle keeps as well
+
+    def _parameter(self, slot: Any, rows: Sequence[int] | None) -> nn.Parameter:
+        channels = slot.cut(slot.parameter.detach())
+        if rows is not None:
+            channels = channels[torch.tensor(rows, dtype=torch.long)]
+        return nn.Parameter(channels.movedim(0, slot.axis))
+
+    def _committed(self, removal: Removal | None) -> tuple[StandIn, AttentionSpec, Sequence[int]]:
+        other = self.stand_in.copy()
+        spec = self.view.spec if removal is None else removal.after
+        tensors = {
+            key: self._parameter(slot, None if removal is None else removal.rows[other.view.kinds[key]])
+            for key, slot in other.view.slots.items()
+        }
+        gain = other.view.query_gain(spec)
+        if gain != 1:
+            for key in ("q.weight", "q.bias"):
+                if key in tensors:
+                    tensors[key] = nn.Parameter(tensors[key].detach() * gain)
+        other.view.commit(tensors, spec)
+        other.fresh = {id(tensor): tensor for tensor in tensors.values()}
+        return other, spec, range(spec.heads) if removal is None else removal.heads
+
+    def _stock(self, removal: Removal) -> Callable[[], StandIn]:
+        return lambda: self._committed(removal)[0]
+
+    def _cut(self, mixin: type[Decoupled], removal: Removal | None) -> Callable[[], StandIn]:
+        def make() -> StandIn:
+            other, spec, kept = self._committed(removal)
+            other.view.decouple(mixin, spec, kept)
+            return other
+
+        return make
+
+    def _expanded(self, removal: Removal) -> Callable[[], StandIn]:
+        def make() -> StandIn:
+            other = self.stand_in.copy()
+            parameters = {}
+            for joint in joints(other.view):
+                places = [place for part in joint.places(other.view, removal.rows).values() for place in part]
+                parameters[id(joint.owner), joint.name] = self._parameter(joint.slot, places)
+            expand_view(other.view, parameters, removal.after, removal.heads, removal.rows)
+            return other
+
+        return make
+
+    # comparisons
+
+    def _zero(self, removal: Removal) -> None:
+        with torch.no_grad():
+            for key, slot in self.view.slots.items():
+                rows = removal.gone[self.view.kinds[key]]
+                slot.cut(slot.parameter.detach())[torch.tensor(rows, dtype=torch.long)] = 0
+
+    def _same(self, way: str, other: StandIn, removal: Removal) -> bool:
+        """Whether a pruned copy computes what the stand-in, with zeros, computes."""
+        for number, call in enumerate(self.calls):
+            expected = Result(self.stand_in.host, call, self.dtype, number == 0)
+            try:
+                own = removal.heads if way == "stock" else None
+                found = Result(other.host, call, self.dtype, number == 0, own)
+            except Exception as error:
+                self.reasons[way] = f"it fails with {call.what} ({short(error)})"
+                return False
+            heads = removal.heads if way != "expanded" else None
+            if not self._alike(way, call, found, expected, heads):
+                return False
+        return way != "expanded" or self._in_training(way, other)
+
+    def _alike(self, way: str, call: Call, found: Result, expected: Result, heads: Sequence[int] | None = None) -> bool:
+        if found.shape != expected.shape:
+            self.reasons[way] = f"with {call.what} it returns {expected.shape}, not {found.shape}"
+            return False
+        pairs = [*zip(found.outputs, expected.outputs, strict=True), *zip(found.grads, expected.grads, strict=False)]
+        for mine, theirs in zip(found.weights, expected.weights, strict=True):
+            if heads is not None and theirs.shape[1] == self.view.spec.heads and mine.shape[1] == len(heads):
+                theirs = theirs[:, list(heads)]
+            pairs.append((mine, theirs))
+        for mine, theirs in pairs:
+            if mine.shape != theirs.shape:
+                self.reasons[way] = f"with {call.what} it returns shape {tuple(theirs.shape)}, not {tuple(mine.shape)}"
+                return False
+            both = torch.isfinite(theirs) & torch.isfinite(mine)
+            if not bool((both | (theirs == mine) | (theirs.isnan() & mine.isnan())).all()):
+                self.reasons[way] = f"with {call.what} infinities stand at other places"
+                return False
+            size = theirs[both].abs().max().item() if bool(both.any()) else 0.0
+            error = (mine - theirs)[both].abs().max().item() if bool(both.any()) else 0.0
+            if error > ROUNDING[self.dtype] * call.rounding * max(size, 1e-3):
+                off = f"off by {error / max(size, 1e-300):.2g} of its largest output"
+                self.reasons[way] = f"with {call.what} it computes something else ({off})"
+                return False
+        return True
+
+    def _decoupled(self, mixin: type[Decoupled]) -> bool:
+        """Whether a forward of ours computes at full rank what the host's does, in training with dropout too."""
+        way = f"decoupled {mixin.__name__}"
+        other = self._made(way, self._cut(mixin, None))
+        return other is not None and self._in_training(way, other) and self._written_out(way, other)
+
+    def _written_out(self, way: str, other: StandIn) -> bool:
+        """Whether the same holds where transformers is told to write attention out, as users do to see its weights."""
+        configs = [module.__dict__.get("config") for module in self.stand_in.host.modules()]
+        config = next((one for one in configs if getattr(one, "_attn_implementation", None) == "sdpa"), None)
+        if config is None:
+            return True
+        try:
+            config._attn_implementation = "eager"
+            hosts = self.stand_in.host, other.host
+            expected, found = (Result(host, self.calls[0], self.dtype) for host in hosts)
+        except Exception:  # a class need not have both
+            return True
+        finally:
+            config._attn_implementation = "sdpa"
+        return self._alike(way, replace(self.calls[0], what="attention written out"), found, expected)
+
+    def _in_training(self, way: str, other: StandIn) -> bool:
+        call = self.calls[0]
+        hosts = self.stand_in.host, other.host
+        try:
+            for host in hosts:
+                with_dropout(host)
+            try:
+                expected, found = (Result(host, call, self.dtype, True) for host in hosts)
+            except Exception as error:
+                self.reasons[way] = f"it fails in training ({short(error)})"
+                return False
+            alike = self._alike(way, replace(call, what="dropout in training"), found, expected)
+            return alike and (way == "expanded" or self._same_gradients(way, other))
+        finally:
+            for host in hosts:
+                without_dropout(host)
+
+    def _same_gradients(self, way: str, other: StandIn) -> bool:
+        """Whether weights have gradients where the host's have some, at full rank."""
+        dense = list(self.view.slots.values())
+        total = [0.0, 0.0]
+        for side, (host, parameters) in enumerate(
+            ((self.stand_in.host, {id(s.parameter): s.parameter for s in dense}), (other.host, other.fresh))
+        ):
+            host.zero_grad()
+            leaves = list(parameters.values())
+            outputs, _ = run(host, self.calls[0], self.dtype, True)
+            out = next(tensors(outputs))
+            direction = torch.randn(out.shape, generator=torch.Generator("cpu").manual_seed(2), dtype=self.dtype)
+            grads = torch.autograd.grad((out * direction).sum(), leaves, allow_unused=True)
+            total[side] = sum(float(grad.square().sum()) for grad in grads if grad is not None)
+        if abs(total[0] - total[1]) > 1e-6 * max(total):
+            self.reasons[way] = "its weights get other gradients"
+            return False
+        return True
+
+    def _heads_lie(self) -> bool:
+        """Whether heads lie where the spec says: keys of a head whose queries are zero matter to nobody, or values that
+        O does not read do not (a norm over all heads couples one of the two)."""
+        spec, slots = self.view.spec, self.view.slots
+        zero = [head for head in range(spec.heads) if self._is_zero(head)]
+        generator = torch.Generator("cpu").manual_seed(4)
+        expected = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+        free = []
+        for key in ("k.weight", "v.weight") if zero else ():
+            start, stop = spec.layout.span(self.view.kinds[key], zero[0])
+            with torch.no_grad():
+                channels = slots[key].cut(slots[key].parameter.detach())[start:stop]
+                channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
+                found = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+                channels.zero_()
+            pairs = zip(self.calls, found, expected, strict=True)
+            free.append(all(self._alike("lie", call, one, other) for call, one, other in pairs))
+        self.reasons.pop("lie", None)
+        if zero and not any(free):
+            self.reasons["expanded"] = "its heads do not lie one after the other in its projections"
+            return False
+        return True
+
+    def _is_zero(self, head: int) -> bool:
+        start, stop = self.view.spec.layout.span("qk", head)
+        slot = self.view.slots["q.weight"]
+        return not bool(slot.cut(slot.parameter.detach())[start:stop].any())
+
+    def _fixed(self) -> dict[Kind, str]:
+        """Kinds whose channels may not be mixed: one head is turned, which must not change the output."""
+        expected = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+        found: dict[Kind, str] = {}
+        for kind in KINDS:
+            with torch.no_grad():
+                self._rotate(kind)
+            turned = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+            pairs = zip(self.calls, turned, expected, strict=True)
+            if not all(self._alike("rotate", replace(c, rounding=1e3 * c.rounding), a, b) for c, a, b in pairs):
+                found[kind] = "its own forward tells channels of a head apart"
+            expected = turned
+        self.reasons.pop("rotate", None)
+        return found
+
+    def _rotate(self, kind: Kind) -> None:
+        """Turns a head that is left by a random invertible map."""
+        head = min(1, self.view.spec.heads - 1)
+        start, stop = self.view.spec.layout.span(kind, head)
+        dim = stop - start
+        noise = torch.randn(dim, dim, generator=torch.Generator("cpu").manual_seed(9), dtype=self.dtype)
+        matrix = 0.3 * noise + torch.eye(dim, dtype=self.dtype)
+        dual = torch.linalg.inv(matrix).mT
+        first, second = kind  # its two projections
+        for key, slot in self.view.slots.items():
+            side = key.split(".")[0]
+            if side in (first, second):
+                channels = slot.cut(slot.parameter.detach())[start:stop]
+                turned = (matrix if side == first else dual) @ channels.reshape(dim, -1)
+                channels.copy_(turned.view_as(channels))

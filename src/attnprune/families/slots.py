@@ -1,0 +1,112 @@
+"""Where the channels of an attention live: :class:`Slot`; and how to listen to them: :class:`Port`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..nn.expanded import Expanded
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded among processes (a DTensor), whole; every process must ask. Others as they are."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A run of channels in one parameter: all of it, or a part of a packed one."""
+
+    owner: nn.Module
+    """The module that holds the parameter."""
+    name: str
+    """The parameter's name in its owner."""
+    size: int
+    """Number of channels."""
+    axis: int = 0
+    """The parameter's dimension along which channels run."""
+    start: int = 0
+    """The first channel's place along it."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself."""
+        parameter: nn.Parameter = getattr(self.owner, self.name)
+        return parameter
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """``(channels, ...)``: these channels of a tensor shaped like the parameter, first; a view."""
+        return tensor.narrow(self.axis, self.start, self.size).movedim(self.axis, 0)
+
+    @property
+    def values(self) -> Tensor:
+        """The parameter's values, detached: itself, or gathered from all processes where it is sharded among them."""
+        return gathered(self.parameter.detach())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the slot covers its parameter."""
+        return self.parameter.shape[self.axis] == self.size
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """What a projection writes (Q, K, V) or reads (O) while the model runs: its own channels of a module's tensor."""
+
+    slot: Slot
+    """The projection's weight; its owner is a module that is called."""
+    reads: bool
+    """Whether the channels are what the owner reads."""
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that is called."""
+        return self.slot.owner
+
+    def _places(self, x: Tensor) -> Tensor | None:
+        """Where the channels are in the last dimension of what the owner hands on; None: all of it."""
+        start, size = self.slot.start, self.slot.size
+        if isinstance(self.owner, Expanded):
+            channels = self.owner.attnprune_channels[start : start + size]
+        elif size == x.shape[-1]:
+            return None
+        else:
+            channels = tuple(range(start, start + size))
+        return torch.tensor(channels, dtype=torch.long, device=x.device)
+
+    def own(self, x: Tensor) -> Tensor:
+        """``(..., channels)`` in stored order, of what the owner reads or hands on."""
+        places = self._places(x)
+        return x if places is None else x.index_select(-1, places)
+
+    def _changed(self, x: Tensor, change: Callable[[Tensor], Tensor | None]) -> Tensor:
+        places = self._places(x)
+        own = self.own(x)
+        new = change(own)
+        if new is None or new is own:
+            return x
+        return new if places is None else x.index_copy(-1, places, new)
+
+    def listen(self, change: Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]) -> RemovableHandle:
+        """Calls ``change(module, inputs, channels)`` at every run, with ``(..., channels)`` in stored order.
+
+        What it returns takes the channels' place, unless that is None.
+        """
+        if self.reads:
+
+            def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return (self._changed(inputs[0], lambda own: change(module, inputs, own)), *inputs[1:])
+
+            return self.owner.register_forward_pre_hook(before)
+
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self._changed(output, lambda own: change(module, inputs, own))
+
+        return self.owner.register_forward_hook(after)

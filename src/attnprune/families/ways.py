@@ -1,0 +1,52 @@
+"""The ways in which a pruned module runs, and what was found out about them: :class:`Verdict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ..nn import Decoupled
+from ..values.layout import Kind
+
+Way = Literal["stock", "decoupled", "expanded"]
+"""How a pruned module runs: by the host's own forward, by one of ours, or by the host's on dense dims."""
+
+
+EVERY: frozenset[str] = frozenset(get_args(Way))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a module may run, found by running it (:mod:`attnprune.families.proof`)."""
+
+    stock: bool = False
+    """Whether the host's own forward runs smaller shapes, its attributes saying them."""
+    decoupled: type[Decoupled] | None = None
+    """The forward of ours that computes what the host computes; None if there is none."""
+    expanded: bool = False
+    """Whether projections can be compact inside the host as it is."""
+    heads: frozenset[str] = EVERY
+    """Ways in which whole heads may go."""
+    attends: bool = True
+    """Whether a softmax was seen."""
+    fixed: Mapping[Kind, str] = field(default_factory=dict)
+    """Kinds whose channels may not be mixed, and why."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """By way, why it is not allowed."""
+    ran: bool = True
+    """Whether the host could be run at all."""
+
+    @property
+    def prunable(self) -> bool:
+        """Whether there is a way to run."""
+        return self.attends and (self.stock or self.decoupled is not None or self.expanded)
+
+    @property
+    def why(self) -> str:
+        """Why the module is not prunable, in words; empty if it is."""
+        if self.prunable:
+            return ""
+        if self.ran and not self.attends:
+            return "no softmax over keys was seen in its forward"
+        return "; ".join(dict.fromkeys(self.reasons.values()))
