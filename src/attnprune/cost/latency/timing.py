@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.batches import device_of
+from ...calibration.quiet import evaluated
 from ...families.views import AttentionView
 from ...surgery import Surgeon
 from ..counting import run
@@ -56,17 +57,7 @@ class Stopwatch:
         self._warm, self._repeats = 0, 1
 
     def __enter__(self) -> Stopwatch:
-        modes = [(module, module.training) for module in self.model.modules()]
-
-        def restore() -> None:
-            for module, mode in modes:
-                module.training = mode
-
-        self._stack.callback(restore)
-        for module, _ in modes:
-            module.training = False
-        self._stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))
-        self._stack.enter_context(torch.no_grad())
+        self._stack.enter_context(evaluated(self.model))
         try:
             self._settle()
         except BaseException:
