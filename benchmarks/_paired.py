@@ -1,62 +1,22 @@
-"""What the benchmarks share: interleaved timing, ratios within a round, tables, JSON."""
+"""What the benchmarks share: timing in turns, ratios within a round, tables, JSON."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Times = dict[str, list[float]]
+from attnprune.cost.latency.timing import Clock, paired, ratio
 
-
-def paired(functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Times:
-    """Seconds per round of every function, run interleaved so that a busy machine slows all of them alike.
-
-    The order rotates from round to round; garbage is collected before every call and never during one.
-
-    Args:
-        functions: by name. One that returns a mapping of seconds has timed its own steps (and left its preparations
-            out); its times are then named ``name: step``, beside ``name``, their sum.
-        rounds: how often each function is timed.
-        warm_up: rounds before that, which do not count.
-    """
-    names, times = list(functions), Times()
-    gc.collect()
-    gc.freeze()  # what is there now is not looked at again and again
-    for number in range(-warm_up, rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            gc.collect()
-            gc.disable()
-            try:
-                start = time.perf_counter()
-                result = functions[name]()
-                seconds = time.perf_counter() - start
-            finally:
-                gc.enable()
-            steps = dict(result) if isinstance(result, Mapping) else {}
-            found = {name: sum(steps.values()) if steps else seconds}
-            found |= {f"{name}: {step}": value for step, value in steps.items()}
-            if number >= 0:
-                for key, value in found.items():
-                    times.setdefault(key, []).append(value)
-    gc.unfreeze()
-    return times
-
-
-def ratio(times: Mapping[str, Sequence[float]], a: str, b: str) -> float:
-    """How many times longer ``a`` takes than ``b``: the median of the ratios within each round."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+__all__ = ["Clock", "environment", "median", "paired", "parser", "ratio", "report", "table", "verdict"]
 
 
 def median(times: Mapping[str, Sequence[float]], name: str) -> float:

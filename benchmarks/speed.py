@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
 
 import torch
-from _paired import environment, paired, ratio, table, verdict
+from _paired import Clock, environment, paired, ratio, table, verdict
 from pruning_cost import peer
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTModel, ViTConfig, ViTModel
@@ -127,19 +126,14 @@ def runner(model: nn.Module, x: Tensor, mode: str) -> Callable[[], dict[str, flo
         options = {"mode": "reduce-overhead"} if mode == "graphs" else {}
         model = torch.compile(model, dynamic=False, fullgraph=True, **options)  # type: ignore[assignment]
 
+    clock = Clock(x.device)
+
     def run() -> dict[str, float]:
         with torch.no_grad():
-            if not x.is_cuda:
-                start = time.perf_counter()
-                model(x)
-                return {"forward": time.perf_counter() - start}
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            before.record()
+            clock.wait()
+            start = clock.now()
             model(x)
-            after.record()
-            after.synchronize()
-            return {"forward": before.elapsed_time(after) / 1000}
+            return {"forward": clock.seconds([(start, clock.now())])[0]}
 
     return run
 

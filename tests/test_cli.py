@@ -21,6 +21,7 @@ from attnprune import Plan, cli, find_attention, from_pretrained, make_plan, pru
 from attnprune.checkpoint.tensors import Weights
 from attnprune.cli import main, timing
 from attnprune.cli.inputs import example_inputs
+from attnprune.cost.latency import timing as latency_timing
 from attnprune.cost.latency.table import Grid, LatencyTable
 
 CONFIG = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
@@ -255,20 +256,27 @@ def test_bench(run: Run, place: Path) -> None:
 
 
 def test_bench_runs_in_turns_and_leaves_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = nn.Linear(1, 1), nn.Linear(1, 1)
-    calls: list[bool] = []
+    calls: list[float] = []
+    now = 0.0
 
-    def seconds(model: nn.Module, _: Any) -> float:
-        calls.append(model is ours)
-        number = (len(calls) - 1) // 2 - timing.WARM_UP
-        slow = [1.0, 1.0, 5.0, 1.0][number] if number >= 0 else 1000.0  # the machine is busy in the third round
-        return slow * (0.8 if model is ours else 1.0)
+    class Model(nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
 
-    monkeypatch.setattr(timing, "_seconds", seconds)
+        def forward(self) -> None:
+            nonlocal now
+            calls.append(self.seconds)
+            number = (len(calls) - 1) // 2 - timing.WARM_UP
+            slow = [1.0, 1.0, 5.0, 1.0][number] if number >= 0 else 1000.0  # the machine is busy in the third round
+            now += slow * self.seconds
+
+    ours, theirs = Model(0.8), Model(1.0)
+    monkeypatch.setattr(latency_timing, "perf_counter", lambda: now)
     before = torch.get_num_threads()
     found = timing.compare(ours, theirs, {}, 4, 2)
     assert found.ratio == pytest.approx(0.8)
-    assert (found.ours, found.theirs) == (0.8, 1.0)
+    assert (found.ours, found.theirs) == (pytest.approx(0.8), pytest.approx(1.0))
     assert found.quartiles == (pytest.approx(0.8), pytest.approx(0.8))
     firsts = calls[::2]
     assert all(one != other for one, other in pairwise(firsts))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import attnprune
 from attnprune import LayerPlan, Plan, apply_plan, calibrate, make_plan, masked, prune_attention
-from attnprune.calibration.bases import best_basis, refit_output, refit_product, turn
+from attnprune.calibration.bases import best_basis, turn
+from attnprune.calibration.refit import refit_output, refit_product
 from attnprune.errors import NonFiniteError, PlanFormatError, TiedWeightsError
 from attnprune.families import find_views
 from attnprune.planning.decide import turned

@@ -378,9 +378,9 @@ def test_onnx_writes_nothing_unless_all_is_well(tmp_path: Path) -> None:
 
 
 def test_onnx_weights_beside_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import attnprune.export
+    import attnprune.checkpoint.onnx
 
-    monkeypatch.setattr(attnprune.export, "_LARGEST", 100)
+    monkeypatch.setattr(attnprune.checkpoint.onnx, "_LARGEST", 100)
     model, inputs, _ = pruned("TransformerEncoder", "decoupled")
     found = export_onnx(model, tmp_path / "model.onnx", inputs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]

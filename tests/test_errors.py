@@ -58,6 +58,7 @@ from attnprune.errors import (
     MetaTensorError,
     NoAttentionError,
     NonFiniteError,
+    NotExpressibleError,
     OptimizerStateError,
     OptionError,
     ParametrizedError,

@@ -133,8 +133,8 @@ def test_import_loads_nothing_that_is_loaded_when_asked_for() -> None:
 
 def test_planning_loads_neither_dynamo_nor_torch_pruning() -> None:
     code = (
-        "import sys, torch, attnprune; mha = torch.nn.MultiheadAttention(8, 2);"
-        "attnprune.prune_attention(mha, 0.5, heads='ragged');"
+        "import sys, torch, attnprune; x, model = torch.randn(3, 2, 8), torch.nn.MultiheadAttention(8, 2);"
+        "attnprune.prune_attention(model, 0.5, heads='ragged'); model(x, x, x);"
         "assert not {'torch._dynamo', 'torch_pruning'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

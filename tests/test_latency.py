@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import nn
 
 import attnprune
 from attnprune import AttentionSpec, LatencyTable, errors
-from attnprune.cost.latency import measure, measure_plan, shaped, timing
+from attnprune.cost.latency import cache, measure, measure_plan, shaped, timing
 from attnprune.cost.latency.table import Grid
 from attnprune.families import find_views
 from attnprune.surgery import Surgeon
@@ -321,10 +323,15 @@ def test_a_slower_plan_warns_with_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 # the cache
 
 
+def test_cached_times_are_of_this_code() -> None:
+    nothing = hashlib.sha256().hexdigest()[:12]
+    assert nothing not in cache.fingerprint(vit(1), X, {})["attnprune"]
+
+
 def test_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "FAST", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    monkeypatch.setattr(timing.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
 
     def taken(model: nn.Module, x: torch.Tensor = X, **options: Any) -> LatencyTable:
         return measure(model, x, seconds=1e-9, **options)

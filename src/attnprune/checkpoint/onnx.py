@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..calibration.quiet import evaluated, unfused
 from ..errors import DataError, ExportError, OptionError
 from ..families.registry import plain
 
@@ -76,7 +77,7 @@ def export_onnx(
     """
     model, target = plain(model), Path(path)
     batched, long = _checked(dynamic, check, target)
-    with _evaluated(model):
+    with evaluated(model), unfused():  # exporters do not know fused paths
         inputs = _named(model, example_inputs, batched)
         program, axes = _exported(model, inputs, _lengths(model, inputs) if long else {}, batched)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -106,23 +107,6 @@ def _checked(dynamic: Sequence[str], check: object, target: Path) -> tuple[bool,
     if find_spec("onnxscript") is None:
         raise ExportError("export_onnx", "onnx and onnxscript", "neither", 'pip install "attnprune[export]"')
     return "batch" in dynamic, "length" in dynamic
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, without PyTorch's fused inference paths, which exporters do not know."""
-    modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _named(model: nn.Module, given: Any, batched: bool) -> dict[str, Tensor]:

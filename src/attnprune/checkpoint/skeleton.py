@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -90,15 +90,6 @@ class _Counter:
         return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
-@contextmanager
-def _watched(most: int) -> Iterator[None]:
-    handle = nn.modules.module.register_module_parameter_registration_hook(_Counter(most))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def blank(make: Callable[[], nn.Module], entries: Mapping[str, Entry], buffers: bool = False) -> nn.Module:
     """A model whose parameters have no data, and take no memory.
 
@@ -107,7 +98,8 @@ def blank(make: Callable[[], nn.Module], entries: Mapping[str, Entry], buffers: 
         entries: what the weights hold; a model with far more parameters is refused before it is complete.
         buffers: whether buffers have data.
     """
-    with _watched(4 * len(entries) + 64), nullcontext() if buffers else torch.device("meta"):
+    counter = nn.modules.module.register_module_parameter_registration_hook(_Counter(4 * len(entries) + 64))
+    with counter, nullcontext() if buffers else torch.device("meta"):
         return make()
 
 

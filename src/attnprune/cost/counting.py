@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..calibration.quiet import undisturbed
+from ..calibration.quiet import evaluated, undisturbed, unfused
 from ..families.base import AttentionView
 from ..nn import execution
 from ..surgery import as_called
@@ -41,33 +42,17 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         model: any module; run in evaluation mode without gradients, and left as found.
         example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
     """
-    modes = [(module, module.training) for module in model.modules()]
     counter = FlopCounterMode(display=False)
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), _countable(), counter:
-            run(model, example_inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluated(model), unfused(), _countable(), counter:
+        run(model, example_inputs)
     return int(counter.get_total_flops()) // 2
 
 
 @contextmanager
 def _countable() -> Iterator[None]:
     """Plain matrix products instead of fused kernels, which the counter does not know on every device; no padding."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        kernel = torch.nn.attention
-        with (
-            execution("separate"),
-            kernel.sdpa_kernel(kernel.SDPBackend.MATH) if hasattr(kernel, "sdpa_kernel") else nullcontext(),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with execution("separate"), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 Prices = Mapping[Kind, int]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import batches, device_of
 from ..calibration.losses import LossFn, loss_of
+from ..calibration.quiet import restored, unfused
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
 from ..surgery import check_views
@@ -160,28 +161,21 @@ def lora_recover(
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Modules, modes, flags and random state come back after the block; merged values stay, unless it fails."""
-    saved = [(module, module.training, dict(module._parameters), dict(module._modules)) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    fast = torch.backends.mha.get_fastpath_enabled()
+    saved = [(module, dict(module._parameters), dict(module._modules)) for module in model.modules()]
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past their updates
-        with torch.random.fork_rng(devices=sorted({p.device.index or 0 for p, _ in flags if p.is_cuda})):
+        with restored(model), unfused():  # fused paths read weights past their updates
             yield
         with torch.no_grad():
-            for module, _, parameters, _ in saved:
+            for module, parameters, _ in saved:
                 for key, parameter in parameters.items():
                     now = module._parameters.get(key)
                     if parameter is not None and now is not None and now is not parameter:
                         parameter.copy_(now)  # PEFT makes new parameters for packed attention
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode, parameters, children in saved:
-            module.training = mode
+        for module, parameters, children in saved:
             for key in parameters:
                 module.__dict__.pop(key, None)
             module._parameters, module._modules = parameters, children
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
         model.__dict__.pop("peft_config", None)
 
 

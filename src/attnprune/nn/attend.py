@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.layout import Bucket, HeadLayout, Kind
+from .kept import kept
 from .policy import ALIGNED, Group, arrange, at_run_time
 from .products import Plain, pays, products
 
@@ -162,7 +162,7 @@ def _gathers(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and few
 
 
-@lru_cache(maxsize=4096)
+@kept
 def _places(dims: Dims, padded: int, zero: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where padded channels come from (``zero`` for zeros), and where the real ones are among them."""
     to: list[int] = []
@@ -171,5 +171,4 @@ def _places(dims: Dims, padded: int, zero: int, device: torch.device) -> tuple[T
         for first in range(start, start + heads * dim, dim):
             back += range(len(to), len(to) + dim)
             to += [*range(first, first + dim), *[zero] * (padded - dim)]
-    with torch.inference_mode(False):
-        return torch.tensor(to, device=device), torch.tensor(back, device=device)
+    return torch.tensor(to, device=device), torch.tensor(back, device=device)

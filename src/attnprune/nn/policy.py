@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError
 from ..values.layout import Bucket, HeadLayout, Kind
+from .kept import kept
 
 Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
 """Ways to run heads of any dims.
@@ -36,7 +38,20 @@ NOMINAL = 512 * 512
 KNOWN = torch.__version__ >= "2.10"
 """Whether compiled code may ask for a number of tokens without fixing it."""
 
-_FORCED: list[Execution] = ["auto"]
+_FORCED: ContextVar[Execution] = ContextVar("attnprune.execution", default="auto")
+_LATEST: list[Execution] = ["auto"]
+"""What any thread forced last: a compiler can watch this, and makes code anew when it changes."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def asked_once(function: Function) -> Function:
+    """Marks a function that a compiler calls while it compiles, and takes the result for a constant.
+
+    What ``torch.compiler.assume_constant_result`` does; that loads the compiler, which plain eager code never needs.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager
@@ -60,16 +75,23 @@ def execution(how: Execution) -> Iterator[None]:
     """
     if how not in get_args(Execution):
         raise OptionError("execution", f"one of {', '.join(get_args(Execution))}", repr(how), "pick one of them")
-    _FORCED.append(how)
+    token = _FORCED.set(how)
+    _LATEST[0] = how
     try:
         yield
     finally:
-        _FORCED.pop()
+        _FORCED.reset(token)
+        _LATEST[0] = _FORCED.get()
 
 
 def forced() -> Execution:
-    """The layout of the innermost :func:`execution`."""
-    return _FORCED[-1]
+    """The layout of the innermost :func:`execution` around this thread or task."""
+    return _forced(_LATEST[0])
+
+
+@asked_once
+def _forced(latest: Execution) -> Execution:
+    return _FORCED.get()
 
 
 class Group(NamedTuple):
@@ -181,15 +203,12 @@ def _busy(q: Tensor, k: Tensor) -> bool:
     return _known(q.shape[0] * q.shape[1] * k.shape[1] >= BUSY)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
+@kept
 def takes_unequal(dtype: torch.dtype) -> bool:
     """Whether the kernel that CUDA has for equal qk and vo dims takes unequal ones: cuDNN's and the memory-efficient
     do, the flash kernel does not."""
-    return _takes_unequal(dtype)
 
-
-@lru_cache
-def _takes_unequal(dtype: torch.dtype) -> bool:
     def kernel(vo: int) -> int:
         q, v = (torch.empty(1, 1, 64, dim, dtype=dtype, device="cuda") for dim in (32, vo))
         return int(torch._fused_sdp_choice(q, q, v))

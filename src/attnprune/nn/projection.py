@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..values.layout import HeadLayout, Kind
 from .decoupled import State
+from .kept import kept
 from .policy import widened
 
 KINDS_OF: tuple[Kind, Kind, Kind] = ("qk", "qk", "vo")
@@ -95,14 +95,13 @@ def _padded(parts: Sequence[Tensor], own: HeadLayout, wide: HeadLayout) -> Tenso
     return torch.cat(pieces)
 
 
-@lru_cache
+@kept
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A row of zeros."""
-    with torch.inference_mode(False):
-        return torch.zeros(1, *shape, dtype=dtype, device=device)
+    return torch.zeros(1, *shape, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=4096)
+@kept
 def _places(own: HeadLayout, wide: HeadLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of every padded row its place among Q's, K's, V's and a last row of zeros; of every own channel of a context its
     place among the padded ones; of every padded one its column of O, any where it is zero."""
@@ -118,8 +117,7 @@ def _places(own: HeadLayout, wide: HeadLayout, device: torch.device) -> tuple[Te
     columns = [0] * sum(wide.vo)
     for column, place in enumerate(back):
         columns[place] = column
-    with torch.inference_mode(False):
-        return tuple(torch.tensor(one, device=device) for one in (rows, back, columns))  # type: ignore[return-value]
+    return tuple(torch.tensor(one, device=device) for one in (rows, back, columns))  # type: ignore[return-value]
 
 
 def _plain(linears: Sequence[nn.Linear]) -> bool:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..calibration.bases import Turn, turn, white_moments, with_fold
+from ..calibration.bases import Turn, turn, white_moments
 from ..calibration.losses import LossFn, loss_with_or_without_labels
 from ..calibration.moments import Calibration, LayerMoments
+from ..calibration.refit import with_fold
 from ..calibration.taps import check_calibration, moments_of
 from ..errors import OptionError
 from ..families.base import AttentionView

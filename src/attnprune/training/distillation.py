@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -109,12 +109,10 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[di
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def teacher_loss(teacher: nn.Module, *, temperature: float = 1.0, hidden: float = 0.0) -> LossFn:

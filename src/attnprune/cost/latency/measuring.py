@@ -24,8 +24,9 @@ from ...values.plan import Plan
 from ...values.rules import OPTIONS, Granularity
 from ...values.spec import AttentionSpec
 from ..rounding import auto_rounding, check_rounding
+from .cache import fingerprint, read_cache, write_cache
 from .table import Grid, LatencyTable
-from .timing import Stopwatch, fingerprint, read_cache, shapes_seen, write_cache
+from .timing import Stopwatch, shapes_seen
 
 LEVELS = {"channel": (1, 5), "head": (12, 1), "joint": (4, 5)}
 """By granularity, how many numbers of heads and of channels of each kind are measured at most."""

@@ -1,28 +1,126 @@
-"""Stopwatches around a model's attention, and the cache of what they gave."""
+"""How long things take: functions in turns (:func:`paired`), and the attention inside a model (:class:`Stopwatch`)."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...calibration.batches import device_of
+from ...calibration.quiet import evaluated
 from ...families.base import AttentionView
 from ...surgery import Surgeon
 from ..counting import run
 
 FAST = 0.25
 """Seconds of a forward pass up to which passes are repeated after every change of shapes; the least counts."""
+
+
+Times = dict[str, list[float]]
+"""Seconds by round, by what was timed."""
+
+
+class Clock:
+    """Reads the time of what a device does: on CUDA by events on its stream.
+
+    >>> clock = Clock()
+    >>> start = clock.now()
+    >>> clock.seconds([(start, clock.now())])[0] < 1
+    True
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = torch.device("cpu") if device is None else device
+
+    def now(self) -> Any:
+        """A moment; opaque."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        self.wait()
+        return perf_counter()
+
+    def seconds(self, spans: Sequence[tuple[Any, Any]]) -> list[float]:
+        """Seconds between the moments of every span."""
+        if self.device.type == "cuda":
+            self.wait()
+            return [start.elapsed_time(stop) / 1000 for start, stop in spans]
+        return [stop - start for start, stop in spans]
+
+    def wait(self) -> None:
+        """Until the device has nothing left to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def paired(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Times:
+    """Seconds per round of every function, run in turns so that a busy machine slows all of them alike.
+
+    The order rotates from round to round; garbage is collected before every call and never during one.
+
+    Args:
+        functions: by name. One that returns a mapping of seconds has timed its own steps (and left its preparations
+            out); its times are then named ``name: step``, beside ``name``, their sum.
+        rounds: how often each function is timed.
+        warm_up: rounds before that, which do not count.
+        device: where the functions run, if not on the CPU.
+        progress: whether to show a progress bar.
+
+    >>> times = paired({"a": lambda: None, "b": lambda: {"load": 2.0, "run": 1.0}}, rounds=2)
+    >>> sorted(times), times["b"]
+    (['a', 'b', 'b: load', 'b: run'], [3.0, 3.0])
+    """
+    names, times, clock = list(functions), Times(), Clock(device)
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again and again
+    hidden = not progress or not sys.stderr.isatty()
+    for number in tqdm(range(-warm_up, rounds), desc="attnprune: rounds", disable=hidden, leave=False):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            gc.disable()
+            try:
+                clock.wait()
+                start = clock.now()
+                result = functions[name]()
+                (seconds,) = clock.seconds([(start, clock.now())])
+            finally:
+                gc.enable()
+            steps = dict(result) if isinstance(result, Mapping) else {}
+            found = {name: sum(steps.values()) if steps else seconds}
+            found |= {f"{name}: {step}": value for step, value in steps.items()}
+            if number >= 0:
+                for key, value in found.items():
+                    times.setdefault(key, []).append(value)
+    gc.unfreeze()
+    return times
+
+
+def ratios(times: Mapping[str, Sequence[float]], a: str, b: str) -> list[float]:
+    """How many times longer ``a`` takes than ``b``, in every round."""
+    return [x / y for x, y in zip(times[a], times[b], strict=True)]
+
+
+def ratio(times: Mapping[str, Sequence[float]], a: str, b: str) -> float:
+    """The median of :func:`ratios`."""
+    return median(ratios(times, a, b))
 
 
 @contextmanager
@@ -51,22 +149,12 @@ class Stopwatch:
         self, model: nn.Module, views: Sequence[AttentionView], example_inputs: Any, repeat: bool = True
     ) -> None:
         self.model, self.views, self.inputs, self.repeat = model, views, example_inputs, repeat
-        self.device = device_of(model)
+        self.clock = Clock(device_of(model))
         self._stack = ExitStack()
         self._warm, self._repeats = 0, 1
 
     def __enter__(self) -> Stopwatch:
-        modes = [(module, module.training) for module in self.model.modules()]
-
-        def restore() -> None:
-            for module, mode in modes:
-                module.training = mode
-
-        self._stack.callback(restore)
-        for module, _ in modes:
-            module.training = False
-        self._stack.enter_context(torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []))
-        self._stack.enter_context(torch.no_grad())
+        self._stack.enter_context(evaluated(self.model))
         try:
             self._settle()
         except BaseException:
@@ -105,9 +193,9 @@ class Stopwatch:
         return self._whole(), []
 
     def _whole(self) -> float:
-        start = self._now()
+        start = self.clock.now()
         run(self.model, self.inputs)
-        return self._seconds([(start, self._now())])[0]
+        return self.clock.seconds([(start, self.clock.now())])[0]
 
     def _parts(self) -> tuple[float, list[float]]:
         spans: list[list[tuple[Any, Any]]] = [[] for _ in self.views]
@@ -117,37 +205,22 @@ class Stopwatch:
                 outside = [module for module in view.modules if id(module) not in inside]
                 for module in (view.module, *outside):
                     self._listen(module, own, hooks)
-            start = self._now()
+            start = self.clock.now()
             run(self.model, self.inputs)
-            whole = self._seconds([(start, self._now())])[0]
-        return whole, [sum(self._seconds(own)) for own in spans]
+            whole = self.clock.seconds([(start, self.clock.now())])[0]
+        return whole, [sum(self.clock.seconds(own)) for own in spans]
 
     def _listen(self, module: nn.Module, spans: list[tuple[Any, Any]], hooks: ExitStack) -> None:
         begun: list[Any] = []
 
         def before(*_: Any) -> None:
-            begun.append(self._now())
+            begun.append(self.clock.now())
 
         def after(*_: Any) -> None:
-            spans.append((begun.pop(), self._now()))
+            spans.append((begun.pop(), self.clock.now()))
 
         hooks.callback(module.register_forward_pre_hook(before).remove)
         hooks.callback(module.register_forward_hook(after).remove)
-
-    def _now(self) -> Any:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.device))
-            return event
-        if self.device.type == "mps":
-            torch.mps.synchronize()
-        return perf_counter()
-
-    def _seconds(self, spans: Sequence[tuple[Any, Any]]) -> list[float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [start.elapsed_time(stop) / 1000 for start, stop in spans]
-        return [stop - start for start, stop in spans]
 
 
 def shapes_seen(model: nn.Module, views: Sequence[AttentionView], example_inputs: Any) -> dict[str, Any]:
@@ -157,7 +230,7 @@ def shapes_seen(model: nn.Module, views: Sequence[AttentionView], example_inputs
         for view in views:
 
             def before(_: nn.Module, args: Any, kwargs: Any, own: list[Any] = seen[view.name]) -> None:
-                own.append([(str(x.dtype), tuple(x.shape)) for x in _tensors([*args, *kwargs.values()])])
+                own.append([(str(x.dtype), tuple(x.shape)) for x in tensors([*args, *kwargs.values()])])
 
             hooks.callback(view.module.register_forward_pre_hook(before, with_kwargs=True).remove)
         with Stopwatch(model, (), example_inputs, repeat=False):  # runs once
@@ -165,88 +238,10 @@ def shapes_seen(model: nn.Module, views: Sequence[AttentionView], example_inputs
     return {name: repr(own) for name, own in seen.items()}
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors of a mapping or a sequence, at any depth."""
     for value in values.values() if isinstance(values, Mapping) else values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple, Mapping)):
-            yield from _tensors(value)
-
-
-# the cache
-
-
-def fingerprint(model: nn.Module, example_inputs: Any, more: Mapping[str, str]) -> dict[str, str]:
-    """What latency depends on: machine, threads, versions, the model's structure, its inputs."""
-    device = device_of(model)
-    inputs = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
-    structure = [(name, type(module).__qualname__) for name, module in model.named_modules()]
-    weights = [(name, str(p.dtype), tuple(p.shape)) for name, p in model.named_parameters()]
-    kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "attnprune": _own_version(),
-        "kernels": f"{kernel}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_float32_matmul_precision()}",
-        "inputs": repr([(str(x.dtype), tuple(x.shape)) for x in _tensors(inputs)]),
-        "model": hashlib.sha256(repr((structure, weights)).encode()).hexdigest(),
-    }
-    return found | {key: hashlib.sha256(value.encode()).hexdigest()[:16] for key, value in more.items()}
-
-
-def _own_version() -> str:
-    """The version, and a digest of the code that runs pruned attention."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "nn").glob("*.py")):
-        digest.update(path.read_bytes())
-    try:
-        return f"{version('attnprune')} {digest.hexdigest()[:12]}"
-    except PackageNotFoundError:  # run from a checkout
-        return digest.hexdigest()[:12]
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def cache_file(machine: Mapping[str, str], cache: bool | str | os.PathLike[str]) -> Path:
-    """Where the table of a machine lies."""
-    digest = hashlib.sha256(repr(sorted(machine.items())).encode()).hexdigest()
-    return (_user_cache() if cache is True else Path(str(cache))) / f"latency-{digest[:24]}.json"
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "attnprune"
-
-
-def read_cache(machine: Mapping[str, str], cache: bool | str | os.PathLike[str]) -> str | None:
-    """The text of a cache file; None if there is none that can be read."""
-    try:
-        return cache_file(machine, cache).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-
-
-def write_cache(machine: Mapping[str, str], cache: bool | str | os.PathLike[str], text: str) -> None:
-    """Replaces a cache file in one step; a directory that cannot be written to is no error."""
-    path = cache_file(machine, cache)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    except OSError:
-        draft.unlink(missing_ok=True)
+            yield from tensors(value)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import nn
 
 from ...calibration.losses import LossFn
 from ...families.base import AttentionView
 from ...values.scores import Scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Evidence(TypedDict, total=False):
+    """What a scorer may learn from: keywords of :meth:`Scorer.score`."""
+
+    data: Iterable[Any] | None
+    """Batches, for scorers that need them; default None."""
+    loss_fn: LossFn | None
+    """``loss_fn(model, batch)`` gives a scalar; None, the default, for the model's own loss."""
+    progress: bool
+    """Whether a progress bar may be shown; default True."""
 
 
 class Scorer(ABC):
@@ -41,20 +55,12 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(
-        self,
-        model: nn.Module,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
         """Scores for every view, by name; leaves the model exactly as found.
 
         Args:
             model: the whole model, for scorers that run it.
             views: the attention modules to score.
-            data: an iterable of batches, for scorers that need one.
-            loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss.
-            progress: whether a progress bar may be shown.
+            evidence: keywords of :class:`Evidence`.
         """

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ...calibration.batches import batches, device_of
-from ...calibration.losses import LossFn, loss_of
+from ...calibration.batches import device_of
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
-from ...errors import DataError, OptionError
+from ...errors import OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
-from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, no_gradient
+from .base import Evidence
+from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, sample_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Sums = dict[str, dict[Projection, Tensor]]
 
@@ -51,17 +54,11 @@ class Fisher(GradientScorer):
         return "fisher-per-sample" if self.per_sample else "fisher"
 
     def score(
-        self,
-        model: nn.Module,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
         if not self.per_sample:
-            return super().score(model, views, data=data, loss_fn=loss_fn, progress=progress)
-        sums, count = squared_gradients(model, views, data, loss_fn, progress)
+            return super().score(model, views, **evidence)
+        sums, count = squared_gradients(model, views, **evidence)
         return {
             view.name: self.finish(view, *self._units(view, {p: sums[view.name][p] / count for p in PROJECTIONS}))
             for view in views
@@ -80,41 +77,23 @@ class Fisher(GradientScorer):
 
 
 def squared_gradients(
-    model: nn.Module, views: Sequence[AttentionView], data: Iterable[Any] | None, loss_fn: LossFn | None, progress: bool
+    model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
 ) -> tuple[Sums, int]:
     """Per view and projection ``(channels,)``: the sum over samples of the channel's squared weight gradients.
 
     Also returns the number of samples. Packed modules run by Linears meanwhile, so that every projection has an input
     and an output to tap; the sample is the first dimension of both.
     """
-    count = 0
     with as_called(views) as tapped, undisturbed(model, ()):
         # every tap's output depends on the switch, so asking for its gradient makes every tap see its own
         switch = torch.zeros((), device=device_of(model), requires_grad=True)
         taps = {(view.name, p): _Tap(view, p, switch) for view in tapped for p in PROJECTIONS}
         try:
-            for number, batch in enumerate(batches(data, device_of(model), progress, "fisher-per-sample")):
-                count += _one_batch(loss_of(model, batch, loss_fn), switch, list(taps.values()), number)
+            count = sample_gradients(model, list(taps.values()), switch, "fisher-per-sample", **evidence)
         finally:
             for tap in taps.values():
                 tap.handle.remove()
     return pooled(({view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count))
-
-
-def _one_batch(loss: Tensor, switch: Tensor, taps: Sequence[_Tap], number: int) -> int:
-    """Lets every tap add its squares; returns the number of samples."""
-    reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
-    samples = {samples for tap in taps for samples in tap.finish(number)}
-    if reached[0] is None or not samples:
-        raise no_gradient(number)
-    if len(samples) != 1:
-        raise DataError(
-            f"data, batch {number}",
-            "the same number of samples, first, in every attention",
-            str(sorted(samples)),
-            "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
-        )
-    return samples.pop()
 
 
 class _Tap:

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...calibration.batches import batches, device_of
-from ...calibration.losses import LossFn, loss_of, projection_loss
+from ...calibration.batches import device_of
+from ...calibration.losses import projection_loss
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
-from ...errors import DataError, OptionError
+from ...errors import OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
 from ...values.layout import Kind
 from ...values.scores import Scores
-from .base import Scorer
-from .gradient import check_finite, listen, no_gradient
+from .base import Evidence, Scorer
+from .gradient import check_finite, listen, sample_gradients
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ...calibration.bases import Turn
 
 
@@ -65,37 +67,16 @@ class Gate(Scorer):
         return "gate"
 
     def score(
-        self,
-        model: nn.Module,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
-        if loss_fn is None:
-            loss_fn = projection_loss(self.seed, self.metric)
+        loss_fn = evidence.get("loss_fn") or projection_loss(self.seed, self.metric)
+        evidence = {**evidence, "data": self._some(evidence.get("data")), "loss_fn": loss_fn}
         with as_called(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
             switch = torch.zeros((), device=device_of(model), requires_grad=True)
             taps = [_Gates(view, switch, self.turns.get(view.name)) for view in tapped]
             for tap in taps:
                 tap.listen(hooks)
-            count = 0
-            for number, batch in enumerate(batches(self._some(data), device_of(model), progress, self.name)):
-                loss = loss_of(model, batch, loss_fn)
-                reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
-                del loss  # and its graph, before the next batch builds one
-                samples = {tap.finish(number) for tap in taps} - {0}
-                if reached[0] is None or not samples:
-                    raise no_gradient(number)
-                if len(samples) != 1:
-                    raise DataError(
-                        f"data, batch {number}",
-                        "the same number of samples, first, in every attention",
-                        str(sorted(samples)),
-                        "give loss_fn batches whose first dimension stays first",
-                    )
-                count += samples.pop()
+            count = sample_gradients(model, taps, switch, self.name, **evidence)
         count = pooled(count)
         for tap in taps:
             tap.share()
@@ -198,12 +179,12 @@ class _Gates:
             return x, grad
         return _by_head(x, self.maps[kind], 0), _by_head(grad, self.maps[kind], 1)
 
-    def finish(self, number: int) -> int:
-        """Adds what a batch gave; returns its number of samples, 0 if the loss does not depend on this attention."""
+    def finish(self, number: int) -> list[int]:
+        """Adds what a batch gave; returns its number of samples, none if the loss does not depend on this attention."""
         queries, contexts = self.q, self.c
         self.q, self.c = [], []
         if not queries or not contexts:
-            return 0
+            return []
         samples = len(queries[0])
         # the loss is a mean over samples, so a sample's own derivative is that many times larger
         q = torch.stack(queries).sum(0) * samples
@@ -219,7 +200,7 @@ class _Gates:
             self.head_products[head] += whole.square().sum()
             self.head_crossed[rows] += whole @ b[:, rows]
             self.head_plain[head] += b[:, rows].T @ b[:, rows]
-        return samples
+        return [samples]
 
     def share(self) -> None:
         """Adds what other processes saw."""

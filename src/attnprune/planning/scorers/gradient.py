@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from ...families.base import AttentionView
 from ...families.slots import Slot
 from ...values.layout import Kind
 from ...values.scores import Scores
-from .base import Scorer
+from .base import Evidence, Scorer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Gradients = Mapping[str, Tensor]
 
@@ -26,11 +29,9 @@ Gradients = Mapping[str, Tensor]
 def gradients(
     model: nn.Module,
     views: Sequence[AttentionView],
-    data: Iterable[Any] | None,
-    loss_fn: LossFn | None,
-    progress: bool,
     what: str,
     consume: Callable[[int, Mapping[str, Gradients]], None],
+    **evidence: Unpack[Evidence],
 ) -> int:
     """Gives ``consume`` for every batch its number and, by view and slot, the loss's gradient as ``(channels, ...)``.
 
@@ -40,11 +41,54 @@ def gradients(
     """
     slots = {(view.name, key): slot for view in views for key, slot in view.slots.items()}
     parameters = list({id(slot.parameter): slot.parameter for slot in slots.values()}.values())
-    count = 0
+
+    def use(number: int, loss: Tensor) -> None:
+        consume(number, _batch_gradients(loss, parameters, slots, number))
+
     with undisturbed(model, parameters):
-        for batch in batches(data, device_of(model), progress, what):
-            consume(count, _batch_gradients(loss_of(model, batch, loss_fn), parameters, slots, count))
-            count += 1
+        return _each_batch(model, what, use, **evidence)
+
+
+def sample_gradients(
+    model: nn.Module, taps: Sequence[Tap], switch: Tensor, what: str, **evidence: Unpack[Evidence]
+) -> int:
+    """Lets every tap hear the gradients of every batch (:func:`listen`), and add what they gave; no weight's is formed.
+
+    Returns the number of samples, which are the first dimension of what taps hear.
+    """
+    seen: list[int] = []
+
+    def use(number: int, loss: Tensor) -> None:
+        reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
+        samples = {count for tap in taps for count in tap.finish(number)}
+        if reached[0] is None or not samples:
+            raise no_gradient(number)
+        if len(samples) != 1:
+            raise DataError(
+                f"data, batch {number}",
+                "the same number of samples, first, in every attention",
+                str(sorted(samples)),
+                "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
+            )
+        seen.extend(samples)
+
+    _each_batch(model, what, use, **evidence)
+    return sum(seen)
+
+
+def _each_batch(
+    model: nn.Module,
+    what: str,
+    use: Callable[[int, Tensor], None],
+    data: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+) -> int:
+    """Gives ``use`` each batch's number and loss, whose graph is gone before the next; returns how many there were."""
+    count = 0
+    for batch in batches(data, device_of(model), progress, what):
+        use(count, loss_of(model, batch, loss_fn))
+        count += 1
     return count
 
 
@@ -89,13 +133,7 @@ class GradientScorer(Scorer):
     needs_data = True
 
     def score(
-        self,
-        model: nn.Module,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
         totals: dict[str, tuple[Tensor, ...]] = {}
 
@@ -106,7 +144,7 @@ class GradientScorer(Scorer):
                 old = totals.get(view.name)
                 totals[view.name] = parts if old is None else tuple(a + b for a, b in zip(old, parts, strict=True))
 
-        count = gradients(model, views, data, loss_fn, progress, self.name, add)
+        count = gradients(model, views, self.name, add, **evidence)
         totals, count = pooled((totals, count))
         return {view.name: self.finish(view, *(total / count for total in totals[view.name])) for view in views}
 
@@ -127,6 +165,13 @@ class Receiver(Protocol):
     """What :func:`listen` tells."""
 
     def receive(self, x: Tensor, grad: Tensor) -> None: ...
+
+
+class Tap(Protocol):
+    """What adds up something about the gradients that it was told."""
+
+    def finish(self, number: int) -> Iterable[int]:
+        """Adds what a batch gave; the numbers of samples in it, none where the loss does not depend on this."""
 
 
 def listen(output: Tensor, switch: Tensor, x: Tensor, tap: Receiver) -> Tensor:

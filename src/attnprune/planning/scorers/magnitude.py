@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ...calibration.losses import LossFn
 from ...errors import OptionError
 from ...families.base import AttentionView
 from ...values.layout import KIND_OF, PROJECTIONS, Projection
 from ...values.scores import Scores
-from .base import Scorer
+from .base import Evidence, Scorer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Magnitude(Scorer):
@@ -42,13 +44,7 @@ class Magnitude(Scorer):
 
     @torch.no_grad()
     def score(
-        self,
-        model: nn.Module | None,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module | None, views: Sequence[AttentionView], **_: Unpack[Evidence]
     ) -> dict[str, Scores]:
         return {view.name: self._one(view) for view in views}
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ...calibration.losses import LossFn
 from ...families.base import AttentionView
 from ...values.scores import Scores
-from .base import Scorer
+from .base import Evidence, Scorer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Random(Scorer):
@@ -26,13 +28,7 @@ class Random(Scorer):
         self.seed = seed
 
     def score(
-        self,
-        model: nn.Module | None,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module | None, views: Sequence[AttentionView], **_: Unpack[Evidence]
     ) -> dict[str, Scores]:
         return {view.name: self._one(view) for view in views}
 

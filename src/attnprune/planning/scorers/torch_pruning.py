@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ...calibration.losses import LossFn
 from ...calibration.processes import pooled
 from ...errors import ScorerError
 from ...families.base import AttentionView
@@ -18,8 +17,11 @@ from ...families.slots import gathered
 from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Kind, Projection
 from ...values.scores import Scores
-from .base import Scorer
+from .base import Evidence, Scorer
 from .gradient import Gradients, gradients, head_sums
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def is_importance(candidate: object) -> bool:
@@ -50,16 +52,10 @@ class TorchPruning(Scorer):
         return f"torch-pruning {type(self.importance).__name__}"
 
     def score(
-        self,
-        model: nn.Module,
-        views: Sequence[AttentionView],
-        *,
-        data: Iterable[Any] | None = None,
-        loss_fn: LossFn | None = None,
-        progress: bool = True,
+        self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
-        if data is not None:
-            grads = self._gradients(model, views, data, loss_fn, progress)
+        if evidence.get("data") is not None:
+            grads = self._gradients(model, views, **evidence)
         else:
             grads = {view.name: self._held(view) for view in views}
         with as_called(views) as linears, torch.random.fork_rng(devices=()):
@@ -80,7 +76,7 @@ class TorchPruning(Scorer):
         return found
 
     def _gradients(
-        self, model: nn.Module, views: Sequence[AttentionView], data: Any, loss_fn: LossFn | None, progress: bool
+        self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, dict[str, Tensor]]:
         """By view and slot: the mean gradient (or mean squared gradient) over batches."""
         squared = "Hessian" in type(self.importance).__name__
@@ -92,7 +88,7 @@ class TorchPruning(Scorer):
                     value = grad.square() if squared else grad.clone()
                     total[name][key] = total[name][key].add_(value) if key in total[name] else value
 
-        count = gradients(model, views, data, loss_fn, progress, self.name, add)
+        count = gradients(model, views, self.name, add, **evidence)
         total, count = pooled((total, count))
         return {name: {key: value / count for key, value in keys.items()} for name, keys in total.items()}
 

@@ -1,0 +1,47 @@
+"""What is made once and used in every call, without being owned by a mode of PyTorch: :func:`kept`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+Args = ParamSpec("Args")
+Made = TypeVar("Made")
+
+
+def kept(make: Callable[Args, Made]) -> Callable[Args, Made]:
+    """A function of hashable arguments that makes tensors once in plain eager code, and anew for every mode.
+
+    What is made under ``FakeTensorMode``, ``torch.jit.trace``, ``vmap`` or ``grad`` belongs to that mode, and what is
+    made outside is foreign to it, so nothing is taken from one to the other. On a GPU keeping is needed: making these
+    tensors waits for a copy, which a CUDA graph must not hold.
+
+    >>> @kept
+    ... def ramp(count: int) -> torch.Tensor:
+    ...     return torch.arange(count)
+    >>> ramp(3) is ramp(3), torch.func.vmap(lambda x: x + ramp(3))(torch.zeros(2, 3)).shape
+    (True, torch.Size([2, 3]))
+    """
+
+    @lru_cache(maxsize=4096)
+    def once(*args: Args.args, **kwargs: Args.kwargs) -> Made:
+        with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            return make(*args, **kwargs)
+
+    @wraps(make)
+    def found(*args: Args.args, **kwargs: Args.kwargs) -> Made:
+        return once(*args, **kwargs) if _eager() else make(*args, **kwargs)  # type: ignore[arg-type]
+
+    return found
+
+
+def _eager() -> bool:
+    """Whether operations run as they are: no dispatch mode, no tracing, no function transform."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
