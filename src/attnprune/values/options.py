@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 from .method import Basis, Compensate
 from .rules import Granularity, Heads, RoundTo, Scope, Split
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LossFn = Callable[["nn.Module", Any], "Tensor"]
 """``loss_fn(model, batch)`` gives a scalar."""
 YesNoAuto = Literal["auto"] | bool
 
