@@ -41,7 +41,7 @@ WAYS: tuple[tuple[str, Options], ...] = (
         for score, scorer in (("MAG", "magnitude"), ("FI", "fisher"))
     ),
     ("channels by gates, uncompensated", {"scorer": "gate", **LETTER, **FREE}),
-    ("channels by gates, compensated", {"scorer": "gate", "basis": "channels", **FREE}),
+    ("channels by gates, compensated", {"scorer": "gate", "compensate": True, **FREE}),
     ("rotated, local", {"scope": "local"}),
     ("rotated (the default with data)", {}),
     ("rotated, uniform, split found", {"split": "auto"}),

@@ -246,14 +246,15 @@ def test_kinds_that_must_not_be_mixed_keep_their_channels_and_the_report_says_so
         torch.manual_seed(0)
         model = Normed().double()
         x = torch.randn(6, 5, 12, dtype=torch.float64)
-        for options in ({}, {"scorer": "magnitude"}, {"basis": "channels"}, {"sequential": True}):
+        by_name = {"scorer": "magnitude", "basis": "rotated", "compensate": True}
+        for options in ({}, by_name, {"basis": "channels"}, {"sequential": True}):
             pruned: Any = copy.deepcopy(model)
             report = prune_attention(pruned, 0.5, data=[x], progress=False, **options)  # type: ignore[arg-type]
             for projection, mixed in (("q", False), ("k", False), ("v", options.get("basis") != "channels")):
                 rows = {tuple(row.tolist()) for row in model.get_submodule(projection).weight}
                 kept = {tuple(row.tolist()) for row in pruned.get_submodule(projection).weight}
                 assert not kept & rows if mixed else kept <= rows, (options, projection)
-            assert ("a norm follows" in str(report)) == ("basis" not in options)
+            assert ("a norm follows" in str(report)) == (options.get("basis") != "channels")
     finally:
         unregister_adapter(register)
 

@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "heads": {"granularity": "head"},
     "joint": {"granularity": "joint", "heads": "ragged", "split": "auto"},
     "sequential": {"sequential": True, "heads": "ragged"},
-    "rotated magnitude": {"scorer": "magnitude", "basis": "rotated"},
+    "rotated magnitude": {"scorer": "magnitude", "basis": "rotated", "compensate": True},
     "vo alone": {"qkvo_ratios": {"vo": 0.6}},
 }
 
@@ -295,9 +295,9 @@ def test_uncompensated_compensated_rotated_each_beats_the_one_before(seed: int) 
     x = torch.randn(40, 8, 32, dtype=torch.float64) @ mixing
     dense = model(x).detach()
     free: dict[str, Any] = {"scorer": "gate", "qkvo_ratios": 0.5}
-    plain = output_error(model, x, dense, basis="channels", compensate=False, **free)
-    refitted = output_error(model, x, dense, basis="channels", **free)
-    rotated = output_error(model, x, dense, **free)
+    plain = output_error(model, x, dense, **free)  # a scorer that is named removes channels as they stand
+    refitted = output_error(model, x, dense, compensate=True, **free)
+    rotated = output_error(model, x, dense, basis="rotated", compensate=True, **free)
     assert rotated < refitted < plain
 
 
@@ -514,7 +514,8 @@ def test_what_went_before_may_be_calibrated_by_hand() -> None:
     """One calibration serves any number of plans, and the same plan as data do."""
     model, data = fresh("ViT", 0), batches("ViT", 0)
     calibration = calibrate(model, data, progress=False)
-    for options in ({}, {"basis": "channels"}, {"heads": "ragged"}):
+    for options in ({"basis": "rotated"}, {"basis": "channels"}, {"basis": "rotated", "heads": "ragged"}):
+        options = {"compensate": True, **options}  # type: ignore[dict-item]
         scorer: Any = Magnitude()
         one = make_plan(model, 0.5, scorer=scorer, calibration=calibration, **options)  # type: ignore[arg-type]
         assert one == make_plan(model, 0.5, scorer=scorer, data=data, progress=False, **options)  # type: ignore[arg-type]
@@ -549,7 +550,7 @@ def test_turning_shared_weights_is_refused_before_anything_moves() -> None:
     first, second = (model.get_submodule(name) for name in names)
     second.q_proj.weight = first.q_proj.weight  # type: ignore[union-attr]
     before = copy.deepcopy(model.state_dict())
-    for options in ({}, {"scorer": "magnitude"}):
+    for options in ({}, {"scorer": "magnitude", "basis": "rotated", "compensate": True}):
         with pytest.raises(TiedWeightsError):
             prune_attention(model, 0.5, data=batches("ViT", 0), progress=False, **options)  # type: ignore[arg-type]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -214,7 +214,8 @@ def test_random_state_is_as_it_was() -> None:
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE == "cuda" else [])]
     before = copy.deepcopy(model.state_dict())
     make_plan(model, 0.5, data=[x], progress=False)
-    make_plan(model, 0.5, data=[x], scorer="fisher", loss_fn=lambda m, b: m(b).square().mean(), progress=False)
+    fisher: dict[str, Any] = {"scorer": "fisher", "basis": "rotated", "compensate": True}
+    make_plan(model, 0.5, data=[x], loss_fn=lambda m, b: m(b).square().mean(), progress=False, **fisher)
     after = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE == "cuda" else [])]
     assert all(map(torch.equal, states, after))
     assert model.training

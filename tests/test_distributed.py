@@ -100,11 +100,11 @@ def one_saw_nothing(rank: int) -> Any:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "taylor": {"scorer": "taylor"},
-    "fisher": {"scorer": "fisher", "basis": "channels"},
+    "taylor": {"scorer": "taylor", "basis": "rotated", "compensate": True},
+    "fisher": {"scorer": "fisher", "basis": "channels", "compensate": True},
     "per sample": {"basis": "channels", "compensate": False},
-    "gate": {"scorer": "gate", "basis": "channels"},
-    "torch-pruning": {"scorer": TaylorImportance(), "basis": "channels"},
+    "gate": {"scorer": "gate", "basis": "channels", "compensate": True},
+    "torch-pruning": {"scorer": TaylorImportance(), "basis": "channels", "compensate": True},
     "rotated": {"split": "auto", "heads": "ragged"},
     "in sequence": {"sequential": True},
     "error": {"qkvo_ratios": None, "target_error": 0.2},

@@ -21,9 +21,9 @@ from .elsewhere import DEVICE, There, elsewhere, move
 from .families import FAMILIES
 
 WAYS: dict[str, dict[str, Any]] = {
-    "magnitude": {"scorer": "magnitude"},
-    "taylor": {"scorer": "taylor", "granularity": "head"},
-    "fisher": {"scorer": "fisher", "basis": "channels", "scope": "local"},
+    "magnitude": {"scorer": "magnitude", "basis": "rotated", "compensate": True},
+    "taylor": {"scorer": "taylor", "granularity": "head", "compensate": True},
+    "fisher": {"scorer": "fisher", "basis": "channels", "compensate": True, "scope": "local"},
     "default": {},
     "ragged": {"heads": "ragged", "split": "auto"},
     "joint": {"granularity": "joint", "heads": "ragged", "sequential": True},
@@ -99,7 +99,7 @@ def test_the_other_verbs(tmp_path: Path) -> None:
         first = attnprune.find_attention(model)[0].name
         calibration = attnprune.calibrate(model, [given], progress=False)
         attnprune.energy_curves(model, calibration)
-        attnprune.score_attention(model, scorer="taylor", data=[given], progress=False,
+        attnprune.score_attention(model, scorer="taylor", basis="rotated", data=[given], progress=False,
                                   loss_fn=lambda m, b: family(name).run(m, b).square().mean())  # fmt: skip
         with attnprune.masked(model, attnprune.make_plan(model, 0.5, calibration=calibration, progress=False)):
             family(name).run(model, there(given))

@@ -42,8 +42,11 @@ if TYPE_CHECKING:
     from .training.distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .training.pruner import AttentionPruner
     from .values.layer_plan import LayerPlan
+    from .values.method import Method
+    from .values.options import Options
     from .values.plan import Plan
     from .values.ratios import Ratios
+    from .values.request import Request
     from .values.rules import Rules
     from .values.scores import Scores
     from .values.spec import AttentionSpec
@@ -77,8 +80,11 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "training.distillation": "capture distillation_loss hidden_loss teacher_loss",
     "training.pruner": "AttentionPruner",
     "values.layer_plan": "LayerPlan",
+    "values.method": "Method",
+    "values.options": "Options",
     "values.plan": "Plan",
     "values.ratios": "Ratios",
+    "values.request": "Request",
     "values.rules": "Rules",
     "values.scores": "Scores",
     "values.spec": "AttentionSpec",
@@ -105,10 +111,13 @@ __all__ = [
     "Calibration",
     "LatencyTable",
     "LayerPlan",
+    "Method",
+    "Options",
     "ParamMap",
     "Plan",
     "Ratios",
     "Report",
+    "Request",
     "Rules",
     "Scorer",
     "Scores",

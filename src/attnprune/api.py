@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from torch import nn
@@ -13,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from .calibration.processes import agree
 from .cost.counting import count_macs, count_parameters
-from .cost.rounding import auto_rounding, check_rounding
 from .errors import AttnPruneWarning, OptionError
 from .families import find_views
 from .families.base import AttentionView
@@ -29,17 +27,16 @@ from .surgery import (
     masked_views,
     optimizers_of,
 )
+from .values.method import Method, check_one_of
+from .values.options import Options, YesNoAuto
 from .values.plan import Plan
-from .values.ratios import Ratios, RatiosLike
-from .values.rules import Granularity, Heads, Rules, Scope, Split
+from .values.ratios import RatiosLike
+from .values.request import YES_NO_AUTO, Request, no_inputs_to_run
+from .values.rules import Rules
 from .values.spec import AttentionSpec
 
 if TYPE_CHECKING:
-    from .calibration.losses import LossFn
-    from .calibration.moments import Calibration
-    from .cost.latency.table import LatencyTable
-    from .planning.decide import Basis, Compensate
-    from .planning.scorers import Scorer
+    from typing import Unpack
 
 
 def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
@@ -59,85 +56,56 @@ def make_plan(
     model: nn.Module,
     qkvo_ratios: RatiosLike | None = None,
     *,
-    granularity: Granularity = "channel",
-    scope: Scope = "global",
-    heads: Heads = "uniform",
-    scorer: str | Scorer | Any = "auto",
-    basis: Basis = "auto",
-    compensate: Compensate = "auto",
-    split: Split = "fixed",
-    sequential: bool = False,
-    target_error: float | None = None,
-    target_latency: float | None = None,
-    target_macs: float | None = None,
-    target_params: float | None = None,
-    latency: LatencyTable | None = None,
     data: Iterable[Any] | None = None,
-    calibration: Calibration | None = None,
-    loss_fn: LossFn | None = None,
-    round_to: int | Literal["auto"] = 1,
-    match_dims: bool = False,
-    stock: bool = False,
-    min_heads: int = 1,
-    min_channels: int = 1,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     example_inputs: Any = None,
-    seed: int = 0,
-    progress: bool = True,
+    verify: YesNoAuto = "auto",
+    strict: bool = False,
+    preset: str | None = None,
+    rules: Rules | Mapping[str, Any] | None = None,
+    method: Method | Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
 ) -> Plan:
-    """Decides what :func:`prune_attention` would remove; changes nothing. Takes the same arguments.
+    """Decides what :func:`prune_attention` would remove; changes nothing.
+
+    Takes the same arguments, but those of what happens to a model that is changed: ``optimizer`` and ``averages``.
+    ``verify`` and ``measure`` change nothing in a plan.
 
     >>> import torch
     >>> model = torch.nn.TransformerEncoderLayer(32, 4)
     >>> make_plan(model, {"qk": 0.5})["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
-    from .calibration.moments import Calibration  # what only planning needs is loaded when there is something to plan
-    from .planning.asking import check_table, check_ways, costs_for, stock_rules
-    from .planning.by_error import check_target
-    from .planning.decide import Method, decide
-
-    check_rounding(round_to)
-    step = 1 if round_to == "auto" else round_to
-    rules = Rules(granularity, scope, heads, split, step, min_heads, min_channels, match_dims)
-    budget = check_ways(
-        qkvo_ratios=qkvo_ratios, target_error=target_error, target_latency=target_latency, target_macs=target_macs,
-        target_params=target_params,
+    request = Request.parse(
+        qkvo_ratios, data=data, include=include, exclude=exclude, example_inputs=example_inputs, verify=verify,
+        strict=strict, preset=preset, rules=rules, method=method, **options,
     )  # fmt: skip
-    check_table(latency)
-    if stock is not False:
-        from .checkpoint.stock import check_possible, check_stock
+    return plan_for(model, request)
 
-        rules = stock_rules(stock, rules, qkvo_ratios)
-    target_error = None if target_error is None else check_target(target_error, rules)
-    ratios = None if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
-    if calibration is not None and not isinstance(calibration, Calibration):
-        found = f"a {type(calibration).__name__}"
-        raise OptionError("calibration", "an attnprune.Calibration", found, "pass what attnprune.calibrate gave")
-    has_data = data is not None or calibration is not None
-    method = Method.resolve(basis, compensate, sequential, rules, has_data=has_data)
-    if method.sequential and data is None:
-        raise OptionError("sequential", "data to run layer by layer", "a calibration alone", "pass data=")
-    model = plain(model)
+
+def plan_for(model: nn.Module, request: Request) -> Plan:
+    """Decides what a request removes from a model; changes nothing.
+
+    >>> import torch
+    >>> plan_for(torch.nn.TransformerEncoderLayer(32, 4), Request.parse(0.5))["self_attn"].after.qk_dims
+    (4, 4, 4, 4)
+    """
+    from .planning.costs import fitted  # what only planning needs is loaded when there is something to plan
+    from .planning.decide import decide
+
+    model, rules = plain(model), request.rules
 
     def decided() -> Plan:
-        views = find_views(model, include, exclude)
-        check_views(model, views, shards=not has_data)
-        if stock:
-            check_possible(model, views, granularity)
-        whole, costs = rules, None
-        if round_to == "auto":
-            whole = replace(whole, round_to=auto_rounding(views, granularity))
-        if budget is not None:
-            whole = replace(whole, split="auto")
-            costs, whole = costs_for(budget, model, views, example_inputs, latency, whole, progress)
-        plan = decide(
-            model, views, ratios, whole, method, costs=costs, scorer=scorer, data=data, calibration=calibration,
-            loss_fn=loss_fn, target_error=target_error, seed=seed, progress=progress,
-        )  # fmt: skip
+        views = find_views(model, request.include, request.exclude)
+        check_views(model, views, shards=not request.evidence.has_data)
+        if rules.stock:
+            from .checkpoint.stock import check_possible, check_stock
+
+            check_possible(model, views, rules.granularity)
+        plan = decide(model, views, *fitted(request, model, views))
         check_expressible(views, plan)
-        if stock:
+        if rules.stock:
             check_stock(model, plan.after)
         return plan
 
@@ -152,6 +120,7 @@ def apply_plan(
     optimizer: Any = None,
     averages: Iterable[nn.Module] = (),
     measure: bool = False,
+    verify: YesNoAuto = "auto",
 ) -> Report:
     """Applies a plan in place: everything that it says, or nothing.
 
@@ -168,6 +137,7 @@ def apply_plan(
             the same plan.
         measure: whether to time forward passes over ``example_inputs``, the model before and after in turns, for the
             report. An :class:`attnprune.errors.AttnPruneWarning` says why a plan may have made it slower.
+        verify: ``"auto"``, True or False.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
@@ -179,6 +149,7 @@ def apply_plan(
     >>> apply_plan(model, make_plan(model, 0.5)).achieved["v"]
     0.5
     """
+    check_one_of("verify", verify, YES_NO_AUTO)
     commit = prepare_plan(
         model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure
     )
@@ -203,7 +174,7 @@ def prepare_plan(
     from .checkpoint.record import ConfigEntry
 
     if measure and example_inputs is None:
-        raise OptionError("measure", "example_inputs to run", "none", "pass example_inputs=")
+        raise no_inputs_to_run()
     model = plain(model)
     views = all_views(model, _names(plan))
     surgeon = Surgeon.prepare(model, views, plan)
@@ -266,33 +237,18 @@ def prune_attention(
     model: nn.Module,
     qkvo_ratios: RatiosLike | None = None,
     *,
-    granularity: Granularity = "channel",
-    scope: Scope = "global",
-    heads: Heads = "uniform",
-    scorer: str | Scorer | Any = "auto",
-    basis: Basis = "auto",
-    compensate: Compensate = "auto",
-    split: Split = "fixed",
-    sequential: bool = False,
-    target_error: float | None = None,
-    target_latency: float | None = None,
-    target_macs: float | None = None,
-    target_params: float | None = None,
-    latency: LatencyTable | None = None,
     data: Iterable[Any] | None = None,
-    calibration: Calibration | None = None,
-    loss_fn: LossFn | None = None,
-    round_to: int | Literal["auto"] = 1,
-    match_dims: bool = False,
-    stock: bool = False,
-    min_heads: int = 1,
-    min_channels: int = 1,
+    optimizer: Any = None,
+    averages: Iterable[nn.Module] = (),
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     example_inputs: Any = None,
-    measure: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-    progress: bool = True,
+    verify: YesNoAuto = "auto",
+    strict: bool = False,
+    preset: str | None = None,
+    rules: Rules | Mapping[str, Any] | None = None,
+    method: Method | Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
 ) -> Report:
     """Removes heads or channels from the attention modules of a model, in place.
 
@@ -300,57 +256,34 @@ def prune_attention(
         model: any module with attention of a known family.
         qkvo_ratios: the fraction of each projection's weights to remove, in [0, 1): one number for all four, a mapping
             with keys of ``q k v o qk vo`` (missing: 0), or a sequence in the order q, k, v, o. Q and K, and V and O,
-            share the channels of a product and take equal ratios.
-        granularity: ``"head"`` removes whole heads (the paper's EH), ``"channel"`` channels inside heads (PH),
-            ``"joint"`` lets heads and channels compete by score per weight.
-        scope: ``"local"`` removes the same fraction in every layer, ``"global"`` lets layers compete.
-        heads: ``"uniform"`` every head of a layer keeps as many channels, ``"ragged"`` each its own number.
-        scorer: ``"magnitude"``, ``"taylor"``, ``"fisher"``, ``"gate"``, ``"random"``, a :class:`Scorer`, an importance
-            of Torch-Pruning, or ``"auto"``: the best for what was given (see :doc:`closed_form`).
-        basis: ``"channels"`` removes channels as they stand. ``"rotated"`` turns every head into the basis in which the
-            fewest directions carry the most, and removes directions; the result is plain Linears all the same.
-            ``"auto"``: rotated if there are ``data`` (or a ``calibration``) and channels are to go, else channels.
-        compensate: ``False`` nothing but removal; ``True`` what stays is refitted in closed form to make up for what
-            went (needs data); ``"auto"``: if there are data.
-        split: ``"fixed"`` every projection loses its own ratio; ``"auto"`` the ratios' total is one budget of attention
-            weights, and the method finds who bears it: qk or vo, which layer, which head.
-        sequential: moments and refits layer by layer, each from what the pruned layers before it hand on; takes a
-            forward pass over the data per layer.
-        target_error: in place of ``qkvo_ratios``: the share of the energy of logits (qk) and outputs (vo) that every
-            layer (with ragged heads every head) may lose, in (0, 1).
-        target_latency: in place of ``qkvo_ratios``: the forward pass over ``example_inputs`` is to take this share of
-            what it takes now, in (0, 1); what each shape takes is measured first, or given (see :doc:`latency`).
-        target_macs: in place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``.
-        target_params: in place of ``qkvo_ratios``: the share of the whole model's parameters. Of these budgets the plan
-            of least loss is taken; they set ``split="auto"``.
-        latency: what :func:`attnprune.latency.measure` gave, for ``target_latency``.
+            share the channels of a product and take equal ratios. In its place a ``target_...`` of the options.
         data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
             tensor is called ``model(x)``. Labels are needed only by scorers that take the gradient of a loss.
-        calibration: what :func:`attnprune.calibrate` gave for this model, in place of its pass over ``data``.
-        loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy
-            (integer targets) or square error.
-        round_to: channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this;
-            ``"auto"``: of what the model's device likes (:func:`attnprune.cost.rounding.rounding`), 1 for whole heads.
-        match_dims: every head keeps as many qk as vo channels, so that layers with uniform heads keep their own
-            forward and fused kernels; layers still differ. Needs one ratio for both, or ``split="auto"``.
-        stock: plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as
-            many heads and channels as every other, and as many qk as vo. Implies ``scope="local"`` and ``match_dims``.
-        min_heads: heads that every layer keeps at least.
-        min_channels: qk and vo channels that every head keeps at least.
+        optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's.
+        averages: moving averages of the model, changed by the same plan.
         include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
         exclude: glob patterns of names to leave alone.
         example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds. Budgets of latency and
             multiply-adds need it.
-        measure: whether the report has latency, measured in turns before and after; ``"auto"``: with
-            ``target_latency`` and ``example_inputs``.
-        seed: for ``scorer="random"`` and projections of the output.
-        progress: whether to show a progress bar over ``data``.
+        verify: ``"auto"``, True or False.
+        strict: True or False.
+        preset: options that go well together; an option given beside it goes before. ``"accurate"`` (with data, qk and
+            vo, layers and heads share one budget), ``"fast"`` (dims that this device's kernels like), ``"stock"``
+            (plain transformers can load it), or one of the paper's eight: ``"paper:PH-G-FI"``, ``"paper:EH-L-MAG"``
+            and so on, with channels as they stand and no refit.
+        rules: a :class:`Rules`, or a mapping of its fields, in place of options of these names.
+        method: a :class:`attnprune.Method`, or a mapping of its fields, in place of options of these names.
+        options: of :class:`attnprune.Options`, which says what each means: ``granularity``, ``scope``, ``heads``,
+            ``split``, ``round_to``, ``min_heads``, ``min_channels``, ``match_dims``, ``stock``; ``scorer``, ``basis``,
+            ``compensate``, ``sequential``, ``seed``; ``target_error``, ``target_latency``, ``target_macs``,
+            ``target_params``; ``calibration``, ``loss_fn``, ``latency``, ``measure``, ``progress``.
 
     Returns:
         What was asked and what was achieved. They differ by less than one unit of the granularity and rounding.
 
     Raises:
-        AttnPruneError: one of its kinds; the model is then bitwise as it was.
+        AttnPruneError: one of its kinds; the model is then bitwise as it was. Where several arguments are wrong, an
+            OptionError lists all of them.
 
     >>> import torch
     >>> model = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
@@ -358,16 +291,15 @@ def prune_attention(
     >>> model.self_attn.q_proj.weight.shape, report.achieved["q"]
     (torch.Size([16, 32]), 0.5)
     """
-    plan = make_plan(
-        model, qkvo_ratios, granularity=granularity, scope=scope, heads=heads, scorer=scorer, basis=basis,
-        compensate=compensate, split=split, sequential=sequential, target_error=target_error,
-        target_latency=target_latency, target_macs=target_macs, target_params=target_params, latency=latency, data=data,
-        calibration=calibration, loss_fn=loss_fn, round_to=round_to, match_dims=match_dims, stock=stock,
-        min_heads=min_heads, min_channels=min_channels, include=include, exclude=exclude,
-        example_inputs=example_inputs, seed=seed, progress=progress,
+    request = Request.parse(
+        qkvo_ratios, data=data, include=include, exclude=exclude, example_inputs=example_inputs, verify=verify,
+        strict=strict, preset=preset, rules=rules, method=method, **options,
     )  # fmt: skip
-    timed = target_latency is not None and example_inputs is not None if measure == "auto" else measure
-    return apply_plan(model, plan, example_inputs=example_inputs, measure=timed)
+    plan = plan_for(model, request)
+    return apply_plan(
+        model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=request.timed,
+        verify=verify,
+    )  # fmt: skip
 
 
 def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:

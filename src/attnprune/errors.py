@@ -59,6 +59,17 @@ class AttnPruneWarning(UserWarning):
 class OptionError(AttnPruneError, ValueError):
     """An option has a value that it cannot take, or two options contradict each other."""
 
+    faults: tuple[AttnPruneError, ...] = ()
+    """Each fault by itself, where the error lists several."""
+
+    @classmethod
+    def of(cls, faults: tuple[AttnPruneError, ...]) -> "OptionError":
+        """One error that lists several faults: where each is, what was expected, found, and what to do."""
+        listed = " ".join(f"({number}) {fault}" for number, fault in enumerate(faults, 1))
+        error = cls("options", "no fault", f"{len(faults)}: {listed.rstrip('.')}", "see each of them")
+        error.faults = faults
+        return error
+
 
 class RatioError(OptionError):
     """A pruning ratio is not a number in [0, 1), or names no projection."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttnPruneError
-from ..planning.scorers import NAMED
+from ..values.method import BASES, SCORERS
+from ..values.presets import PRESETS
 from ..values.rules import OPTIONS
 from . import commands
 
@@ -138,15 +139,16 @@ def _ratios(group: Any) -> None:
 
 
 def _options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=f"one of {', '.join(PRESETS)}")
     for name, values in OPTIONS.items():
         one.add_argument(f"--{name}", choices=values, help=f"as {name}= of prune_attention")
-    one.add_argument("--scorer", choices=("auto", *NAMED), help="how units are scored")
-    one.add_argument("--basis", choices=("auto", "channels", "rotated"), help="whether heads are turned first")
+    one.add_argument("--scorer", choices=("auto", *SCORERS), help="how units are scored")
+    one.add_argument("--basis", choices=BASES, help="whether heads are turned first")
     one.add_argument("--compensate", choices=("auto", "yes", "no"), help="whether what stays is refitted")
-    one.add_argument("--sequential", action="store_true", help="moments and refits layer by layer")
+    one.add_argument("--sequential", action="store_true", default=None, help="moments and refits layer by layer")
     one.add_argument("--round-to", type=_multiple, metavar="N", help='multiple that a head keeps, or "auto"')
-    one.add_argument("--match-dims", action="store_true", help="as many qk as vo channels in every head")
-    one.add_argument("--stock", action="store_true", help="only shapes that export --stock can write")
+    one.add_argument("--match-dims", action="store_true", default=None, help="as many qk as vo channels in every head")
+    one.add_argument("--stock", action="store_true", default=None, help="only shapes that export --stock can write")
     one.add_argument("--min-heads", type=_count, metavar="N", help="heads that every layer keeps")
     one.add_argument("--min-channels", type=_count, metavar="N", help="channels that every head keeps")
     one.add_argument("--include", nargs="+", metavar="GLOB", help="only attention modules of these names")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..api import apply_plan, make_plan
+from ..api import apply_plan, plan_for
 from ..calibration.batches import device_named
 from ..checkpoint.describe import overview, read_report, without_config
 from ..checkpoint.folder import Folder
@@ -23,6 +23,7 @@ from ..cost.counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
 from ..report.report import Report
 from ..values.plan import Plan
+from ..values.request import OPTION_NAMES, Request
 from .inputs import DataFile, example_inputs
 from .outputs import Outputs
 from .timing import compare
@@ -202,25 +203,19 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan
         args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
     model = _loaded(args.directory, args.device)
     data = _data(args, model)
-    compensate = {"yes": True, "no": False}.get(args.compensate, args.compensate)
-    names = ("granularity", "scope", "heads", "split", "scorer", "basis", "round_to", "min_heads", "min_channels",
-             "include", "exclude", "seed")  # fmt: skip
-    options = {"compensate": compensate, **{name: getattr(args, name) for name in names}}
-    budgets = {name: getattr(args, name) for name in ("target_error", "target_latency", "target_macs", "target_params")}
     given = data.first(1) if data is not None else example_inputs(model, 1, args.length)
-    made = make_plan(
-        model,
-        None if args.qkvo is None else args.qkvo[0] if len(args.qkvo) == 1 else args.qkvo,
-        **budgets,
-        example_inputs=given if args.target_latency or args.target_macs else None,
-        sequential=args.sequential,
-        match_dims=args.match_dims,
-        stock=args.stock,
-        data=data,
-        progress=not args.quiet,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    return model, data, made
+    options: dict[str, Any] = {
+        name: getattr(args, name, None) for name in ("preset", "include", "exclude", *OPTION_NAMES)
+    }
+    options |= {
+        "compensate": {"yes": True, "no": False}.get(args.compensate, args.compensate),
+        "example_inputs": given if args.target_latency or args.target_macs else None,
+        "progress": not args.quiet,
+        "data": data,
+    }
+    ratios = args.qkvo[0] if args.qkvo is not None and len(args.qkvo) == 1 else args.qkvo
+    request = Request.parse(ratios, **{name: value for name, value in options.items() if value is not None})
+    return model, data, plan_for(model, request)
 
 
 def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ..calibration.batches import device_named
-from ..errors import OptionError
 from ..families.base import AttentionView
 from ..values.spec import AttentionSpec
 
@@ -53,11 +52,3 @@ def auto_rounding(views: Sequence[AttentionView], granularity: str) -> int:
     """What ``round_to="auto"`` means for these modules where they are; whole heads are not rounded."""
     weight = views[0].weight("q")
     return 1 if granularity == "head" else rounding([view.spec for view in views], weight.device, weight.dtype)
-
-
-def check_rounding(round_to: object) -> None:
-    """Raises OptionError unless it is a whole number from 1, or ``"auto"``."""
-    number = isinstance(round_to, int) and not isinstance(round_to, bool) and round_to >= 1
-    if not number and not (isinstance(round_to, str) and round_to == "auto"):
-        expected = 'a whole number of at least 1, or "auto"'
-        raise OptionError("round_to", expected, repr(round_to), "use 1 for no constraint")

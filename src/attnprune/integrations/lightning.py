@@ -134,7 +134,7 @@ class PruningCallback(Callback):  # type: ignore[misc]
         """Whether this optimizer is the first of several that has a weight of the attention."""
         if len(optimizers) == 1:
             return True
-        views = find_views(self.pruner.model, self.pruner.options.get("include"), self.pruner.options.get("exclude"))
+        views = find_views(self.pruner.model, self.pruner.request.include, self.pruner.request.exclude)
         ours = {id(slot.parameter) for view in views for key, slot in view.slots.items() if key.endswith(".weight")}
         first = (one for one in optimizers if any(id(p) in ours for group in one.param_groups for p in group["params"]))
         return next(first, None) is optimizer

@@ -16,11 +16,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..errors import AllocationError, OptionError, ScorerError
-from ..values.asked import Asked
+from ..values.amount import check_amount
 from ..values.layer_plan import LayerPlan, make_layer
 from ..values.layout import KINDS, Kind
 from ..values.plan import Plan
 from ..values.ratios import Ratios
+from ..values.request import Request
 from ..values.rules import Rules, Scope
 from ..values.scores import Scores
 from ..values.spec import AttentionSpec
@@ -96,7 +97,7 @@ class Layer:
 
     def _thin(self, kinds: tuple[Kind, ...], heads: tuple[int, ...]) -> Move | None:
         """Removes the cheapest channels of these heads, down to the next multiple of ``round_to``."""
-        step, floor = self.rules.round_to, self.rules.min_channels
+        step, floor = self.rules.step, self.rules.min_channels
         counts = {self.left(kind, head) for kind in kinds for head in heads}
         if len(counts) != 1:
             raise OptionError(
@@ -118,7 +119,7 @@ class Layer:
     def _drop(self, heads: tuple[int, ...]) -> Move | None:
         """Removes a whole head; with head granularity the cheapest ones, down to the next multiple of ``round_to``."""
         count, joint = len(self.alive), self.rules.granularity == "joint"
-        step = 1 if joint else self.rules.round_to
+        step = 1 if joint else self.rules.step
         target = (count - 1) // step * step
         if target < self.rules.min_heads:
             return None
@@ -222,7 +223,7 @@ def groups_of(specs: Sequence[AttentionSpec], scope: Scope) -> Iterator[list[int
 
 def check_request(specs: Sequence[AttentionSpec], ratios: Ratios, rules: Rules) -> None:
     """Raises where ratios, rules and modules contradict one another, before any data are read."""
-    _check_ratios(ratios, rules)
+    check_amount(ratios, rules)
     if rules.granularity != "joint":  # what can be reached does not depend on the scores
         allocate(specs, {spec.name: no_scores(spec) for spec in specs}, ratios, rules)
 
@@ -230,22 +231,6 @@ def check_request(specs: Sequence[AttentionSpec], ratios: Ratios, rules: Rules) 
 def no_scores(spec: AttentionSpec) -> Scores:
     qk, vo = (torch.zeros(spec.heads, dim, device="cpu") for dim in (spec.qk_dim, spec.vo_dim))
     return Scores(qk, vo, torch.zeros(spec.heads, device="cpu"))
-
-
-def _check_ratios(ratios: Ratios, rules: Rules) -> None:
-    if rules.granularity == "head" and rules.split == "fixed" and ratios.qk != ratios.vo:
-        raise OptionError(
-            "qkvo_ratios",
-            'one ratio for all four with granularity="head", as a head goes from all of them',
-            f"qk={ratios.qk:g} and vo={ratios.vo:g}",
-            'use granularity="channel" or "joint" for different ratios',
-        )
-    if rules.match_dims and rules.split == "fixed" and ratios.qk != ratios.vo:
-        raise OptionError(
-            "match_dims", "one ratio for qk and vo, which lose as many channels", f"qk={ratios.qk:g}, vo={ratios.vo:g}",
-            'give one ratio for both, or use split="auto"',
-        )  # fmt: skip
-    _ = ratios.qk, ratios.vo  # unequal ratios inside a pair raise
 
 
 def allocate(
@@ -281,7 +266,7 @@ def allocate(
     ((0,), (1,))
     """
     rules = rules or Rules()
-    _check_ratios(ratios, rules)
+    check_amount(ratios, rules)
     wanted: dict[Kind, float] = {"qk": ratios.qk, "vo": ratios.vo}
     check_scores(specs, scores)
     layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
@@ -290,11 +275,7 @@ def allocate(
         budget = _Budget([layer.spec for layer in members], wanted, rules.split == "auto" or rules.match_dims)
         greedy(members, budget)
         _check_reached(members, budget, rules)
-    asked = Asked(
-        ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, round_to=rules.round_to,
-        match_dims=rules.match_dims,
-    )  # fmt: skip
-    return Plan(tuple(layer.plan() for layer in layers), asked)
+    return Plan(tuple(layer.plan() for layer in layers), Request(ratios, rules).asked(scorer))
 
 
 def check_scores(specs: Sequence[AttentionSpec], scores: Mapping[str, Scores]) -> None:
@@ -316,9 +297,9 @@ def _unit(layer: Layer, kind: Kind) -> int:
     spec, rules = layer.spec, layer.rules
     dim = max(spec.dims(kind))
     if rules.granularity == "head":
-        return rules.round_to * dim * spec.per_channel(kind)
+        return rules.step * dim * spec.per_channel(kind)
     heads = 1 if rules.heads == "ragged" else spec.heads
-    return min(rules.round_to, dim) * heads * spec.per_channel(kind)
+    return min(rules.step, dim) * heads * spec.per_channel(kind)
 
 
 def _check_reached(layers: Sequence[Layer], budget: _Budget, rules: Rules) -> None:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from ..cost.latency.table import LatencyTable
 from ..errors import AllocationError, OptionError
-from ..values.asked import Asked
+from ..values.amount import check_amount
 from ..values.budget import Budget
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
 from ..values.ratios import Ratios
+from ..values.request import Request
 from ..values.rules import Rules
 from ..values.scores import Scores
 from ..values.spec import AttentionSpec
@@ -53,7 +54,7 @@ class Costs:
         """Numbers of heads, and of channels of each kind, that a layer may keep; what it has now among them."""
         heads, dims = [spec.heads], {kind: [max(spec.dims(kind))] for kind in KINDS}
         measured = None if self.table is None else self.table.grid(spec.name)
-        step = rules.round_to
+        step = rules.step
         if rules.granularity != "channel":
             allowed = range(1, spec.heads) if measured is None else measured.heads
             by = step if rules.granularity == "head" else 1
@@ -83,11 +84,7 @@ class Costs:
 
 def check_budget(specs: Sequence[AttentionSpec], costs: Costs, rules: Rules) -> None:
     """Raises where budget, rules and modules contradict one another, before any data are read."""
-    if costs.table is not None and rules.heads == "ragged":
-        raise OptionError(
-            "target_latency", 'heads="uniform"', 'heads="ragged"',
-            "the time of ragged heads is not that of any measured shape; use target_macs with ragged heads",
-        )  # fmt: skip
+    check_amount(costs.budget, rules)
     blank = {spec.name: no_scores(spec) for spec in specs}
     for spec in specs:
         layer = Layer(spec, blank[spec.name], rules)  # dims that cannot be matched raise
@@ -156,12 +153,8 @@ def allocate_budget(
     plan = Plan(tuple(layers))
     saved = fsum(costs.of(layer.spec) - costs.of(layer.after) for layer in plan)
     ratios = Ratios(*(max(plan.fraction(p), 0.0) for p in PROJECTIONS))
-    asked = Asked(
-        ratios, rules.granularity, rules.scope, rules.heads, scorer, "auto",
-        round_to=rules.round_to, match_dims=rules.match_dims,
-        budget=replace(costs.budget, promised=1 - saved / costs.total),
-    )  # fmt: skip
-    return replace(plan, asked=asked)
+    kept = replace(costs.budget, promised=1 - saved / costs.total)
+    return replace(plan, asked=Request(kept, rules).asked(scorer, ratios))
 
 
 # uniform heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -13,11 +14,12 @@ from ..calibration.moments import Calibration
 from ..calibration.taps import check_calibration
 from ..errors import OptionError
 from ..families.registry import find_views, plain
-from ..values.asked import Asked
+from ..values.amount import MaxError
 from ..values.layer_plan import make_layer
 from ..values.layout import KINDS, Kind
 from ..values.plan import Plan
 from ..values.ratios import Ratios
+from ..values.request import Request
 from ..values.rules import Rules
 from ..values.spec import AttentionSpec
 from .allocate import unmatched
@@ -74,24 +76,6 @@ def energy_curves(
     return found
 
 
-def check_target(target_error: object, rules: Rules) -> float:
-    """The target as a number.
-
-    Raises:
-        OptionError: not in (0, 1), or whole heads are to go.
-    """
-    number = isinstance(target_error, (int, float)) and not isinstance(target_error, bool)
-    if not number or not 0 < target_error < 1:  # type: ignore[operator]
-        raise OptionError(
-            "target_error", "a number in (0, 1): the share of energy that may be lost", repr(target_error), "try 0.01"
-        )
-    if rules.granularity != "channel":
-        raise OptionError(
-            "target_error", 'granularity="channel"', f'granularity="{rules.granularity}"', "heads have no rank to lose"
-        )
-    return float(target_error)  # type: ignore[arg-type]
-
-
 def allocate_error(
     specs: Sequence[AttentionSpec], turns: Mapping[str, Turn], target_error: float, rules: Rules
 ) -> Plan:
@@ -126,11 +110,8 @@ def allocate_error(
         layers.append(make_layer(spec, set(), removed))
     plan = Plan(tuple(layers))
     ratios = Ratios(*(max(plan.fraction(p), 0.0) for p in ("q", "k", "v", "o")))
-    asked = Asked(
-        ratios, rules.granularity, "local", rules.heads, "energy", "auto", round_to=rules.round_to,
-        target_error=target_error, match_dims=rules.match_dims,
-    )  # fmt: skip
-    return Plan(plan.layers, asked)
+    request = Request(MaxError(target_error), replace(rules, scope="local", split="auto"))
+    return Plan(plan.layers, request.asked("energy", ratios))
 
 
 def _enough(lost: Tensor, target: float) -> int:
@@ -139,7 +120,7 @@ def _enough(lost: Tensor, target: float) -> int:
 
 
 def _rounded(count: int, dim: int, rules: Rules) -> int:
-    step = rules.round_to
+    step = rules.step
     return min(max(ceil(max(count, rules.min_channels) / step) * step, 1), dim)
 
 

@@ -1,26 +1,27 @@
-"""From options to a plan: which method they mean, and its steps in order."""
+"""From a request to a plan: the steps of its method in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..calibration.bases import Turn, turn, white_moments
-from ..calibration.losses import LossFn, loss_with_or_without_labels
-from ..calibration.moments import Calibration, LayerMoments
+from ..calibration.losses import loss_with_or_without_labels
+from ..calibration.moments import LayerMoments
 from ..calibration.refit import with_fold
 from ..calibration.taps import check_calibration, moments_of
-from ..errors import OptionError
 from ..families.base import AttentionView
 from ..surgery import masked_views
+from ..values.amount import MaxError
 from ..values.layout import KINDS, Kind
+from ..values.method import Method
 from ..values.plan import Plan
 from ..values.ratios import Ratios
+from ..values.request import Evidence, Request
 from ..values.rules import Rules
 from ..values.scores import Scores
 from .allocate import allocate, check_request
@@ -28,134 +29,69 @@ from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
 from .scorers import Gate, Scorer, resolve
 
-Basis = Literal["auto", "channels", "rotated"]
-Compensate = Literal["auto"] | bool
 SAMPLES = 32
 """Samples that gate scores look at where the split is fixed; with ``split="auto"`` they look at all data."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """What ``basis``, ``compensate`` and ``sequential`` mean for what was given."""
+def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, costs: Costs | None) -> Plan:
+    """The plan: moments, bases, scores in these bases, who goes, and the maps of what stays.
 
-    rotated: bool
-    refit: bool
-    sequential: bool
-
-    @classmethod
-    def resolve(cls, basis: Any, compensate: Any, sequential: Any, rules: Rules, *, has_data: bool) -> Method:
-        """Checks the options against one another.
-
-        Raises:
-            OptionError: an unknown value, or one that needs data where there are none.
-        """
-        for option, value, allowed in (
-            ("basis", basis, ("auto", "channels", "rotated")),
-            ("compensate", compensate, ("auto", True, False)),
-            ("sequential", sequential, (True, False)),
-        ):
-            if not any(value is one or (isinstance(value, str) and value == one) for one in allowed):
-                words = ", ".join(map(repr, allowed))
-                raise OptionError(option, f"one of {words}", repr(value), "pick one of them")
-        for option, on in (("compensate=True", compensate is True), ("sequential=True", sequential is True)):
-            if on and not has_data:
-                raise OptionError(option, "data to fit with", "none", "pass data=, or a calibration=")
-        whole_heads = rules.granularity == "head"
-        rotated = basis == "rotated" or (basis == "auto" and has_data and not whole_heads)
-        return cls(rotated, has_data if compensate == "auto" else compensate is True, sequential is True)
-
-    @property
-    def folds(self) -> bool:
-        """Whether anything is turned or refitted."""
-        return self.rotated or self.refit
-
-
-def decide(
-    model: nn.Module,
-    views: Sequence[AttentionView],
-    ratios: Ratios | None,
-    rules: Rules,
-    method: Method,
-    *,
-    scorer: Any,
-    data: Iterable[Any] | None,
-    calibration: Calibration | None,
-    loss_fn: LossFn | None,
-    target_error: float | None,
-    costs: Costs | None,
-    seed: int,
-    progress: bool,
-) -> Plan:
-    """The plan: moments, bases, scores in these bases, who goes, and the maps of what stays."""
+    Args:
+        model: the whole model, left as found.
+        views: the attention modules that may lose something.
+        request: with a number to round to (:func:`attnprune.planning.costs.fitted`).
+        costs: what shapes cost, where a budget is asked for.
+    """
     specs = [view.spec for view in views]
-    if ratios is not None and (data is not None or calibration is not None):
-        check_request(specs, ratios, rules)
+    amount, rules, method = request.amount, request.rules, request.decided
+    if isinstance(amount, Ratios) and request.evidence.has_data:
+        check_request(specs, amount, rules)
     if costs is not None:
         check_budget(specs, costs, rules)
-    data, moments, turns = _turns(
-        model, views, method, data, calibration, loss_fn, progress, needed=target_error is not None
-    )
-    if target_error is not None:
-        plan = allocate_error(specs, turns, target_error, rules)
+    evidence, moments, turns = _turns(model, views, method, request.evidence, isinstance(amount, MaxError))
+    if isinstance(amount, MaxError):
+        plan = allocate_error(specs, turns, amount.share, rules)
     else:
-        chosen, scores = _scores(model, views, turns, method, rules, scorer, data, loss_fn, seed, progress)
-        if costs is not None:
-            plan = allocate_budget(specs, scores, costs, rules, chosen)
+        chosen, scores = _scores(model, views, turns, method, rules, evidence)
+        if isinstance(amount, Ratios):
+            plan = allocate(specs, scores, amount, rules, chosen)
         else:
-            assert ratios is not None
-            plan = allocate(specs, scores, ratios, rules, chosen)
+            assert costs is not None
+            plan = allocate_budget(specs, scores, costs, rules, chosen)
     assert plan.asked is not None
-    basis, compensate = "rotated" if method.rotated else "channels", "yes" if method.refit else "no"
+    basis, compensate = method.words
     plan = replace(plan, asked=replace(plan.asked, basis=basis, compensate=compensate))
     if not method.folds:
         return plan
     if method.sequential:
-        assert data is not None
-        return _in_sequence(model, views, plan, turns, moments, method, data, loss_fn, progress)
-    return _folded(plan, views, turns, moments, method.refit)
+        return _in_sequence(model, views, plan, turns, moments, method, evidence)
+    return _folded(plan, views, turns, moments, method.compensates)
 
 
-def scored(
-    model: nn.Module,
-    views: Sequence[AttentionView],
-    rules: Rules,
-    method: Method,
-    *,
-    scorer: Any,
-    data: Iterable[Any] | None,
-    calibration: Calibration | None,
-    loss_fn: LossFn | None,
-    seed: int,
-    progress: bool,
-) -> dict[str, Scores]:
+def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
     """The scores that :func:`decide` goes by."""
-    data, _, turns = _turns(model, views, method, data, calibration, loss_fn, progress)
-    return _scores(model, views, turns, method, rules, scorer, data, loss_fn, seed, progress)[1]
+    evidence, _, turns = _turns(model, views, request.decided, request.evidence)
+    return _scores(model, views, turns, request.decided, request.rules, evidence)[1]
 
 
 def _turns(
-    model: nn.Module,
-    views: Sequence[AttentionView],
-    method: Method,
-    data: Iterable[Any] | None,
-    calibration: Calibration | None,
-    loss_fn: LossFn | None,
-    progress: bool,
-    needed: bool = False,
-) -> tuple[Iterable[Any] | None, Mapping[str, LayerMoments], dict[str, Turn]]:
-    """The data, fit to be read again, their moments and the bases that these give; nothing where nothing folds."""
+    model: nn.Module, views: Sequence[AttentionView], method: Method, evidence: Evidence, needed: bool = False
+) -> tuple[Evidence, Mapping[str, LayerMoments], dict[str, Turn]]:
+    """The evidence, its data fit to be read again, moments and the bases that these give; none where nothing folds."""
+    data, calibration = evidence.data, evidence.calibration
     if data is not None and method.folds and isinstance(data, Iterator):
         data = list(data)  # it is read more than once
     moments: Mapping[str, LayerMoments] = {}
     if method.folds or needed:
         if calibration is not None:
-            check_calibration(calibration, views, method.refit)
+            check_calibration(calibration, views, method.compensates)
             moments = calibration
         elif data is not None:
-            moments = moments_of(model, views, data, loss_fn, method.refit, progress)
+            moments = moments_of(model, views, data, evidence.loss_fn, method.compensates, evidence.progress)
         else:
             moments = {view.name: white_moments(view) for view in views}
-    return data, moments, {view.name: turn(view, moments[view.name], method.rotated) for view in views if moments}
+    turns = {view.name: turn(view, moments[view.name], method.rotated) for view in views if moments}
+    return replace(evidence, data=data), moments, turns
 
 
 def _scores(
@@ -164,22 +100,18 @@ def _scores(
     turns: Mapping[str, Turn],
     method: Method,
     rules: Rules,
-    scorer: Any,
-    data: Iterable[Any] | None,
-    loss_fn: LossFn | None,
-    seed: int,
-    progress: bool,
+    evidence: Evidence,
 ) -> tuple[str, dict[str, Scores]]:
     """The scorer's name and its scores, in the coordinates of the turns."""
-    auto = isinstance(scorer, str) and scorer == "auto"
-    if auto and method.folds and data is None:
+    data, loss_fn, progress = evidence.data, evidence.loss_fn, evidence.progress
+    if not method.named and method.folds and data is None:
         return "energy", {view.name: energy_scores(turns[view.name]) for view in views}
-    if auto and method.folds:
-        chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=seed, turns=turns)
+    if not method.named and method.folds:
+        chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, turns=turns)
         return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
-    chosen = resolve(scorer, has_data=data is not None, seed=seed)
-    if auto and loss_fn is None:
-        loss_fn = loss_with_or_without_labels(seed)
+    chosen = resolve(method.scorer, has_data=data is not None, seed=method.seed)
+    if not method.named and loss_fn is None:
+        loss_fn = loss_with_or_without_labels(method.seed)
     with turned(model, views, turns) if method.rotated else nullcontext():
         return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
 
@@ -228,22 +160,22 @@ def _in_sequence(
     turns: Mapping[str, Turn],
     moments: Mapping[str, LayerMoments],
     method: Method,
-    data: Iterable[Any],
-    loss_fn: LossFn | None,
-    progress: bool,
+    evidence: Evidence,
 ) -> Plan:
     """Bases and refits layer by layer, each from what the layers before it, pruned, hand on.
 
     How many directions every head keeps stays as decided; which ones they are follows from the new moments.
     """
-    done = _folded(plan, views, turns, moments, method.refit)
+    assert evidence.data is not None, "a request that is sequential has data"
+    refit = method.compensates
+    done = _folded(plan, views, turns, moments, refit)
     layers = list(done.layers)
     for i, view in enumerate(views):
         if plan.layers[i].empty:
             continue
         before = Plan(tuple(layers[:i]))
         with masked_views(model, views[:i], before):
-            new = moments_of(model, [view], data, loss_fn, method.refit, progress)
+            new = moments_of(model, [view], evidence.data, evidence.loss_fn, refit, evidence.progress)
         fresh = turn(view, new[view.name], method.rotated)
-        layers[i] = with_fold(plan.layers[i], fresh, new[view.name], method.refit, _fold_dtype(view))
+        layers[i] = with_fold(plan.layers[i], fresh, new[view.name], refit, _fold_dtype(view))
     return replace(done, layers=tuple(layers))

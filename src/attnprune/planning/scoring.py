@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..calibration.moments import Calibration
 from ..calibration.processes import agree
 from ..families.registry import find_views, plain
 from ..surgery import check_views
-from ..values.rules import Rules, Split
+from ..values.faults import Faults
+from ..values.options import ScoreOptions
+from ..values.request import Request
 from ..values.scores import Scores
-from .decide import Basis, Method, scored
-from .scorers import LossFn, Scorer
+from .decide import scored
+from .scorers import Scorer
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 
 def score_attention(
     model: nn.Module,
     scorer: str | Scorer | Any = "auto",
     *,
-    basis: Basis = "auto",
-    split: Split = "fixed",
     data: Iterable[Any] | None = None,
-    calibration: Calibration | None = None,
-    loss_fn: LossFn | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[ScoreOptions],
 ) -> dict[str, Scores]:
     """How much every channel and every head matters: what :func:`attnprune.make_plan` with the same arguments goes by.
 
@@ -38,15 +37,12 @@ def score_attention(
     Args:
         model: any module with attention of a known family; left exactly as found.
         scorer: as in :func:`attnprune.prune_attention`.
-        basis: as there. Where heads are turned, channels are directions, the one with the most energy first.
-        split: as there; with ``"auto"``, gates look at all data instead of 32 samples.
         data: an iterable of batches, for scorers and bases that need them.
-        calibration: what :func:`attnprune.calibrate` gave, in place of its pass over ``data``.
-        loss_fn: ``loss_fn(model, batch)`` gives a scalar; None for the model's own loss.
         include: glob patterns of names; only these attention modules are scored.
         exclude: glob patterns of names to leave out.
-        seed: for ``scorer="random"`` and projections of the output.
-        progress: whether to show a progress bar over ``data``.
+        options: of :class:`attnprune.values.options.ScoreOptions`: ``basis`` (where heads are turned, channels are
+            directions, the one with the most energy first), ``split`` (with ``"auto"``, gates look at all data instead
+            of 32 samples), ``calibration``, ``loss_fn``, ``seed`` and ``progress``.
 
     Returns:
         Scores by the attention's name, in the order of the model.
@@ -59,17 +55,16 @@ def score_attention(
     >>> scores[""].qk.shape, scores[""].head.shape
     (torch.Size([4, 4]), torch.Size([4]))
     """
-    rules = Rules(split=split)
-    has_data = data is not None or calibration is not None
-    method = Method.resolve(basis, "auto", False, rules, has_data=has_data)
-    model = plain(model)
+    faults = Faults()
+    known = faults.known("score_attention", options, ScoreOptions.__optional_keys__)
+    parsed = faults.attempt(Request.parse, 0.0, data=data, include=include, exclude=exclude, scorer=scorer, **known)
+    faults.throw()
+    assert parsed is not None
+    request, whole = parsed, plain(model)
 
     def found() -> dict[str, Scores]:
-        views = find_views(model, include, exclude)
-        check_views(model, views, shards=not has_data)
-        return scored(
-            model, views, rules, method, scorer=scorer, data=data, calibration=calibration, loss_fn=loss_fn, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+        views = find_views(whole, request.include, request.exclude)
+        check_views(whole, views, shards=not request.evidence.has_data)
+        return scored(whole, views, request)
 
     return agree(found)

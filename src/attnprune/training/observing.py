@@ -16,29 +16,27 @@ from ..families.slots import gathered
 from ..planning.scorers import Fisher, Scorer, Taylor
 from ..planning.scorers.gradient import GradientScorer
 from ..values.layout import PROJECTIONS
+from ..values.request import Request
 from ..values.scores import Scores
 
 Sums = tuple[Tensor, ...]
 
 
-def observer(options: Mapping[str, Any]) -> GradientScorer:
+def observer(request: Request) -> GradientScorer:
     """The scorer that can use gradients as they come.
 
-    Args:
-        options: of :func:`attnprune.make_plan`.
-
     Raises:
-        OptionError: scores by these options need data of their own.
+        OptionError: scores that this request means need data of their own.
     """
-    scorer = options.get("scorer", "auto")
-    if options.get("data") is not None:
+    scorer = request.method.scorer
+    if request.evidence.data is not None:
         raise OptionError("observe", "a pruner without data", "data", "give one of the two")
-    if options.get("basis") == "rotated":
+    if request.method.rotated:
         found = 'basis="rotated"'
         raise OptionError("observe", 'basis="channels"', found, "bases are found from data=")
-    if scorer in ("auto", "fisher"):
+    if isinstance(scorer, str) and scorer in ("auto", "fisher"):
         return Fisher()
-    if scorer == "taylor":
+    if isinstance(scorer, str) and scorer == "taylor":
         return Taylor()
     if isinstance(scorer, GradientScorer) and not getattr(scorer, "per_sample", False):
         return scorer

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..api import apply_plan, make_plan, prepare_plan
+from ..api import apply_plan, plan_for, prepare_plan
 from ..calibration.processes import across_processes, active, agree, exchange
 from ..cost.counting import count_parameters
 from ..cost.latency.table import LatencyTable
@@ -17,20 +16,24 @@ from ..cost.rounding import auto_rounding
 from ..errors import DataError, OptionError, PlanMismatchError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
-from ..planning.asking import check_table, check_ways, cost_now, table_for
+from ..planning.costs import cost_now, table_for
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of
-from ..values.budget import RESOURCES
+from ..values.budget import Budget
+from ..values.faults import Faults
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS
+from ..values.method import Method
+from ..values.options import PrunerOptions, YesNoAuto
 from ..values.plan import Plan
 from ..values.ratios import Ratios, RatiosLike
+from ..values.request import Request
 from ..values.rules import Rules
 from .observing import Observations, observer, read
 from .schedules import MOST, Schedule, check_schedule, gone, of_what_is_left
 
-_OPTIONS = frozenset(inspect.signature(make_plan).parameters) - {"model", "qkvo_ratios", "target_error", "calibration"}
-_TARGETS = tuple(f"target_{resource}" for resource in RESOURCES)
+if TYPE_CHECKING:
+    from typing import Unpack
 
 
 class AttentionPruner:
@@ -66,12 +69,16 @@ class AttentionPruner:
             arXiv 1710.01878), ``"one-shot"`` all at the first step; or a function from the fraction of steps done,
             in (0, 1], to the fraction of the ratios that is gone by then.
         steps: number of calls of :meth:`step`, 1 for ``"one-shot"``.
-        options: everything else that :func:`attnprune.prune_attention` takes. With ``data``, every step plans by them;
-            without, ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) use the gradients that :meth:`observe`
-            saw.
+        data: as in :func:`attnprune.prune_attention`; every step plans by them. Without,
+            ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) use the gradients that :meth:`observe` saw.
+        include: as there, and so ``exclude``, ``example_inputs``, ``verify``, ``strict``, ``preset``, ``rules`` and
+            ``method``.
+        options: of :class:`attnprune.values.options.PrunerOptions`: all of :class:`attnprune.Options` but
+            ``target_error``, ``calibration`` and ``measure``.
 
     Raises:
-        OptionError: an unknown schedule or option, or steps below 1.
+        OptionError: an unknown schedule or option, steps below 1, or another fault of a request. Where there are
+            several, it lists all of them.
     """
 
     def __init__(
@@ -81,19 +88,30 @@ class AttentionPruner:
         *,
         schedule: Schedule = "geometric",
         steps: int = 10,
-        **options: Any,
+        data: Iterable[Any] | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        example_inputs: Any = None,
+        verify: YesNoAuto = "auto",
+        strict: bool = False,
+        preset: str | None = None,
+        rules: Rules | Mapping[str, Any] | None = None,
+        method: Method | Mapping[str, Any] | None = None,
+        **options: Unpack[PrunerOptions],
     ) -> None:
-        unknown = sorted(options.keys() - _OPTIONS)
-        if unknown:
-            raise OptionError("AttentionPruner", f"options of {sorted(_OPTIONS)}", str(unknown), "check the spelling")
-        check_schedule(schedule, steps)
+        faults = Faults()
+        faults.attempt(check_schedule, schedule, steps)
+        known = faults.known("AttentionPruner", options, PrunerOptions.__optional_keys__)
+        request = faults.attempt(
+            Request.parse, qkvo_ratios, data=data, include=include, exclude=exclude, example_inputs=example_inputs,
+            verify=verify, strict=strict, preset=preset, rules=rules, method=method, **known,
+        )  # fmt: skip
+        faults.throw()
+        assert request is not None
         # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
         inner = plain(model)
         self.model = plain(inner.module) if type(inner).__name__ == "DistributedDataParallel" else inner  # type: ignore[arg-type]
-        targets = {name: options.pop(name, None) for name in _TARGETS}
-        self.budget = check_ways(qkvo_ratios=qkvo_ratios, target_error=None, **targets)
-        self.ratios = Ratios() if qkvo_ratios is None else Ratios.parse(qkvo_ratios)
-        self.schedule, self.options = schedule, options
+        self.request, self.schedule = request, schedule
         self.steps = 1 if schedule == "one-shot" else steps
         self.steps_done = 0
         views = self._views()
@@ -102,23 +120,39 @@ class AttentionPruner:
         self._before = count_parameters(self.model)
         self._seen = Observations()
         self._cost = 0.0
-        if options.get("round_to") == "auto":  # what is left later would be rounded finer
-            options["round_to"] = auto_rounding(views, options.get("granularity", "channel"))
+        if request.rules.round_to == "auto":  # what is left later would be rounded finer
+            step = auto_rounding(views, request.rules.granularity)
+            self.request = replace(request, rules=replace(request.rules, round_to=step))
         self._gone(0.0, 1)  # a schedule that gives nonsense says so now
         if self.budget is not None:
-            self._cost = self._measure_cost(views)
-        asked = {"qkvo_ratios": 0.0} if self.budget is None else {f"target_{self.budget.resource}": self.budget.share}
-        blank = {"data": None, "scorer": "random", "compensate": "auto", "sequential": False}
-        make_plan(self.model, **{**options, **blank, **asked})
+            self._cost = self._measure_cost(self.budget, views)
+        plan_for(self.model, self._trial)
+
+    @property
+    def ratios(self) -> Ratios:
+        """What is gone of each projection in the end, where that was asked for; else nothing."""
+        return self.request.amount if isinstance(self.request.amount, Ratios) else Ratios()
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the whole model may cost in the end, where that was asked for."""
+        return self.request.amount if isinstance(self.request.amount, Budget) else None
+
+    @property
+    def _trial(self) -> Request:
+        """What shows whether the model can be planned at all, without a look at data."""
+        method = replace(self.request.method, scorer="random", compensate="auto", sequential=False)
+        evidence = replace(self.request.evidence, data=None)
+        return replace(self.request, amount=self.budget or Ratios(), method=method, evidence=evidence)
 
     def _views(self) -> list[AttentionView]:
-        return find_views(self.model, self.options.get("include"), self.options.get("exclude"))
+        return find_views(self.model, self.request.include, self.request.exclude)
 
     @property
     def _together(self) -> bool:
         """Whether qk and vo share one budget, or units hold both."""
-        joined = any(self.options.get(key) for key in ("match_dims", "stock"))
-        return joined or self.options.get("split") == "auto" or self.options.get("granularity") == "head"
+        rules = self.request.rules
+        return rules.match_dims or rules.split == "auto" or rules.granularity == "head"
 
     @property
     def done(self) -> bool:
@@ -150,7 +184,7 @@ class AttentionPruner:
             OptionError: the scorer cannot use gradients.
         """
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        found = read(observer(self.options), self._views(), scale)
+        found = read(observer(self.request), self._views(), scale)
         if all(bool(part.isfinite().all()) for parts in found.values() for part in parts):
             self._seen = self._seen.plus(found)
         elif scaler is None:
@@ -161,7 +195,7 @@ class AttentionPruner:
     def observes(self) -> bool:
         """Whether :meth:`observe` can be called: scores come from gradients."""
         try:
-            observer(self.options)
+            observer(self.request)
         except OptionError:
             return False
         return True
@@ -200,7 +234,7 @@ class AttentionPruner:
             plan = self._next()
             number, whole = self.steps_done + 1, self._plan.then(plan) if self.steps_done else plan
             if self.budget is not None and whole.asked is not None and whole.asked.budget is not None:
-                asked = replace(whole.asked.budget, share=self._left(number))  # of the beginning
+                asked = replace(whole.asked.budget, share=self._left(self.budget, number))  # of the beginning
                 whole = replace(whole, asked=replace(whole.asked, budget=asked))
             mine = Assignment(self, _plan=whole, steps_done=number, _seen=Observations())
             optimizers = optimizers_of(optimizer, scheduler)
@@ -232,53 +266,51 @@ class AttentionPruner:
             raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
 
     def _next(self) -> Plan:
-        due = self._due(self.steps_done + 1) if self.budget is None else self._share_due(self.steps_done + 1)
-        options, seen = dict(self.options), self._seen.pooled()
+        number = self.steps_done + 1
+        due: Ratios | Budget = self._due(number) if self.budget is None else self._share_due(self.budget, number)
+        request, seen = replace(self.request, amount=due), self._seen.pooled()
         if seen.count:
-            options["scorer"] = seen.scorer(observer(options))
-        elif options.get("data") is None and options.get("scorer") in ("fisher", "taylor"):
+            scorer: Any = seen.scorer(observer(request))
+            request = replace(request, method=replace(request.method, scorer=scorer))
+        elif request.evidence.data is None and request.method.scorer in ("fisher", "taylor"):
             remedy = "call observe() after loss.backward(), or give data"
             raise DataError("step", "gradients to score by", "none", remedy)
-        return make_plan(self.model, **{**options, **due})
+        return plan_for(self.model, request)
 
     def _gone(self, share: float, number: int) -> float:
         """Of a final share that goes, what is gone after step ``number``."""
         return gone(self.schedule, share, number / self.steps)
 
-    def _due(self, number: int) -> dict[str, Ratios]:
+    def _due(self, number: int) -> Ratios:
         """What step ``number`` is to remove of what is left."""
         now = tuple(view.spec for view in self._views())
         found = {p: self._gone(self.ratios.of(p), number) for p in PROJECTIONS}
-        return {"qkvo_ratios": of_what_is_left(found, self._dense, now, self._together)}
+        return of_what_is_left(found, self._dense, now, self._together)
 
-    def _left(self, number: int) -> float:
+    def _left(self, budget: Budget, number: int) -> float:
         """What is left after step ``number`` of what the model cost in the beginning."""
-        assert self.budget is not None
-        return min(1 - self._gone(1 - self.budget.share, number), MOST)
+        return min(1 - self._gone(1 - budget.share, number), MOST)
 
-    def _share_due(self, number: int) -> dict[str, float]:
+    def _share_due(self, budget: Budget, number: int) -> Budget:
         """The budget of step ``number``, as a share of what the model costs now."""
-        assert self.budget is not None
-        now = cost_now(self.budget, self.model, self._views(), self.options.get("example_inputs"), self._table)
-        return {f"target_{self.budget.resource}": min(self._left(number) * self._cost / now, MOST)}
+        now = cost_now(budget, self.model, self._views(), self.request.evidence.example_inputs, self._table)
+        return Budget(budget.resource, min(self._left(budget, number) * self._cost / now, MOST))
 
     @property
     def _table(self) -> LatencyTable | None:
-        table: LatencyTable | None = self.options.get("latency")
+        table: LatencyTable | None = self.request.evidence.latency
         return table
 
-    def _measure_cost(self, views: Sequence[AttentionView]) -> float:
+    def _measure_cost(self, budget: Budget, views: Sequence[AttentionView]) -> float:
         """What the model costs in the beginning; measures latency unless a table was given."""
-        assert self.budget is not None
-        inputs, options = self.options.get("example_inputs"), self.options
-        if self.budget.resource == "macs" and inputs is None:
-            raise OptionError("target_macs", "example_inputs to count with", "none", "pass example_inputs=")
-        check_table(self._table)
-        if self.budget.resource == "latency" and self._table is None:
-            rules = Rules(options.get("granularity", "channel"), round_to=options.get("round_to", 1))
-            table = table_for(self.model, views, inputs, rules, options.get("progress", True))
-            options["latency"] = exchange(table)[0] if active() else table  # one clock for all processes
-        return cost_now(self.budget, self.model, views, inputs, self._table)
+        evidence = self.request.evidence
+        if budget.resource == "latency" and self._table is None:
+            table = table_for(self.model, views, evidence.example_inputs, self.request.rules, evidence.progress)
+            self._keep_table(exchange(table)[0] if active() else table)  # one clock for all processes
+        return cost_now(budget, self.model, views, evidence.example_inputs, self._table)
+
+    def _keep_table(self, table: LatencyTable) -> None:
+        self.request = replace(self.request, evidence=replace(self.request.evidence, latency=table))
 
     # checkpoints
 
@@ -332,7 +364,7 @@ class AttentionPruner:
         if self.budget is not None:
             self._cost = float(state["cost"])
             if state["latency"] is not None:
-                self.options["latency"] = LatencyTable.from_json(state["latency"])
+                self._keep_table(LatencyTable.from_json(state["latency"]))
         self._before = int(state["parameters"])
         self.steps_done = int(state["steps_done"])
         seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import RatioError
 from .budget import LEAST
+from .faults import Faults
 from .layout import KIND_OF, PROJECTIONS, Kind, Projection
 
 
@@ -22,6 +23,13 @@ def _checked(key: str, value: Any) -> float:
             "Write 0.5 for half; 1 would remove the attention itself",
         )
     return float(value) + 0.0  # never -0.0
+
+
+def _all_checked(values: Mapping[str, Any]) -> dict[str, float]:
+    faults = Faults()
+    found = {key: faults.attempt(_checked, key, value) or 0.0 for key, value in values.items()}
+    faults.throw()
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,21 +69,26 @@ class Ratios:
                 raise RatioError(
                     "qkvo_ratios", "four values in the order q, k, v, o", f"{len(ratios)} values", "Give all four"
                 )
-            return cls(*(_checked(key, value) for key, value in zip(PROJECTIONS, ratios, strict=True)))
+            return cls(**_all_checked(dict(zip(PROJECTIONS, ratios, strict=True))))
         value = _checked("all", ratios)
         return cls(value, value, value, value)
 
     @staticmethod
     def _from_mapping(ratios: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
-        for key, value in ratios.items():
+        faults = Faults()
+        for key in ratios:
             names = list(key) if key in ("qk", "vo") else [key]
             if not isinstance(key, str) or not set(names) <= set(PROJECTIONS):
-                raise RatioError("qkvo_ratios", "keys of q, k, v, o, qk, vo", repr(key), "Missing keys count as 0")
+                faults.add(
+                    RatioError("qkvo_ratios", "keys of q, k, v, o, qk, vo", repr(key), "Missing keys count as 0")
+                )
+                continue
             for name in names:
                 if name in found:
-                    raise RatioError("qkvo_ratios", f"one ratio for {name}", "two", f"Drop {name!r} or {key!r}")
-                found[name] = _checked(key, value)
+                    faults.add(RatioError("qkvo_ratios", f"one ratio for {name}", "two", f"Drop {name!r} or {key!r}"))
+                found[name] = faults.attempt(_checked, key, ratios[key]) or 0.0
+        faults.throw()
         return found
 
     def of(self, projection: Projection) -> float:

@@ -21,9 +21,9 @@ from ...families.registry import find_views, plain
 from ...surgery import Surgeon, check_views
 from ...values.layer_plan import LayerPlan
 from ...values.plan import Plan
-from ...values.rules import OPTIONS, Granularity
+from ...values.rules import OPTIONS, Granularity, check_rounding
 from ...values.spec import AttentionSpec
-from ..rounding import auto_rounding, check_rounding
+from ..rounding import auto_rounding
 from .cache import fingerprint, read_cache, write_cache
 from .table import Grid, LatencyTable
 from .timing import Stopwatch, shapes_seen

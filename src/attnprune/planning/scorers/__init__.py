@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ...calibration.losses import LossFn, loss_with_or_without_labels, projection_loss
-from ...errors import ScorerError
+from ...values.method import unknown_scorer
 from .base import Scorer
 from .fisher import Fisher
 from .gate import Gate
@@ -29,12 +30,13 @@ __all__ = [
     "resolve",
 ]
 
-NAMED: Mapping[str, type[Scorer]] = {
+NAMED: Mapping[str, Callable[[], Scorer]] = {
     "magnitude": Magnitude,
     "taylor": Taylor,
     "fisher": Fisher,
     "gate": Gate,
     "random": Random,
+    "magnitude-l1": partial(Magnitude, 1),
 }
 
 
@@ -60,9 +62,4 @@ def resolve(scorer: Any, *, has_data: bool, seed: int = 0) -> Scorer:
         return Random(seed)
     if isinstance(scorer, str) and scorer in NAMED:
         return NAMED[scorer]()
-    raise ScorerError(
-        "scorer",
-        f"one of {', '.join(NAMED)}, auto, a Scorer, or a Torch-Pruning importance",
-        repr(scorer),
-        "for an importance of Torch-Pruning pass an instance, for example GroupMagnitudeImportance()",
-    )
+    raise unknown_scorer(scorer)

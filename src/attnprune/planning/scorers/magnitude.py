@@ -25,7 +25,7 @@ class Magnitude(Scorer):
     the norms of its parts of Q, K, V and O. Biases do not count. Computed in float64.
 
     Args:
-        p: 1 or 2, the norm. The paper's is 2.
+        p: 1 or 2, the norm. The paper's public configs have 1: ``scorer="magnitude-l1"``.
 
     >>> import torch, attnprune
     >>> views = attnprune.adapters.find_views(torch.nn.MultiheadAttention(16, 4))
@@ -35,7 +35,7 @@ class Magnitude(Scorer):
 
     def __init__(self, p: int = 2) -> None:
         if p not in (1, 2):
-            raise OptionError("Magnitude: p", "1 or 2", repr(p), "use 2, the paper's norm")
+            raise OptionError("Magnitude: p", "1 or 2", repr(p), "use 2, or 1 as the paper's public configs")
         self.p = p
 
     @property

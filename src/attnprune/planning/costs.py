@@ -1,0 +1,76 @@
+"""What the model at hand adds to a request: what ``"auto"`` rounds to here, and what shapes cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from glob import escape
+from typing import Any
+
+from torch import nn
+
+from ..cost.counting import count_macs, count_parameters, mac_prices, parameter_prices
+from ..cost.latency.table import LatencyTable
+from ..cost.rounding import auto_rounding
+from ..families.base import AttentionView
+from ..values.budget import Budget
+from ..values.request import Request
+from ..values.rules import Rules
+from .by_budget import Costs
+
+
+def fitted(request: Request, model: nn.Module, views: Sequence[AttentionView]) -> tuple[Request, Costs | None]:
+    """The request with a number to round to, and what shapes cost where a budget was asked for.
+
+    Raises:
+        LatencyError: the latency table is of another model.
+    """
+    rules, costs = request.rules, None
+    if rules.round_to == "auto":
+        rules = replace(rules, round_to=auto_rounding(views, rules.granularity))
+    if isinstance(request.amount, Budget):
+        costs, rules = _costs(request, request.amount, model, views, rules)
+    return replace(request, rules=rules), costs
+
+
+def _costs(
+    request: Request, budget: Budget, model: nn.Module, views: Sequence[AttentionView], rules: Rules
+) -> tuple[Costs, Rules]:
+    """What shapes cost, and the rules, whose rounding for latency is that of the shapes that were measured."""
+    evidence = request.evidence
+    if budget.resource == "params":
+        prices = {view.name: parameter_prices(view.spec) for view in views}
+        return Costs(budget, count_parameters(model), prices), rules
+    if budget.resource == "macs":
+        inputs = evidence.example_inputs
+        return Costs(budget, count_macs(model, inputs), mac_prices(model, views, inputs)), rules
+    latency = evidence.latency
+    if latency is None:
+        latency = table_for(model, views, evidence.example_inputs, rules, evidence.progress)
+    if rules.round_to == 1 and rules.granularity != "head":
+        rules = replace(rules, round_to=latency.step)
+    return Costs(budget, latency.predict([view.spec for view in views]), {}, latency), rules
+
+
+def cost_now(
+    budget: Budget, model: nn.Module, views: Sequence[AttentionView], example_inputs: Any, latency: LatencyTable | None
+) -> float:
+    """What the whole model costs now; for latency as a share of the model that was measured."""
+    if budget.resource == "params":
+        return count_parameters(model)
+    if budget.resource == "macs":
+        return count_macs(model, example_inputs)
+    assert latency is not None
+    return latency.predict([view.spec for view in views])
+
+
+def table_for(
+    model: nn.Module, views: Sequence[AttentionView], example_inputs: Any, rules: Rules, progress: bool
+) -> LatencyTable:
+    """Measures what plans by these rules need to know."""
+    from ..cost.latency import measure
+
+    return measure(
+        model, example_inputs, granularity=rules.granularity, include=[escape(view.name) for view in views],
+        round_to="auto" if rules.round_to == 1 else rules.round_to, progress=progress,
+    )  # fmt: skip

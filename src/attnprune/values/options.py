@@ -1,0 +1,119 @@
+"""The flat options of :func:`attnprune.prune_attention` and its kin, typed and described once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
+
+from .method import Basis, Compensate
+from .rules import Granularity, Heads, RoundTo, Scope, Split
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LossFn = Callable[["nn.Module", Any], "Tensor"]
+"""``loss_fn(model, batch)`` gives a scalar."""
+YesNoAuto = Literal["auto"] | bool
+
+
+@runtime_checkable
+class Latencies(Protocol):
+    """What :func:`attnprune.latency.measure` gives."""
+
+    def predict(self, after: Any, /) -> float:
+        """Latency over the dense model's."""
+
+    def share(self, spec: Any, /) -> float:
+        """The time of one attention, as a share of the dense model's."""
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """What :func:`attnprune.calibrate` gives."""
+
+    def merge(self, other: Any, /) -> Any:
+        """Of both samples together."""
+
+    def state_dict(self) -> Any:
+        """Tensors alone."""
+
+
+class _Scoring(TypedDict, total=False):
+    split: Split
+    """``"fixed"`` (the default): every projection loses its own ratio. ``"auto"``: the ratios' total is one budget of
+    attention weights, and the method finds who bears it: qk or vo, which layer, which head."""
+    basis: Basis
+    """``"channels"`` removes channels as they stand. ``"rotated"`` turns every head into the basis in which the fewest
+    directions carry the most, and removes directions; the result is plain Linears all the same. ``"auto"`` (the
+    default): rotated if there are ``data`` (or a ``calibration``), channels are to go and no scorer is named."""
+    loss_fn: LossFn | None
+    """``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy (integer
+    targets) or square error."""
+    seed: int
+    """For ``scorer="random"`` and projections of the output; 0 by default."""
+    progress: bool
+    """Whether to show a progress bar over ``data``; True by default."""
+
+
+class ScoreOptions(_Scoring, total=False):
+    """What :func:`attnprune.score_attention` takes beside the scorer, the data and which modules."""
+
+    calibration: Calibrated | None
+    """What :func:`attnprune.calibrate` gave for this model, in place of its pass over ``data``."""
+
+
+class PrunerOptions(_Scoring, total=False):
+    """What :class:`attnprune.AttentionPruner` takes as :func:`attnprune.prune_attention` does."""
+
+    granularity: Granularity
+    """``"channel"`` (the default) removes channels inside heads (the paper's PH), ``"head"`` whole heads (EH),
+    ``"joint"`` lets heads and channels compete by score per weight."""
+    scope: Scope
+    """``"global"`` (the default) lets layers compete, ``"local"`` removes the same fraction in every layer."""
+    heads: Heads
+    """``"uniform"`` (the default): every head of a layer keeps as many channels. ``"ragged"``: each its own number."""
+    round_to: RoundTo
+    """Channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this; 1 by
+    default. ``"auto"``: of what the model's device likes (:func:`attnprune.cost.rounding.rounding`), 1 for heads."""
+    min_heads: int
+    """Heads that every layer keeps at least; 1 by default."""
+    min_channels: int
+    """qk and vo channels that every head keeps at least; 1 by default."""
+    match_dims: bool
+    """Every head keeps as many qk as vo channels, so that layers with uniform heads keep their own forward and fused
+    kernels; layers still differ. Needs one ratio for both, or ``split="auto"``."""
+    stock: bool
+    """Plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as many
+    heads and channels as every other, and as many qk as vo. Implies ``scope="local"`` and ``match_dims``."""
+    scorer: Any
+    """``"auto"`` (the default): the best for what was given (see :doc:`closed_form`). ``"magnitude"``,
+    ``"magnitude-l1"``, ``"taylor"``, ``"fisher"``, ``"gate"``, ``"random"``, a :class:`attnprune.Scorer`, or an
+    importance of Torch-Pruning: a scorer that you name keeps channels as they stand and refits nothing, unless
+    ``basis`` or ``compensate`` say so."""
+    compensate: Compensate
+    """``False`` nothing but removal; ``True`` what stays is refitted in closed form to make up for what went (needs
+    data); ``"auto"`` (the default): if there are data and no scorer is named."""
+    sequential: bool
+    """Moments and refits layer by layer, each from what the pruned layers before it hand on; takes a forward pass over
+    the data per layer."""
+    latency: Latencies | None
+    """What :func:`attnprune.latency.measure` gave, for ``target_latency``."""
+    target_latency: float | None
+    """In place of ``qkvo_ratios``: the forward pass over ``example_inputs`` is to take this share of what it takes now,
+    in (0, 1); what each shape takes is measured first, or given (see :doc:`latency`)."""
+    target_macs: float | None
+    """In place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``."""
+    target_params: float | None
+    """In place of ``qkvo_ratios``: the share of the whole model's parameters. Of these budgets the plan of least loss
+    is taken; they set ``split="auto"``."""
+
+
+class Options(PrunerOptions, ScoreOptions, total=False):
+    """The options of :func:`attnprune.prune_attention` and :func:`attnprune.make_plan` beyond their signature."""
+
+    target_error: float | None
+    """In place of ``qkvo_ratios``: the share of the energy of logits (qk) and outputs (vo) that every layer (with
+    ragged heads every head) may lose, in (0, 1)."""
+    measure: YesNoAuto
+    """Whether the report has latency, measured in turns before and after; ``"auto"`` (the default): with
+    ``target_latency`` and ``example_inputs``. A plan is the same with and without."""
