@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 from warnings import warn
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .calibration.processes import agree
+from .calibration.sample import Sample, quietly, sample_of
 from .cost.counting import count_macs, count_parameters
-from .errors import AttnPruneWarning, OptionError
-from .families import find_views
+from .errors import AttnPruneWarning, DataError, OptionError
 from .families.base import AttentionView
-from .families.registry import all_views, plain
+from .families.looks import Skipped
+from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
 from .report.report import Measured, Report
 from .surgery import (
     OptimizerPatch,
     Step,
     Surgeon,
+    Verification,
     check_expressible,
     check_views,
     commit_all,
@@ -91,13 +94,36 @@ def plan_for(model: nn.Module, request: Request) -> Plan:
     >>> plan_for(torch.nn.TransformerEncoderLayer(32, 4), Request.parse(0.5))["self_attn"].after.qk_dims
     (4, 4, 4, 4)
     """
+    return decided_by(model, request).plan
+
+
+class Decided(NamedTuple):
+    """A plan, and what was learned on the way to it."""
+
+    plan: Plan
+    skipped: tuple[Skipped, ...]
+    """What the plan passes over."""
+    sample: Sample | None
+    """Inputs to run the model on."""
+
+
+def decided_by(model: nn.Module, request: Request) -> Decided:
+    """:func:`plan_for`, with what it passes over and inputs to run the model on."""
     from .planning.costs import fitted  # what only planning needs is loaded when there is something to plan
     from .planning.decide import decide
 
-    model, rules = plain(model), request.rules
+    model, rules, evidence = plain(model), request.rules, request.evidence
+    sample, data = sample_of(evidence.example_inputs, evidence.data, evidence.loss_fn)
+    request = replace(request, evidence=replace(evidence, data=data))
+    skipped: list[Skipped] = []
 
     def decided() -> Plan:
-        views = find_views(model, request.include, request.exclude)
+        run = quietly(sample, model)
+        survey = Survey(model, run=run)
+        views = select(survey, request.include, request.exclude)
+        meant = chosen(survey, request.include, request.exclude)
+        skipped.extend(one for one in survey.skipped(run) if meant(one.name))
+        report_skipped(skipped, request.strict)
         check_views(model, views, shards=not request.evidence.has_data)
         if rules.stock:
             from .checkpoint.stock import check_possible, check_stock
@@ -109,7 +135,7 @@ def plan_for(model: nn.Module, request: Request) -> Plan:
             check_stock(model, plan.after)
         return plan
 
-    return agree(decided, digest=lambda plan: plan.digest)
+    return Decided(agree(decided, digest=lambda plan: plan.digest), tuple(skipped), sample)
 
 
 def apply_plan(
@@ -137,11 +163,12 @@ def apply_plan(
             the same plan.
         measure: whether to time forward passes over ``example_inputs``, the model before and after in turns, for the
             report. An :class:`attnprune.errors.AttnPruneWarning` says why a plan may have made it slower.
-        verify: ``"auto"``, True or False.
+        verify: as in :func:`prune_attention`, with ``example_inputs``.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
         OptimizerStateError: the optimizer has state that cannot follow.
+        VerificationError: the result computes something else; it was put back.
         WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
 
     >>> import torch
@@ -150,9 +177,11 @@ def apply_plan(
     0.5
     """
     check_one_of("verify", verify, YES_NO_AUTO)
+    sample, _ = sample_of(example_inputs, None)
     commit = prepare_plan(
-        model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure
-    )
+        model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure,
+        sample=sample, verify=verify,
+    )  # fmt: skip
     return commit()
 
 
@@ -165,11 +194,20 @@ def prepare_plan(
     averages: Iterable[nn.Module] = (),
     measure: bool = False,
     also: Sequence[Step] = (),
+    sample: Sample | None = None,
+    verify: YesNoAuto = "auto",
+    skipped: Sequence[Skipped] | None = None,
 ) -> Callable[[], Report]:
     """:func:`apply_plan` in two: here everything is checked and built, and what is returned commits it.
 
     Args:
         also: other steps that are taken along with the surgery, or not at all.
+        sample: inputs to verify the result with.
+        verify: whether to; ``"auto"``: where there is a sample.
+        skipped: what was found not to be prunable; None: what looks like it.
+
+    Raises:
+        DataError: ``verify=True`` and nothing to run the model on.
     """
     from .checkpoint.record import ConfigEntry
 
@@ -187,13 +225,41 @@ def prepare_plan(
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = _latency(model, surgeon, plan, example_inputs) if measure else None
     notes += _missed(plan, latency)
+    ways = {view.name: _way(view, plan[view.name].after) for view in views if not plan[view.name].empty}
+    if skipped is None:
+        skipped = Survey(model).skipped()
+    check = _verification(model, views, plan, sample, verify)
 
     def commit() -> Report:
-        commit_all([*steps, *entries, *patches, *also])
+        commit_all([*steps, *entries, *patches, *([] if check is None else [check]), *also])
         counts = None if macs is None else (macs, count_macs(model, example_inputs))
-        return Report(plan, (before, count_parameters(model)), counts, notes, latency)
+        said = notes if check is None or not check.why_not else (*notes, f"not verified: {check.why_not}")
+        verified = None if check is None else check.found
+        parameters = before, count_parameters(model)
+        return Report(plan, parameters, counts, said, latency, tuple(skipped), ways, verified)
 
     return commit
+
+
+def _verification(
+    model: nn.Module, views: Sequence[AttentionView], plan: Plan, sample: Sample | None, verify: YesNoAuto
+) -> Verification | None:
+    """The step that compares the result with the masked model, where that is asked for and possible."""
+    if verify is True and sample is None:
+        remedy = "pass example_inputs= (or data= to prune_attention)"
+        raise DataError("verify=True", "inputs to run the model on", "none", remedy)
+    if verify is False or sample is None or plan.empty:
+        return None
+    return Verification(model, views, plan, sample.run, sample.samples, needed=verify is True)
+
+
+def _way(view: AttentionView, after: AttentionSpec) -> str:
+    """How an attention will run, and for the expanded way why."""
+    way = view.way(after)
+    if way != "expanded" or view.verdict is None:
+        return str(way)
+    why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
+    return f"expanded: {why or 'no forward of ours is known for it'}"
 
 
 def _missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
@@ -265,8 +331,10 @@ def prune_attention(
         exclude: glob patterns of names to leave alone.
         example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds. Budgets of latency and
             multiply-adds need it.
-        verify: ``"auto"``, True or False.
-        strict: True or False.
+        verify: whether the pruned model is run against the dense one with what went at zero, before the call returns;
+            a difference above rounding puts everything back and raises. ``"auto"``: where there are ``example_inputs``
+            or ``data``. It takes two forward passes over at most 4 samples of the data.
+        strict: whether attention that cannot be pruned is an error; else it is in ``report.skipped``, and a warning.
         preset: options that go well together; an option given beside it goes before. ``"accurate"`` (with data, qk and
             vo, layers and heads share one budget), ``"fast"`` (dims that this device's kernels like), ``"stock"``
             (plain transformers can load it), or one of the paper's eight: ``"paper:PH-G-FI"``, ``"paper:EH-L-MAG"``
@@ -295,11 +363,12 @@ def prune_attention(
         qkvo_ratios, data=data, include=include, exclude=exclude, example_inputs=example_inputs, verify=verify,
         strict=strict, preset=preset, rules=rules, method=method, **options,
     )  # fmt: skip
-    plan = plan_for(model, request)
-    return apply_plan(
-        model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=request.timed,
-        verify=verify,
+    made = decided_by(model, request)
+    commit = prepare_plan(
+        model, made.plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=request.timed,
+        sample=made.sample, verify=request.verify, skipped=made.skipped,
     )  # fmt: skip
+    return commit()
 
 
 def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:

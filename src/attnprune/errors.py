@@ -30,6 +30,7 @@ __all__ = [
     "StateDictError",
     "TiedWeightsError",
     "UnknownUnitError",
+    "VerificationError",
     "WrappedModelError",
 ]
 
@@ -144,6 +145,10 @@ class StateDictError(AttnPruneError, RuntimeError):
 
 class ProcessError(AttnPruneError, RuntimeError):
     """Planning failed in another process of ``torch.distributed``, so it ends here too."""
+
+
+class VerificationError(AttnPruneError, RuntimeError):
+    """The pruned model does not compute what the masked one does; it was put back as it was."""
 
 
 class WrappedModelError(AttnPruneError, TypeError):

@@ -215,11 +215,7 @@ def select(
             "pass example_inputs=, so that modules are seen in a call, or tell how the class is built "
             "(attnprune.register_adapter)",
         )
-    wanted, unwanted = _patterns("include", include, names), _patterns("exclude", exclude, names)
-
-    def meant(name: str) -> bool:
-        return (wanted is None or _any(name, wanted)) and not (unwanted and _any(name, unwanted))
-
+    meant = chosen(survey, include, exclude)
     for name, error in survey.errors.items():
         if meant(name):
             raise error
@@ -229,6 +225,25 @@ def select(
             "include and exclude", f"at least one of {_shorten(names)}", "none", "loosen the patterns"
         )
     return left
+
+
+def chosen(
+    survey: Survey, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> Callable[[str], bool]:
+    """Which names the patterns mean. A pattern has to match some attention, prunable or not.
+
+    Raises:
+        OptionError: a pattern matches none.
+    """
+    names = [found.name for found in _walk(survey.model) if found.name not in survey.why]
+    if include is not None or exclude is not None:
+        names += [one.name for one in survey.skipped()]
+    wanted, unwanted = _patterns("include", include, names), _patterns("exclude", exclude, names)
+
+    def meant(name: str) -> bool:
+        return (wanted is None or _any(name, wanted)) and not (unwanted and _any(name, unwanted))
+
+    return meant
 
 
 def report_skipped(skipped: Sequence[Skipped], strict: bool) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..families.looks import Skipped
+from ..surgery.verify import Verified
 from ..values.budget import Budget
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, Projection
@@ -46,6 +50,14 @@ class Report:
     """What the user should know about how it was done."""
     latency: Measured | None = None
     """Latency after over before, measured; None where it was not."""
+    skipped: tuple[Skipped, ...] = ()
+    """Modules that look like attention and were not pruned, with reasons."""
+    ways: Mapping[str, str] = field(default_factory=dict)
+    """By name, how each attention runs now: ``"stock"`` by the host's own forward, ``"decoupled"`` by one of ours,
+    ``"expanded"`` by the host's on dense dims (parameters and projections shrink, its kernel and cache do not), with
+    the reason."""
+    verified: Verified | None = None
+    """How far the model is from the masked dense model; None where nothing was run."""
 
     @property
     def asked(self) -> dict[Projection, float] | None:
@@ -86,6 +98,9 @@ class Report:
             "macs": None if self.macs is None else list(self.macs),
             "latency": self._latency(),
             "notes": list(self.notes),
+            "skipped": [one._asdict() for one in self.skipped],
+            "ways": dict(self.ways),
+            "verified": None if self.verified is None else self.verified._asdict(),
             "plan": self.plan.digest,
             "layers": [
                 {
@@ -163,6 +178,14 @@ class Report:
             if asked.target_error is not None:
                 how.append(f"losing at most {asked.target_error:.2%} of energy")
             lines.append(f"how: {', '.join(how)}")
+        if self.ways:
+            counts = Counter(self.ways.values())
+            lines.append(f"runs: {', '.join(f'{count} {way}' for way, count in counts.items())}")
+        if self.verified is not None:
+            many = "s" * (self.verified.samples != 1)
+            lines.append(f"verified: {self.verified.error:.0e} over {self.verified.samples} sample{many}")
+        for name, kind, why in self.skipped:
+            lines.append(f"skipped: {name or 'the model itself'} ({kind}): {why}")
         return lines + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
 from .optimizer import Assignment, OptimizerPatch, Step, commit_all, optimizers_of
 from .patch import ParamChange, ParamMap, Surgeon, as_called
+from .verify import Verification, Verified
 
 __all__ = [
     "Assignment",
@@ -12,6 +13,8 @@ __all__ = [
     "ParamMap",
     "Step",
     "Surgeon",
+    "Verification",
+    "Verified",
     "as_called",
     "check_expressible",
     "check_fit",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..api import apply_plan, plan_for, prepare_plan
+from ..api import Decided, apply_plan, decided_by, plan_for, prepare_plan
 from ..calibration.processes import across_processes, active, agree, exchange
 from ..cost.counting import count_parameters
 from ..cost.latency.table import LatencyTable
@@ -231,7 +231,8 @@ class AttentionPruner:
         self._check_open()
 
         def prepared() -> tuple[Plan, Callable[[], Report]]:
-            plan = self._next()
+            made = self._next()
+            plan = made.plan
             number, whole = self.steps_done + 1, self._plan.then(plan) if self.steps_done else plan
             if self.budget is not None and whole.asked is not None and whole.asked.budget is not None:
                 asked = replace(whole.asked.budget, share=self._left(self.budget, number))  # of the beginning
@@ -245,6 +246,10 @@ class AttentionPruner:
                 averages=averages,
                 example_inputs=example_inputs,
                 also=[mine],
+                sample=made.sample,
+                # a difference that one process alone sees would leave the others pruned
+                verify=False if active() and self.request.verify == "auto" else self.request.verify,
+                skipped=made.skipped,
             )
 
         with across_processes():
@@ -259,13 +264,13 @@ class AttentionPruner:
         """
         self._check_open()
         with across_processes():
-            return agree(self._next, digest=lambda plan: plan.digest)
+            return agree(lambda: self._next().plan, digest=lambda plan: plan.digest)
 
     def _check_open(self) -> None:
         if self.done:
             raise OptionError("step", f"at most {self.steps} steps", "one more", "check pruner.done")
 
-    def _next(self) -> Plan:
+    def _next(self) -> Decided:
         number = self.steps_done + 1
         due: Ratios | Budget = self._due(number) if self.budget is None else self._share_due(self.budget, number)
         request, seen = replace(self.request, amount=due), self._seen.pooled()
@@ -275,7 +280,7 @@ class AttentionPruner:
         elif request.evidence.data is None and request.method.scorer in ("fisher", "taylor"):
             remedy = "call observe() after loss.backward(), or give data"
             raise DataError("step", "gradients to score by", "none", remedy)
-        return plan_for(self.model, request)
+        return decided_by(self.model, request)
 
     def _gone(self, share: float, number: int) -> float:
         """Of a final share that goes, what is gone after step ``number``."""
