@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..errors import AttnPruneError, CheckpointError
+from ..errors import CheckpointError
 from ..values import fields
-from .folder import Folder, refuse
-from .record import Record, digest_of, malformed
+from .folder import Folder, reading, refuse
+from .record import Record, digest_of
 
 FORMAT, VERSION = "attnprune.model", 2
 MANIFEST = "attnprune.json"
@@ -80,18 +80,15 @@ class Manifest:
         """
         folder = directory if isinstance(directory, Folder) else Folder.at(directory)
         try:
-            found = fields.load(folder.read(MANIFEST), most=_VALUES)
-            if not isinstance(found, dict) or found.get("format") != FORMAT:
-                fields.fail("format", repr(FORMAT), found.get("format") if isinstance(found, dict) else found)
-            version = fields.integer("version", found.get("version"), low=1)
-            if version > VERSION:
-                remedy = "update attnprune"
-                raise CheckpointError(f"{MANIFEST}: version", f"at most {VERSION}", str(version), remedy)
-            return cls._of_1(found) if version == 1 else cls._of_2(found)
-        except CheckpointError:
-            raise
-        except AttnPruneError as error:
-            raise malformed(MANIFEST, error) from error
+            with reading(MANIFEST):
+                found = fields.load(folder.read(MANIFEST), most=_VALUES)
+                if not isinstance(found, dict) or found.get("format") != FORMAT:
+                    fields.fail("format", repr(FORMAT), found.get("format") if isinstance(found, dict) else found)
+                version = fields.integer("version", found.get("version"), low=1)
+                if version > VERSION:
+                    remedy = "update attnprune"
+                    raise CheckpointError(f"{MANIFEST}: version", f"at most {VERSION}", str(version), remedy)
+                return cls._of_1(found) if version == 1 else cls._of_2(found)
         except RecursionError as error:
             raise CheckpointError(MANIFEST, "JSON of usual depth", "much more", "save the model anew") from error
 
