@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 from ..errors import CheckpointError
 from ..values import fields
@@ -26,7 +27,7 @@ class Shard(NamedTuple):
 
     name: str
     sha256: str
-    size: int | None
+    size: Annotated[int, partial(fields.integer, high=1 << 60)] | None
     """Bytes; None in version 1, which did not say."""
 
 
@@ -124,9 +125,8 @@ class Manifest:
 
 
 def _shard(where: str, raw: object) -> Shard:
-    found = fields.mapping(where, raw, {"name", "sha256", "size"})
-    name, digest = (fields.string(f"{where}.{key}", found[key]) for key in ("name", "sha256"))
+    shard = fields.read(Shard, raw, where)
+    name, digest = shard.name, shard.sha256
     if not WEIGHTS.fullmatch(name) or not _HEX.fullmatch(digest) or name[6:22] != digest[:16]:
         fields.fail(where, "a name of weights in this directory, which their SHA-256 gives", name)
-    size = found["size"]
-    return Shard(name, digest, None if size is None else fields.integer(f"{where}.size", size, high=1 << 60))
+    return shard

@@ -51,7 +51,7 @@ class Record:
 
     def to_list(self) -> list[dict[str, Any]]:
         """A JSON-ready list."""
-        return [{"spec": one.spec.to_dict(), "kept": list(one.kept)} for one in self.attention]
+        return [fields.to_dict(one) for one in self.attention]
 
     @classmethod
     def from_list(cls, raw: object, where: str) -> Record:
@@ -63,12 +63,10 @@ class Record:
         saved = []
         with reading(where):
             for i, each in enumerate(fields.array("attention", raw)):
-                one = fields.mapping(f"attention[{i}]", each, {"spec", "kept"})
-                spec = AttentionSpec.from_dict(one["spec"], f"attention[{i}].spec")
-                kept = fields.integers(f"attention[{i}].kept", one["kept"])
-                if len(kept) != spec.heads or list(kept) != sorted(set(kept)):
-                    fields.fail(f"attention[{i}].kept", f"{spec.heads} ascending numbers", one["kept"])
-                saved.append(Saved(spec, kept))
+                one = fields.read(Saved, each, f"attention[{i}]")
+                if len(one.kept) != one.spec.heads or list(one.kept) != sorted(set(one.kept)):
+                    fields.fail(f"attention[{i}].kept", f"{one.spec.heads} ascending numbers", list(one.kept))
+                saved.append(one)
         if len({one.spec.name for one in saved}) != len(saved):
             refuse(where, "each attention once", "one twice")
         return cls(tuple(saved))
