@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import AttnPruneError, CheckpointError
-from ..families.base import AttentionView
 from ..families.registry import all_views, sound_views
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan
 from ..values.layout import KINDS
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
-from .folder import refuse
+from .folder import reading, refuse
 
 ENTRY = "attnprune"
 """The entry of a Hugging Face config that holds a record."""
@@ -52,7 +50,7 @@ class Record:
 
     def to_list(self) -> list[dict[str, Any]]:
         """A JSON-ready list."""
-        return [{"spec": one.spec.to_dict(), "kept": list(one.kept)} for one in self.attention]
+        return [fields.to_dict(one) for one in self.attention]
 
     @classmethod
     def from_list(cls, raw: object, where: str) -> Record:
@@ -62,18 +60,12 @@ class Record:
             CheckpointError: a missing, unknown or malformed field.
         """
         saved = []
-        try:
+        with reading(where):
             for i, each in enumerate(fields.array("attention", raw)):
-                one = fields.mapping(f"attention[{i}]", each, {"spec", "kept"})
-                spec = AttentionSpec.from_dict(one["spec"], f"attention[{i}].spec")
-                kept = fields.integers(f"attention[{i}].kept", one["kept"])
-                if len(kept) != spec.heads or list(kept) != sorted(set(kept)):
-                    fields.fail(f"attention[{i}].kept", f"{spec.heads} ascending numbers", one["kept"])
-                saved.append(Saved(spec, kept))
-        except CheckpointError:
-            raise
-        except AttnPruneError as error:
-            raise malformed(where, error) from error
+                one = fields.read(Saved, each, f"attention[{i}]")
+                if len(one.kept) != one.spec.heads or list(one.kept) != sorted(set(one.kept)):
+                    fields.fail(f"attention[{i}].kept", f"{one.spec.heads} ascending numbers", list(one.kept))
+                saved.append(one)
         if len({one.spec.name for one in saved}) != len(saved):
             refuse(where, "each attention once", "one twice")
         return cls(tuple(saved))
@@ -115,11 +107,6 @@ class Record:
                 differ = [key for key in expected if expected[key] != found[key]]
                 shown = [str({key: one[key] for key in differ})[:120] for one in (expected, found)]
                 refuse(f"{where}: {view.name}", shown[0], shown[1], "pass a model of the class that was saved")
-
-
-def malformed(where: str, error: AttnPruneError) -> CheckpointError:
-    """An error of a strict reader as one of this file."""
-    return CheckpointError(f"{where}: {error.where[:80]}", error.expected, error.found, "save the model anew")
 
 
 def _kept(view: AttentionView) -> tuple[int, ...]:
@@ -177,15 +164,18 @@ def to_entry(record: Record) -> dict[str, Any]:
 
 def from_entry(raw: object, where: str) -> Record:
     """Reads :func:`to_entry`'s mapping, trusting nothing."""
-    try:
+    with reading(where):
         found = fields.mapping("attnprune", raw, {"version", "attention", "sha256"})
         fields.integer("attnprune.version", found["version"], low=1, high=1)
-    except AttnPruneError as error:
-        raise malformed(where, error) from error
     record = Record.from_list(found["attention"], where)
     if found["sha256"] != digest_of(record.to_list()):
         refuse(where, "an entry as it was written", "one that was changed")
     return record
+
+
+def in_config(config: Mapping[str, Any], where: str = "config.json") -> Record:
+    """The record in a config; an empty one where it has none, as dense models do."""
+    return Record(()) if config.get(ENTRY) is None else from_entry(config[ENTRY], where)
 
 
 def digest_of(value: object) -> str:

@@ -15,9 +15,9 @@ from torch import nn
 from ..api import apply_plan, plan_for
 from ..calibration.batches import device_named
 from ..checkpoint.describe import overview, read_report, without_config
-from ..checkpoint.folder import Folder
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
+from ..checkpoint.source import Source
 from ..checkpoint.stock import export_stock
 from ..cost.counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
@@ -220,7 +220,7 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan
 
 def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     place = device_named(device, "--device")
-    manifest = without_config(Folder.at(directory))
+    manifest = without_config(Source.at(directory))
     if manifest is not None:
         remedy = "use attnprune.load_pruned(directory, model) in Python; inspect and report work here"
         raise OptionError(str(directory), "a model that its config builds", f"a {manifest.model_class}", remedy)
