@@ -11,7 +11,8 @@ from torch import nn
 
 from ..cost.counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
-from ..families.registry import all_views
+from ..families.looks import Skipped
+from ..families.registry import Survey, all_views
 from ..report.report import Report
 from ..surgery import Surgeon
 from ..values import fields
@@ -59,6 +60,8 @@ class Overview(NamedTuple):
     attention: tuple[AttentionSpec, ...]
     parameters: int
     """Of models that are not of transformers: all numbers in the files of weights, buffers too."""
+    skipped: tuple[Skipped, ...] = ()
+    """What looks like attention and cannot be pruned; of models of transformers."""
 
 
 def overview(directory: str | os.PathLike[str]) -> Overview:
@@ -71,8 +74,9 @@ def overview(directory: str | os.PathLike[str]) -> Overview:
     manifest = without_config(source)
     if manifest is None:
         model = load_skeleton(directory)
-        specs = tuple(view.spec for view in all_views(model))
-        return Overview(type(model).__name__, specs, count_parameters(model))
+        survey = Survey(model)
+        specs = tuple(view.spec for view in survey.views)
+        return Overview(type(model).__name__, specs, count_parameters(model), survey.skipped())
     with source.opened() as (_, weights):
         size = sum(prod(entry.shape) for entry in weights.entries.values())
     return Overview(manifest.model_class, tuple(one.spec for one in manifest.record.attention), size)

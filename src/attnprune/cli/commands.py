@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
 
 def inspect(args: argparse.Namespace) -> Done:
     """Attention modules, dims and parameters."""
-    name, specs, total = overview(args.directory)
+    name, specs, total, skipped = overview(args.directory)
     own = sum(spec.parameters for spec in specs)
     facts = {
         "class": name,
@@ -73,6 +73,7 @@ def inspect(args: argparse.Namespace) -> Done:
             }
             for spec in specs
         ],
+        "skipped": [one._asdict() for one in skipped],
     }  # fmt: skip
     rows = [["attention", "heads", "qk", "vo", "d_model", "parameters"]]
     rows += [
@@ -87,7 +88,8 @@ def inspect(args: argparse.Namespace) -> Done:
         for spec in specs
     ]
     head = f"{name}: {total:,} parameters, {own:,} of them ({own / max(total, 1):.1%}) in attention"
-    return Done(facts, f"{head}\n{_table(rows)}")
+    lines = [head, _table(rows), *(f"skipped: {one.name} ({one.kind}): {one.why}" for one in skipped)]
+    return Done(facts, "\n".join(lines))
 
 
 def plan(args: argparse.Namespace) -> Done:
