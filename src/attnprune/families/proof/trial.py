@@ -319,16 +319,17 @@ class Trial:
         spec, slots = self.view.spec, self.view.slots
         zero = [head for head in range(spec.heads) if self._is_zero(head)]
         generator = torch.Generator("cpu").manual_seed(4)
-        expected = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+        calls = self.calls[:1]
+        expected = [Result(self.stand_in.host, call, self.dtype) for call in calls]
         free = []
         for key in ("k.weight", "v.weight") if zero else ():
             start, stop = spec.layout.span(self.view.kinds[key], zero[0])
             with torch.no_grad():
                 channels = slots[key].cut(slots[key].parameter.detach())[start:stop]
                 channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
-                found = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+                found = [Result(self.stand_in.host, call, self.dtype) for call in calls]
                 channels.zero_()
-            pairs = zip(self.calls, found, expected, strict=True)
+            pairs = zip(calls, found, expected, strict=True)
             free.append(all(self._alike("lie", call, one, other) for call, one, other in pairs))
         self.reasons.pop("lie", None)
         if zero and not any(free):
@@ -343,13 +344,14 @@ class Trial:
 
     def _fixed(self) -> dict[Kind, str]:
         """Kinds whose channels may not be mixed: one head is turned, which must not change the output."""
-        expected = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
+        calls = [call for call in self.calls if "=" not in call.what and call.rounding == 1]
+        expected = [Result(self.stand_in.host, call, self.dtype) for call in calls]
         found: dict[Kind, str] = {}
         for kind in KINDS:
             with torch.no_grad():
                 self._rotate(kind)
-            turned = [Result(self.stand_in.host, call, self.dtype) for call in self.calls]
-            pairs = zip(self.calls, turned, expected, strict=True)
+            turned = [Result(self.stand_in.host, call, self.dtype) for call in calls]
+            pairs = zip(calls, turned, expected, strict=True)
             if not all(self._alike("rotate", replace(c, rounding=1e3 * c.rounding), a, b) for c, a, b in pairs):
                 found[kind] = "its own forward tells channels of a head apart"
             expected = turned
