@@ -15,9 +15,9 @@ from torch import nn
 from ..api import apply_plan, plan_for
 from ..calibration.batches import device_named
 from ..checkpoint.describe import overview, read_report, without_config
-from ..checkpoint.folder import Folder
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
+from ..checkpoint.source import Source
 from ..checkpoint.stock import export_stock
 from ..cost.counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
 
 def inspect(args: argparse.Namespace) -> Done:
     """Attention modules, dims and parameters."""
-    name, specs, total = overview(args.directory)
+    name, specs, total, skipped = overview(args.directory)
     own = sum(spec.parameters for spec in specs)
     facts = {
         "class": name,
@@ -73,6 +73,7 @@ def inspect(args: argparse.Namespace) -> Done:
             }
             for spec in specs
         ],
+        "skipped": [one._asdict() for one in skipped],
     }  # fmt: skip
     rows = [["attention", "heads", "qk", "vo", "d_model", "parameters"]]
     rows += [
@@ -87,7 +88,8 @@ def inspect(args: argparse.Namespace) -> Done:
         for spec in specs
     ]
     head = f"{name}: {total:,} parameters, {own:,} of them ({own / max(total, 1):.1%}) in attention"
-    return Done(facts, f"{head}\n{_table(rows)}")
+    lines = [head, _table(rows), *(f"skipped: {one.name} ({one.kind}): {one.why}" for one in skipped)]
+    return Done(facts, "\n".join(lines))
 
 
 def plan(args: argparse.Namespace) -> Done:
@@ -220,7 +222,7 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan
 
 def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     place = device_named(device, "--device")
-    manifest = without_config(Folder.at(directory))
+    manifest = without_config(Source.at(directory))
     if manifest is not None:
         remedy = "use attnprune.load_pruned(directory, model) in Python; inspect and report work here"
         raise OptionError(str(directory), "a model that its config builds", f"a {manifest.model_class}", remedy)

@@ -16,6 +16,17 @@ from .base import Adapter, AttentionView
 from .slots import Slot
 
 
+class Expansion(NamedTuple):
+    """What an attention that runs expanded knows of itself."""
+
+    spec: AttentionSpec
+    """Its shape."""
+    slots: Mapping[str, Slot]
+    """Where its compact channels lie."""
+    numbers: Mapping[Kind, tuple[tuple[int, ...], ...]]
+    """Of each kind, per head that is left, the dense numbers of its channels."""
+
+
 class Joint(NamedTuple):
     """A parameter and all the slots of an attention that lie in it."""
 
@@ -103,18 +114,28 @@ def expand_view(
             linears.put(owner, joint.name, parameter)
     state = view.next_state(spec, kept)
     ordered = {key: slots[key] for key in view.slots}
-    view.module.attnprune_state = state._replace(expanded=(spec, ordered))  # type: ignore[assignment]
+    numbers = {kind: _numbers(view, spec, kept, rows[kind], kind) for kind in KINDS}
+    view.module.attnprune_state = state._replace(expanded=Expansion(spec, ordered, numbers))  # type: ignore[assignment]
 
 
-def dense_channels(view: AttentionView) -> dict[Kind, tuple[int, ...]]:
-    """Of each kind, the dense channel of every stored one, of an attention that runs expanded."""
-    found: dict[Kind, tuple[int, ...]] = {}
-    for kind in KINDS:
-        slot = view.slots["q.weight" if kind == "qk" else "v.weight"]
-        owner = slot.owner
-        assert isinstance(owner, Expanded)
-        found[kind] = owner.attnprune_channels[slot.start : slot.start + slot.size]
-    return found
+def _numbers(
+    view: AttentionView, spec: AttentionSpec, kept: Sequence[int], rows: Sequence[int], kind: Kind
+) -> tuple[tuple[int, ...], ...]:
+    """Per head that stays, the dense numbers of its channels."""
+    known = numbers_of(view)[kind]
+    found = []
+    for place, head in enumerate(kept):
+        start, _ = view.spec.layout.span(kind, head)
+        found.append(tuple(known[head][row - start] for row in rows[slice(*spec.layout.span(kind, place))]))
+    return tuple(found)
+
+
+def numbers_of(view: AttentionView) -> Mapping[Kind, tuple[tuple[int, ...], ...]]:
+    """Of each kind, per head, the dense numbers of the channels that a host runs expanded with; of others all."""
+    if view.state is not None and view.state.expanded is not None:
+        found: Expansion = view.state.expanded
+        return found.numbers
+    return {kind: tuple(tuple(range(dim)) for dim in view.spec.dims(kind)) for kind in KINDS}
 
 
 def expanded_view(name: str, host: nn.Module, adapter: Adapter) -> AttentionView | None:
@@ -124,6 +145,6 @@ def expanded_view(name: str, host: nn.Module, adapter: Adapter) -> AttentionView
         if state is not None:
             if state.expanded is None:
                 return None
-            spec, slots = state.expanded
-            return AttentionView(replace(spec, name=name), module, adapter, slots, host=host)
+            found: Expansion = state.expanded
+            return AttentionView(replace(found.spec, name=name), module, adapter, found.slots, host=host)
     return None

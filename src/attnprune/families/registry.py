@@ -79,7 +79,9 @@ class Survey:
             except AttnPruneError as error:
                 self.errors[found.name] = error
             else:
-                view = replace(view, masks_by_head=view.spec.heads in tables)
+                view = replace(
+                    view, masks_by_head=(view.state.dense_heads if view.state else view.spec.heads) in tables
+                )
                 if not (view.mixin_runs or view.runs_expanded) and _plain(view):
                     view = replace(view, verdict=verdict_of(view))
                     pending.append(view)

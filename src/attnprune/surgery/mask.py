@@ -58,9 +58,9 @@ def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Ten
     bias = view.owner("o")._parameters.get("bias")
     if layer.fold is not None and layer.fold.shift is not None and bias is not None:
         gained = mean_output(view, layer.fold.shift)  # before O changes
-        yield bias.detach(), (bias.detach().double() + gained).to(bias.dtype)
+        yield bias.data, (bias.detach().double() + gained).to(bias.dtype)
     for key, slot in view.slots.items():
-        channels = slot.cut(slot.parameter.detach())
+        channels = slot.cut(slot.parameter.data)  # a graph that is still to be differentiated does not notice
         if layer.fold is None:
             values = channels.clone()
             rows = removed_channels(view, layer, view.kinds[key])
