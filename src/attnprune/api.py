@@ -214,7 +214,10 @@ def prepare_plan(
     if measure and example_inputs is None:
         raise no_inputs_to_run()
     model = plain(model)
-    views = all_views(model, _names(plan))
+    survey = Survey(model, trusted=_names(plan))
+    views = [view for view in survey.views if view.name in _names(plan)]
+    for name in survey.errors.keys() & _names(plan):
+        raise survey.errors[name]
     surgeon = Surgeon.prepare(model, views, plan)
     copies = [plain(_averaged(one)) for one in averages]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
@@ -226,8 +229,7 @@ def prepare_plan(
     latency = _latency(model, surgeon, plan, example_inputs) if measure else None
     notes += _missed(plan, latency)
     ways = {view.name: _way(view, plan[view.name].after) for view in views if not plan[view.name].empty}
-    if skipped is None:
-        skipped = Survey(model).skipped()
+    skipped = survey.skipped() if skipped is None else skipped
     check = _verification(model, views, plan, sample, verify)
 
     def commit() -> Report:

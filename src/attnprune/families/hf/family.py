@@ -82,9 +82,9 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
     @staticmethod
     def _halves(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """The module that splits heads and its sibling's ``dense``."""
-        children = list(module.children())
-        if len(children) > 4 or len(children) < 2:
+        if not 2 <= len(module._modules) <= 4:
             return None
+        children = list(module.children())
         inner = [child for child in children if _splits(child) and output_of(child) is None]
         outer = [child.dense for child in children if is_linear(getattr(child, "dense", None))]
         if len(inner) != 1 or len(outer) != 1:
@@ -94,8 +94,9 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
 
 def _splits(module: nn.Module) -> bool:
     """Whether a module has projections for queries, keys and values, and a number of heads."""
-    parts = [part_of(module, names) for names in (Q, K, V)]
-    return None not in parts and first(HEADS + HEAD_DIM, module.__dict__) is not None
+    if any(part_of(module, names) is None for names in (Q, K, V)):
+        return False
+    return first(HEADS + HEAD_DIM, module.__dict__) is not None
 
 
 def _heads(module: nn.Module, q: nn.Module) -> int:
