@@ -109,7 +109,7 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
         except Exception:  # the next one, then
             continue
         return list(_variants(signature, spec, inputs))
-    return [Call("plain", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
+    return [Call("plain inputs", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
 
 
 def positional(arguments: Arguments) -> list[Any]:
@@ -183,7 +183,7 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
     def normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
-    yield call("plain")
+    yield call("plain inputs")
     yield call("one sequence of nine tokens", batch=1, tokens=9)
     yield call("a single token", tokens=1)
     yield call("large inputs", size=30.0, rounding=1e3)

@@ -235,8 +235,8 @@ def select(
             type(model).__name__,
             "at least one attention module that can be pruned",
             f"none; modules that look like one: {_shorten(looks) or 'none'}",
-            "pass example_inputs=, so that modules are seen in a call, or tell how the class is built "
-            "(attnprune.register_adapter)",
+            "pass example_inputs= to make_plan or prune_attention where a module could not be run, or tell how its class "
+            "is built (attnprune.register_adapter)",
         )
     meant = chosen(survey, include, exclude)
     for name, error in survey.errors.items():
@@ -279,7 +279,7 @@ def report_skipped(skipped: Sequence[Skipped], strict: bool) -> None:
         return
     found = _shorten([f"{one.name or 'the model itself'} ({one.kind}): {one.why}" for one in skipped])
     if strict:
-        remedy = "exclude nothing by strict=False, or tell how the class is built (attnprune.register_adapter)"
+        remedy = "exclude it by name, leave strict off, or tell how its class is built (attnprune.register_adapter)"
         raise NoAttentionError("strict=True", "every attention to be prunable", found, remedy)
     warn(f"Attention that is not pruned: {found}.", AttnPruneWarning, stacklevel=3)
 

@@ -17,6 +17,7 @@ from ..base import Adapter, AttentionView
 from ..linears import is_linear
 from ..names import HEAD_DIM, HEADS, SCALE, K, Q, V, first, output_of, part_of
 from .forward import (
+    HFClosedSelfAttention,
     HFCrossAttention,
     HFEagerSelfAttention,
     HFLegacySelfAttention,
@@ -49,7 +50,7 @@ class HFEncoderAdapter(Adapter):
             return (HFEagerSelfAttention,)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
-        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention,)
+        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention)
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if _scale(view.module) is not None or not self.expresses(view, spec):

@@ -42,7 +42,7 @@ class Removal:
             kept[kind] = []
             for head in self.heads:
                 dim = spec.dims(kind)[head]
-                some = (list(range(head % 2, dim, 2)) or [0])[:least]  # every other channel
+                some = (list(range((head + other) % 2, dim, 2)) or [0])[:least]  # every other one
                 kept[kind].append(some[: -(-len(some) // 2)] if ragged and (head + other) % 2 else some)
             shortest = len(some) if ragged else min(map(len, kept[kind]))
             kept[kind] = [some if ragged else some[:shortest] for some in kept[kind]]
@@ -223,7 +223,7 @@ class Trial:
                 own = removal.heads if way == "stock" else None
                 found = Result(other.host, call, self.dtype, number == 0, own)
             except Exception as error:
-                self.reasons[way] = f"it fails with {call.what} ({short(error)})"
+                self.reasons[way] = f"it fails, called with {call.what}, ({short(error)})"
                 return False
             heads = removal.heads if way != "expanded" else None
             if not self._alike(way, call, found, expected, heads):
@@ -232,7 +232,7 @@ class Trial:
 
     def _alike(self, way: str, call: Call, found: Result, expected: Result, heads: Sequence[int] | None = None) -> bool:
         if found.shape != expected.shape:
-            self.reasons[way] = f"with {call.what} it returns {expected.shape}, not {found.shape}"
+            self.reasons[way] = f"called with {call.what}, it returns other things than a forward of ours"
             return False
         pairs = [*zip(found.outputs, expected.outputs, strict=True), *zip(found.grads, expected.grads, strict=False)]
         for mine, theirs in zip(found.weights, expected.weights, strict=True):
@@ -241,17 +241,19 @@ class Trial:
             pairs.append((mine, theirs))
         for mine, theirs in pairs:
             if mine.shape != theirs.shape:
-                self.reasons[way] = f"with {call.what} it returns shape {tuple(theirs.shape)}, not {tuple(mine.shape)}"
+                self.reasons[way] = (
+                    f"called with {call.what}, it returns shape {tuple(theirs.shape)}, not {tuple(mine.shape)}"
+                )
                 return False
             both = torch.isfinite(theirs) & torch.isfinite(mine)
             if not bool((both | (theirs == mine) | (theirs.isnan() & mine.isnan())).all()):
-                self.reasons[way] = f"with {call.what} infinities stand at other places"
+                self.reasons[way] = f"called with {call.what}, infinities stand at other places"
                 return False
             size = theirs[both].abs().max().item() if bool(both.any()) else 0.0
             error = (mine - theirs)[both].abs().max().item() if bool(both.any()) else 0.0
             if error > ROUNDING[self.dtype] * call.rounding * max(size, 1e-3):
                 off = f"off by {error / max(size, 1e-300):.2g} of its largest output"
-                self.reasons[way] = f"with {call.what} it computes something else ({off})"
+                self.reasons[way] = f"called with {call.what}, it computes something else ({off})"
                 return False
         return True
 
@@ -259,7 +261,16 @@ class Trial:
         """Whether a forward of ours computes at full rank what the host's does, in training with dropout too."""
         way = f"decoupled {mixin.__name__}"
         other = self._made(way, self._cut(mixin, None))
-        return other is not None and self._in_training(way, other) and self._written_out(way, other)
+        if other is None:
+            return False
+        plain = self.calls[0]
+        try:
+            found = Result(other.host, plain, self.dtype)
+        except Exception as error:
+            self.reasons[way] = f"a forward of ours is not called as it is ({short(error)})"
+            return False
+        alike = self._alike(way, plain, found, Result(self.stand_in.host, plain, self.dtype))
+        return alike and self._in_training(way, other) and self._written_out(way, other)
 
     def _written_out(self, way: str, other: StandIn) -> bool:
         """Whether the same holds where transformers is told to write attention out, as users do to see its weights."""
