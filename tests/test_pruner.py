@@ -82,7 +82,7 @@ def test_training_goes_on_as_if_the_rows_had_been_zero(name: str, optimizer_name
     close(found, expected, 1e-8, "after five more steps")
 
 
-def test_the_state_of_turned_parameters_is_carried_by_the_chain_rule() -> None:
+def test_the_state_of_rotated_parameters_is_carried_by_the_chain_rule() -> None:
     model = fresh("ViT", 0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     train("ViT", model, optimizer, range(3))

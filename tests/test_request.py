@@ -214,8 +214,8 @@ def test_plans_of_a_named_scorer_have_no_folds(scorer: str) -> None:
     assert (plan.asked.basis, plan.asked.compensate) == ("channels", "no")
     assert all(layer.fold is None for layer in plan)
     assert plan == make_plan(model(), 0.5, basis="channels", compensate=False, **options)
-    turned = make_plan(model(), 0.5, basis="rotated", **options)
-    assert all(layer.fold is not None for layer in turned)
+    rotated = make_plan(model(), 0.5, basis="rotated", **options)
+    assert all(layer.fold is not None for layer in rotated)
 
 
 def test_what_contradicts_a_value_is_a_fault() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..values.channel_maps import Fold
 from ..values.layer_plan import LayerPlan
-from .bases import Basis, Turn
+from .bases import Basis, HeadBases
 from .moments import LayerMoments
 
 REFIT_RIDGE = 1e-3
@@ -21,15 +21,15 @@ REFIT_RIDGE = 1e-3
 
 
 def with_fold(
-    layer: LayerPlan, turn: Turn, moments: LayerMoments, refit: bool, dtype: torch.dtype = torch.float64
+    layer: LayerPlan, bases: HeadBases, moments: LayerMoments, refit: bool, dtype: torch.dtype = torch.float64
 ) -> LayerPlan:
     """A layer's plan with the maps that it needs: kept directions, refits, and the mean of what goes in O's bias.
 
     Heads that lose no channel of a kind keep their channels of that kind as they stand.
 
     Args:
-        layer: what goes, in the coordinates of the turn.
-        turn: the basis of every head.
+        layer: what goes, in the coordinates of these bases.
+        bases: the basis of every head.
         moments: of queries, keys and contexts.
         refit: whether what stays is also fitted to what went.
         dtype: of the maps, float32 or float64.
@@ -38,12 +38,12 @@ def with_fold(
     q, k, v, own = [], [], [], []
     queries, keys = moments.queries(), moments.keys()
     for head in layer.kept_heads:
-        first, second = _cut(turn.bases["qk"][head], layer.kept("qk", head))
-        if refit and len(first) < len(first.T) and "qk" not in turn.fixed:
+        first, second = _cut(bases.by_kind["qk"][head], layer.kept("qk", head))
+        if refit and len(first) < len(first.T) and "qk" not in bases.fixed:
             first, second = refit_product(queries[head], keys[head], first, second)
         q.append(first)
         k.append(second)
-        first, second = _cut(turn.bases["vo"][head], layer.kept("vo", head))
+        first, second = _cut(bases.by_kind["vo"][head], layer.kept("vo", head))
         v.append(first)
         own.append(second.T)
     values, o = _place(layer, v, own)

@@ -48,7 +48,7 @@ class ParamChange:
     def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
         """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
 
-        Exact where channels were picked, or turned at full rank: the chain rule.
+        Exact where channels were picked, or rotated at full rank: the chain rule.
 
         Args:
             tensor: shaped like the old parameter.

@@ -31,7 +31,7 @@ class LayerPlan:
     vo: Channels = ()
     """Per head, the vo channels removed from it, ascending."""
     fold: Fold | None = None
-    """Maps that turn and refit what stays; None where channels go as they stand. With a fold, the numbers above count
+    """Maps that rotate and refit what stays; None where channels go as they stand. With a fold, the numbers above count
     the directions of its basis, the one with the most energy first."""
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class LayerPlan:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing goes and nothing is turned."""
+        """Whether nothing goes and nothing is rotated."""
         return not (self.heads or any(self.qk) or any(self.vo) or self.fold)
 
     @property

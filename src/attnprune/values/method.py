@@ -71,7 +71,7 @@ class Method:
 
     @property
     def rotated(self) -> bool:
-        """Whether heads are turned into another basis."""
+        """Whether heads are rotated into another basis."""
         return self.basis == "rotated"
 
     @property
@@ -81,7 +81,7 @@ class Method:
 
     @property
     def folds(self) -> bool:
-        """Whether anything is turned or refitted."""
+        """Whether anything is rotated or refitted."""
         return self.rotated or self.compensates
 
     @property
