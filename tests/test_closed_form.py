@@ -1,4 +1,4 @@
-"""Bases, refits and folds: exact at full rank, optimal below, and never NaN."""
+"""Bases, refits and maps: exact at full rank, optimal below, and never NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from attnprune.errors import NonFiniteError, PlanFormatError, TiedWeightsError
 from attnprune.families import find_views
 from attnprune.planning.decide import in_bases
 from attnprune.planning.scorers import Gate, Magnitude
-from attnprune.values.channel_maps import Fold
+from attnprune.values.channel_maps import ChannelMaps
 
 from .conformance import close, family, forward_backward, fresh, inputs
 from .families import FAMILIES
@@ -47,7 +47,7 @@ def batches(name: str, case: int, count: int = 4) -> list[dict[str, Any]]:
 
 
 def project(name: str, oracle: nn.Module, plan: Plan) -> None:
-    """Makes a dense model the oracle of a plan with folds, in its dense shape.
+    """Makes a dense model the oracle of a plan with maps, in its dense shape.
 
     ``q' . k' = (A q) . (B k) = (B^T A q) . k``, so K may stay as it is if Q is multiplied with ``B^T A``; and as
     ``O B A`` is what becomes of O, V may stay as it is. Heads that go are left to O.
@@ -77,7 +77,7 @@ def project(name: str, oracle: nn.Module, plan: Plan) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folded_model_computes_what_its_maps_say(name: str, way: str) -> None:
+def test_a_model_computes_what_its_maps_say(name: str, way: str) -> None:
     """Every family, every way: forward and input gradients, against a dense model with projected Q and O."""
     for case in range(len(family(name).cases())):
         model, given_ = fresh(name, case), inputs(name, case, 50)
@@ -561,11 +561,12 @@ def test_rotating_shared_weights_is_refused_before_anything_moves() -> None:
         prune_attention(model, 0.5, data=[torch.randn(2, 3, 12, dtype=torch.float64)], progress=False)
 
 
-def test_a_fold_of_other_shapes_or_numbers_is_refused() -> None:
+def test_maps_of_other_shapes_or_numbers_are_refused() -> None:
     spec = attnprune.AttentionSpec.of("a", heads=1, head_dim=2, d_model=4)
     good = torch.ones(1, 2)
-    LayerPlan(spec, qk=((0,),), vo=((1,),), fold=Fold((good,), (good,), (good,), torch.ones(2, 1)))
+    LayerPlan(spec, qk=((0,),), vo=((1,),), fold=ChannelMaps((good,), (good,), (good,), torch.ones(2, 1)))
     with pytest.raises(PlanFormatError, match="1x2"):
-        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=Fold((good,), (good,), (good,), torch.ones(2, 2)))
+        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=ChannelMaps((good,), (good,), (good,), torch.ones(2, 2)))
+    bad = ChannelMaps((good,), (good,), (good,), torch.full((2, 1), torch.nan))
     with pytest.raises(NonFiniteError, match="fold"):
-        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=Fold((good,), (good,), (good,), torch.full((2, 1), torch.nan)))
+        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=bad)

@@ -20,7 +20,7 @@ from attnprune import AttentionSpec, LayerPlan, Plan, Ratios
 from attnprune.errors import PlanFormatError, PlanMismatchError
 from attnprune.values.asked import Asked
 from attnprune.values.budget import Budget
-from attnprune.values.channel_maps import Fold
+from attnprune.values.channel_maps import ChannelMaps
 
 DATA = Path(__file__).parent / "data"
 GOLDEN, GOLDEN_2, GOLDEN_1 = (DATA / f"plan_v{version}.json" for version in (3, 2, 1))
@@ -43,8 +43,8 @@ def golden_plan_2() -> Plan:
     """The plan of version 1, and a layer whose heads are rotated."""
     plan = golden_plan_1()
     spec = AttentionSpec.of("encoder.turned", heads=2, head_dim=2, d_model=4)
-    fold = Fold((numbers(1, 2),), (numbers(1, 2),), (numbers(1, 2),), numbers(4, 1), numbers(4))
-    rotated = LayerPlan(spec, (1,), qk=((1,), ()), vo=((0,), ()), fold=fold)
+    maps = ChannelMaps((numbers(1, 2),), (numbers(1, 2),), (numbers(1, 2),), numbers(4, 1), numbers(4))
+    rotated = LayerPlan(spec, (1,), qk=((1,), ()), vo=((0,), ()), fold=maps)
     assert plan.asked is not None
     asked = replace(plan.asked, basis="rotated", compensate="yes", target_error=0.125)
     return Plan((*plan.layers, rotated), asked)

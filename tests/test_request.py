@@ -207,7 +207,7 @@ def test_a_scorer_that_is_named_keeps_channels_as_they_stand(
 
 
 @pytest.mark.parametrize("scorer", ["magnitude", "taylor", "fisher", "gate", "random"])
-def test_plans_of_a_named_scorer_have_no_folds(scorer: str) -> None:
+def test_plans_of_a_named_scorer_have_no_maps(scorer: str) -> None:
     options: Any = {"data": data(), "loss_fn": square, "scorer": scorer, "progress": False}
     plan = make_plan(model(), 0.5, **options)
     assert plan.asked is not None

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..families.base import AttentionView
-from ..values.channel_maps import Fold
+from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
@@ -52,7 +52,7 @@ class HeadBases:
         qk, vo = (self.by_kind[kind] for kind in KINDS)
         o: Tensor = torch.block_diag(*(basis.second.T for basis in vo))  # type: ignore[no-untyped-call]
         q, k, v = ([basis[i] for basis in bases] for bases, i in ((qk, 0), (qk, 1), (vo, 0)))
-        return LayerPlan(self.spec, fold=Fold(tuple(q), tuple(k), tuple(v), o.to(dtype)))
+        return LayerPlan(self.spec, fold=ChannelMaps(tuple(q), tuple(k), tuple(v), o.to(dtype)))
 
 
 def root(matrix: Tensor) -> tuple[Tensor, Tensor]:

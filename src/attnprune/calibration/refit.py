@@ -1,6 +1,6 @@
-"""The best fit of what stays, folded with its basis into Q, K, V and O: :func:`with_fold`.
+"""The best fit of what stays, multiplied with its basis into Q, K, V and O: :func:`with_maps`.
 
-Least squares with a ridge, in float64 on the CPU; the result is a :class:`attnprune.values.channel_maps.Fold`.
+Least squares with a ridge, in float64 on the CPU; the result is a :class:`attnprune.values.channel_maps.ChannelMaps`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..values.channel_maps import Fold
+from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
 from .bases import Basis, HeadBases
 from .moments import LayerMoments
@@ -20,7 +20,7 @@ REFIT_RIDGE = 1e-3
 """Of a covariance's mean variance: larger than for bases, as refits must also hold for other data."""
 
 
-def with_fold(
+def with_maps(
     layer: LayerPlan, bases: HeadBases, moments: LayerMoments, refit: bool, dtype: torch.dtype = torch.float64
 ) -> LayerPlan:
     """A layer's plan with the maps that it needs: kept directions, refits, and the mean of what goes in O's bias.
@@ -55,7 +55,7 @@ def with_fold(
         if centred:
             mean = torch.cat(moments.context_means())
             shift = mean - o @ (values @ mean)
-    return replace(layer, fold=Fold(tuple(q), tuple(k), tuple(v), o.to(dtype), shift))
+    return replace(layer, fold=ChannelMaps(tuple(q), tuple(k), tuple(v), o.to(dtype), shift))
 
 
 def _cut(basis: Basis, kept: Sequence[int]) -> tuple[Tensor, Tensor]:

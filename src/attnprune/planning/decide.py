@@ -12,7 +12,7 @@ from torch import nn
 from ..calibration.bases import HeadBases, head_bases, white_moments
 from ..calibration.losses import loss_with_or_without_labels
 from ..calibration.moments import LayerMoments
-from ..calibration.refit import with_fold
+from ..calibration.refit import with_maps
 from ..calibration.taps import check_calibration, moments_of
 from ..families.base import AttentionView
 from ..surgery import masked_views
@@ -61,11 +61,11 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
     assert plan.asked is not None
     basis, compensate = method.words
     plan = replace(plan, asked=replace(plan.asked, basis=basis, compensate=compensate))
-    if not method.folds:
+    if not method.needs_maps:
         return plan
     if method.sequential:
         return _in_sequence(model, views, plan, bases, moments, method, evidence)
-    return _folded(plan, views, bases, moments, method.compensates)
+    return _with_maps(plan, views, bases, moments, method.compensates)
 
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
@@ -77,12 +77,12 @@ def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -
 def _bases(
     model: nn.Module, views: Sequence[AttentionView], method: Method, evidence: Evidence, needed: bool = False
 ) -> tuple[Evidence, Mapping[str, LayerMoments], dict[str, HeadBases]]:
-    """The evidence, its data fit to be read again, moments and the bases that these give; none where nothing folds."""
+    """The evidence, its data fit to be read again, moments and the bases that they give; none where none are needed."""
     data, calibration = evidence.data, evidence.calibration
-    if data is not None and method.folds and isinstance(data, Iterator):
+    if data is not None and method.needs_maps and isinstance(data, Iterator):
         data = list(data)  # it is read more than once
     moments: Mapping[str, LayerMoments] = {}
-    if method.folds or needed:
+    if method.needs_maps or needed:
         if calibration is not None:
             check_calibration(calibration, views, method.compensates)
             moments = calibration
@@ -104,9 +104,9 @@ def _scores(
 ) -> tuple[str, dict[str, Scores]]:
     """The scorer's name and its scores, in the coordinates of these bases."""
     data, loss_fn, progress = evidence.data, evidence.loss_fn, evidence.progress
-    if not method.named and method.folds and data is None:
+    if not method.named and method.needs_maps and data is None:
         return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
-    if not method.named and method.folds:
+    if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
         return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
     chosen = resolve(method.scorer, has_data=data is not None, seed=method.seed)
@@ -119,7 +119,7 @@ def _scores(
 @contextmanager
 def in_bases(model: nn.Module, views: Sequence[AttentionView], bases: Mapping[str, HeadBases]) -> Iterator[None]:
     """Inside the block every head runs in another basis, at full rank: the same function, other channels."""
-    with masked_views(model, views, Plan(tuple(bases[view.name].layer(_fold_dtype(view)) for view in views))):
+    with masked_views(model, views, Plan(tuple(bases[view.name].layer(_maps_dtype(view)) for view in views))):
         yield
 
 
@@ -133,23 +133,23 @@ def energy_scores(bases: HeadBases) -> Scores:
     return Scores(found["qk"], found["vo"], found["qk"].sum(1) + found["vo"].sum(1))
 
 
-def _folded(
+def _with_maps(
     plan: Plan,
     views: Sequence[AttentionView],
     bases: Mapping[str, HeadBases],
     moments: Mapping[str, LayerMoments],
     refit: bool,
 ) -> Plan:
-    dtypes = {view.name: _fold_dtype(view) for view in views}
+    dtypes = {view.name: _maps_dtype(view) for view in views}
     layers = [
-        layer if layer.empty else with_fold(layer, bases[name], moments[name], refit, dtypes[name])
+        layer if layer.empty else with_maps(layer, bases[name], moments[name], refit, dtypes[name])
         for layer in plan
         for name in [layer.spec.name]
     ]
     return replace(plan, layers=tuple(layers))
 
 
-def _fold_dtype(view: AttentionView) -> torch.dtype:
+def _maps_dtype(view: AttentionView) -> torch.dtype:
     return torch.float64 if view.weight("q").dtype == torch.float64 else torch.float32
 
 
@@ -168,7 +168,7 @@ def _in_sequence(
     """
     assert evidence.data is not None, "a request that is sequential has data"
     refit = method.compensates
-    done = _folded(plan, views, bases, moments, refit)
+    done = _with_maps(plan, views, bases, moments, refit)
     layers = list(done.layers)
     for i, view in enumerate(views):
         if plan.layers[i].empty:
@@ -177,5 +177,5 @@ def _in_sequence(
         with masked_views(model, views[:i], before):
             new = moments_of(model, [view], evidence.data, evidence.loss_fn, refit, evidence.progress)
         fresh = head_bases(view, new[view.name], method.rotated)
-        layers[i] = with_fold(plan.layers[i], fresh, new[view.name], refit, _fold_dtype(view))
+        layers[i] = with_maps(plan.layers[i], fresh, new[view.name], refit, _maps_dtype(view))
     return replace(done, layers=tuple(layers))

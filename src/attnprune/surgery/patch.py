@@ -28,7 +28,7 @@ class ParamChange:
     """What became of a parameter: ``new = gain * map(old)``, along one axis.
 
     Channels that stay as they are were picked, ``new = gain * old.index_select(axis, index)``; those of a plan with
-    folds were mixed (:attr:`index` is then None), and O's bias gained a vector.
+    maps were mixed (:attr:`index` is then None), and O's bias gained a vector.
     """
 
     old: nn.Parameter

@@ -80,8 +80,8 @@ class Method:
         return self.compensate is True
 
     @property
-    def folds(self) -> bool:
-        """Whether anything is rotated or refitted."""
+    def needs_maps(self) -> bool:
+        """Whether the plan holds maps: something is rotated or refitted."""
         return self.rotated or self.compensates
 
     @property
