@@ -202,7 +202,7 @@ def test_a_scorer_that_is_named_keeps_channels_as_they_stand(
     assert decided.rotated == (
         basis == "rotated" or (basis == "auto" and not named and has_data and granularity != "head")
     )
-    assert decided.compensates == (compensate is True or (compensate == "auto" and not named and has_data))
+    assert decided.refits == (compensate is True or (compensate == "auto" and not named and has_data))
     assert replace(decided, basis=basis, compensate=compensate) == method
 
 

@@ -59,13 +59,12 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
             assert costs is not None
             plan = allocate_budget(specs, scores, costs, rules, chosen)
     assert plan.asked is not None
-    basis, compensate = method.words
-    plan = replace(plan, asked=replace(plan.asked, basis=basis, compensate=compensate))
+    plan = replace(plan, asked=plan.asked.by(method))
     if not method.needs_maps:
         return plan
     if method.sequential:
         return _in_sequence(model, views, plan, bases, moments, method, evidence)
-    return _with_maps(plan, views, bases, moments, method.compensates)
+    return _with_maps(plan, views, bases, moments, method.refits)
 
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
@@ -84,10 +83,10 @@ def _bases(
     moments: Mapping[str, LayerMoments] = {}
     if method.needs_maps or needed:
         if calibration is not None:
-            check_calibration(calibration, views, method.compensates)
+            check_calibration(calibration, views, method.refits)
             moments = calibration
         elif data is not None:
-            moments = moments_of(model, views, data, evidence.loss_fn, method.compensates, evidence.progress)
+            moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress)
         else:
             moments = {view.name: white_moments(view) for view in views}
     bases = {view.name: head_bases(view, moments[view.name], method.rotated) for view in views if moments}
@@ -167,7 +166,7 @@ def _in_sequence(
     How many directions every head keeps stays as decided; which ones they are follows from the new moments.
     """
     assert evidence.data is not None, "a request that is sequential has data"
-    refit = method.compensates
+    refit = method.refits
     done = _with_maps(plan, views, bases, moments, refit)
     layers = list(done.layers)
     for i, view in enumerate(views):
