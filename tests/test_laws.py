@@ -192,14 +192,14 @@ def commit_with_fault(surgeon: Surgeon, at: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["cut", "folded"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["cut", "mapped"])
 @every_family
-def test_all_or_nothing(name: str, folded: bool) -> None:
+def test_all_or_nothing(name: str, mapped: bool) -> None:
     """Law 4."""
     model = fresh(name, 0)
     views = list(all_views(model))
     plan = plans(model, 1, 0.5, ("channel", "global", "ragged"))
-    if folded:
+    if mapped:
         data = [{k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs(name, 0).items()}]
         plan = make_plan(model, 0.5, data=data, heads="ragged", progress=False)
     before = snapshot(model)

@@ -285,15 +285,15 @@ def _fault(at: int) -> Iterator[list[bool]]:
 def _order(module: nn.Module) -> None:
     """Law 7: with heads of a layer in the opposite order, the same heads go."""
     plan = make_plan(module, 0.5, scope="local", granularity="channel", scorer="magnitude")
-    turned = copy.deepcopy(module)
+    reordered = copy.deepcopy(module)
     with torch.no_grad():
-        for view in all_views(turned):
+        for view in all_views(reordered):
             for key, slot in view.slots.items():
                 spans = list(view.spans(view.kinds[key]))
                 rows = [row for span in reversed(spans) for row in range(*span)]
                 channels = slot.cut(slot.parameter.detach())
                 channels.copy_(channels[rows].clone())
-    other = make_plan(turned, 0.5, scope="local", granularity="channel", scorer="magnitude")
+    other = make_plan(reordered, 0.5, scope="local", granularity="channel", scorer="magnitude")
     for mine, theirs in zip(plan, other, strict=True):
         for kind in KINDS:
             assert mine.removed(kind) == tuple(reversed(theirs.removed(kind))), f"law 7: {mine.spec.name}"

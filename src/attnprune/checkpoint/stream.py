@@ -46,7 +46,7 @@ def apply_to_checkpoint(
     Args:
         source: a directory that ``save_pretrained`` or :func:`attnprune.save_pruned` wrote (one file or several), or a
             safetensors file; left as it is.
-        plan: made for the model that lies there; turned and refitted plans too.
+        plan: made for the model that lies there; plans that rotate and refit too.
         directory: where the result goes, replaced in one step at the end.
         model: a dense model of the class, best on the meta device; left as it is. None: built from the config, for
             models of transformers.

@@ -28,7 +28,7 @@ class ParamChange:
     """What became of a parameter: ``new = gain * map(old)``, along one axis.
 
     Channels that stay as they are were picked, ``new = gain * old.index_select(axis, index)``; those of a plan with
-    folds were mixed (:attr:`index` is then None), and O's bias gained a vector.
+    maps were mixed (:attr:`index` is then None), and O's bias gained a vector.
     """
 
     old: nn.Parameter
@@ -48,7 +48,7 @@ class ParamChange:
     def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
         """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
 
-        Exact where channels were picked, or turned at full rank: the chain rule.
+        Exact where channels were picked, or rotated at full rank: the chain rule.
 
         Args:
             tensor: shaped like the old parameter.
