@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .calibration.processes import agree
-from .calibration.sample import Sample, quietly, sample_of
+from .calibration.sample import Sample
 from .cost.counting import count_macs, count_parameters
 from .errors import AttnPruneWarning, DataError, OptionError
 from .families.base import AttentionView
@@ -103,7 +103,7 @@ class Decided(NamedTuple):
     plan: Plan
     skipped: tuple[Skipped, ...]
     """What the plan passes over."""
-    sample: Sample | None
+    sample: Sample
     """Inputs to run the model on."""
 
 
@@ -113,26 +113,29 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     from .planning.decide import decide
 
     model, rules, evidence = plain(model), request.rules, request.evidence
-    sample, data = sample_of(evidence.example_inputs, evidence.data, evidence.loss_fn)
-    request = replace(request, evidence=replace(evidence, data=data))
+    sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn)
     skipped: list[Skipped] = []
 
+    def run() -> object:
+        return sample.quietly(model)
+
     def decided() -> Plan:
-        run = quietly(sample, model)
         survey = Survey(model, run=run)
         views = select(survey, request.include, request.exclude)
         meant = chosen(survey, request.include, request.exclude)
-        skipped.extend(one for one in survey.skipped(run) if meant(one.name))
-        report_skipped(skipped, request.strict)
-        check_views(model, views, shards=not request.evidence.has_data)
+        check_views(model, views, shards=not evidence.has_data)
         if rules.stock:
             from .checkpoint.stock import check_possible, check_stock
 
             check_possible(model, views, rules.granularity)
-        plan = decide(model, views, *fitted(request, model, views))
+        asked = replace(request, evidence=replace(evidence, data=sample.data))
+        plan = decide(model, views, *fitted(asked, model, views))
         check_expressible(views, plan)
         if rules.stock:
             check_stock(model, plan.after)
+        seen = survey.skipped(run if request.verify and sample.given else None)
+        skipped.extend(one for one in seen if meant(one.name))
+        report_skipped(skipped, request.strict)
         return plan
 
     return Decided(agree(decided, digest=lambda plan: plan.digest), tuple(skipped), sample)
@@ -177,10 +180,9 @@ def apply_plan(
     0.5
     """
     check_one_of("verify", verify, YES_NO_AUTO)
-    sample, _ = sample_of(example_inputs, None)
     commit = prepare_plan(
         model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure,
-        sample=sample, verify=verify,
+        sample=Sample(example_inputs, None), verify=verify,
     )  # fmt: skip
     return commit()
 
@@ -247,10 +249,10 @@ def _verification(
     model: nn.Module, views: Sequence[AttentionView], plan: Plan, sample: Sample | None, verify: YesNoAuto
 ) -> Verification | None:
     """The step that compares the result with the masked model, where that is asked for and possible."""
-    if verify is True and sample is None:
+    if verify is True and (sample is None or not sample.given):
         remedy = "pass example_inputs= (or data= to prune_attention)"
         raise DataError("verify=True", "inputs to run the model on", "none", remedy)
-    if verify is False or sample is None or plan.empty:
+    if verify is False or sample is None or plan.empty or not sample.given:
         return None
     return Verification(model, views, plan, sample.run, sample.samples, needed=verify is True)
 

@@ -235,8 +235,8 @@ def select(
             type(model).__name__,
             "at least one attention module that can be pruned",
             f"none; modules that look like one: {_shorten(looks) or 'none'}",
-            "pass example_inputs= to make_plan or prune_attention where a module could not be run, or tell how its class "
-            "is built (attnprune.register_adapter)",
+            "pass example_inputs= to make_plan or prune_attention where a module could not be run, or tell how its "
+            "class is built (attnprune.register_adapter)",
         )
     meant = chosen(survey, include, exclude)
     for name, error in survey.errors.items():
