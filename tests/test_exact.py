@@ -64,7 +64,7 @@ def test_exact(name: str, mode: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exact_in_float32(name: str) -> None:
-    @settings(max_examples=200)
+    @settings(max_examples=60)
     @given(seed=seeds, ratio=ratios, mode=st.sampled_from(MODES), case=st.integers(0, len(family(name).cases()) - 1))
     def check(seed: int, ratio: float, mode: tuple[str, str, str], case: int) -> None:
         granularity, scope, heads = mode

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from warnings import warn
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -14,11 +13,12 @@ from torch.optim.swa_utils import AveragedModel
 from .calibration.processes import agree
 from .calibration.sample import Sample
 from .cost.counting import count_macs, count_parameters
-from .errors import AttnPruneWarning, DataError, OptionError
+from .errors import DataError, OptionError
 from .families.base import AttentionView
 from .families.looks import Skipped
 from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
-from .report.report import Measured, Report
+from .report.making import measured, missed, notes_of, ways_of
+from .report.report import Report
 from .surgery import (
     OptimizerPatch,
     Step,
@@ -225,12 +225,12 @@ def prepare_plan(
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
     entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
     patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers_of(optimizer)]
-    notes = _notes(views, plan)
+    notes = notes_of(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
-    latency = _latency(model, surgeon, plan, example_inputs) if measure else None
-    notes += _missed(plan, latency)
-    ways = {view.name: _way(view, plan[view.name].after) for view in views if not plan[view.name].empty}
+    latency = measured(model, surgeon, plan, example_inputs) if measure else None
+    notes += missed(plan, latency)
+    ways = ways_of(views, plan)
     skipped = survey.skipped() if skipped is None else skipped
     check = _verification(model, views, plan, sample, verify)
 
@@ -257,50 +257,18 @@ def _verification(
     return Verification(model, views, plan, sample.run, sample.samples, needed=verify is True)
 
 
-def _way(view: AttentionView, after: AttentionSpec) -> str:
-    """How an attention will run, and for the expanded way why."""
-    way = view.way(after)
-    if way != "expanded" or view.verdict is None:
-        return str(way)
-    why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
-    return f"expanded: {why or 'no forward of ours is known for it'}"
-
-
-def _missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
-    """A note where measured latency is more than 3 % above what was asked for."""
-    budget = None if plan.asked is None else plan.asked.budget
-    if budget is None or budget.resource != "latency" or latency is None or latency.ratio <= 1.03 * budget.share:
-        return ()
-    return (
-        f"measured latency x {latency.ratio:.3f} is above the target x {budget.share:.3f}; on a quieter machine, or "
-        "with attnprune.latency.measure(..., seconds=) of more, predictions are better",
-    )
-
-
-def _latency(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any) -> Measured:
-    """Measured latency, and a warning where it rose."""
-    from .cost.latency import measure_plan, slower_because
-
-    found = Measured(*measure_plan(model, surgeon, example_inputs))
-    if found.ratio > 1 and not plan.empty:
-        why = "; ".join(slower_because(plan, found.seconds[0]))
-        warn(
-            f"The pruned model takes {found.ratio:.3f} of the dense one's time: {why}.", AttnPruneWarning, stacklevel=3
-        )
-    return found
+def planned_report(model: nn.Module, made: Decided) -> Report:
+    """What :func:`apply_plan` would report of a plan, as far as it is known before."""
+    plan = made.plan
+    before = count_parameters(model)
+    removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
+    ways = ways_of(all_views(plain(model), _names(plan)), plan)
+    return Report(plan, (before, before - removed), skipped=made.skipped, ways=ways)
 
 
 def _averaged(model: nn.Module) -> nn.Module:
     """The model inside an AveragedModel."""
     return model.module if isinstance(model, AveragedModel) else model
-
-
-def _notes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
-    """Where a rotated basis was asked for and a family keeps some channels as they stand."""
-    if plan.asked is None or "rotated" not in plan.asked.basis:
-        return ()
-    reasons = dict.fromkeys((kind, why) for view in views for kind, why in view.fixed.items())
-    return tuple(f"{kind} keeps its own channels instead of a rotated basis: {why}" for kind, why in reasons)
 
 
 def prune_attention(

@@ -14,7 +14,7 @@ from ..errors import AttnPruneError, CheckpointError
 from ..families.looks import Skipped
 from ..families.registry import Survey, all_views
 from ..report.report import Report
-from ..surgery import Surgeon
+from ..surgery import Surgeon, Verified
 from ..values import fields
 from ..values.asked import Asked
 from ..values.layer_plan import LayerPlan
@@ -179,6 +179,12 @@ def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:
         asked = None if saved["asked"] is None else Asked.from_dict({"ratios": saved["asked"], **saved["how"]})
         macs = None if saved["macs"] is None else (int(saved["macs"][0]), int(saved["macs"][1]))
         notes = tuple(str(note) for note in saved["notes"])
-        return Report(Plan(tuple(layers), asked), whole.model_parameters, macs, notes)
-    except (AttnPruneError, LookupError, TypeError, ValueError):  # a report of another version
+        skipped = tuple(Skipped(*(str(one[key]) for key in Skipped._fields)) for one in saved.get("skipped", ()))
+        ways = {str(name): str(way) for name, way in saved.get("ways", {}).items()}
+        seen = saved.get("verified")
+        verified = None if seen is None else Verified(float(seen["error"]), int(seen["samples"]))
+        return Report(
+            Plan(tuple(layers), asked), whole.model_parameters, macs, notes, None, skipped, ways, verified
+        )  # fmt: skip
+    except (AttnPruneError, LookupError, TypeError, ValueError, AttributeError):  # a report of another version
         return None
