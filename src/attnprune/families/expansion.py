@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isclose
 from typing import NamedTuple
 
 from torch import nn
@@ -104,6 +105,36 @@ def expand_view(
     state = view.next_state(spec, kept)
     ordered = {key: slots[key] for key in view.slots}
     view.module.attnprune_state = state._replace(expanded=(spec, ordered))  # type: ignore[assignment]
+
+
+def rescale(view: AttentionView, scale: float) -> None:
+    """Gives the host of an attention that runs expanded the head dim that makes a softmax scale; only assigns.
+
+    For a host that makes its scale from its head dim, and had lost some of that by its attributes before it ran on
+    dense dims. Does nothing where the host cannot have this scale.
+
+    Args:
+        view: the attention, on a host of its first head dim.
+        scale: what it should multiply logits with.
+    """
+    state = view.state
+    assert state is not None
+    spec, slots = state.expanded
+    dim = round(scale**-2)
+    dims = (dim,) * state.dense_heads
+    host = replace(spec, qk_dims=dims, vo_dims=dims)
+    gain = view.adapter.query_gain(view, host)
+    if gain == 1 or not isclose(gain, spec.scale / scale) or max(*spec.qk_dims, *spec.vo_dims) > dim:
+        return
+    for key, slot in slots.items():
+        if key.endswith(".weight"):
+            places = [0] * slot.size
+            for head, (start, stop) in zip(state.kept, view.spans(view.kinds[key]), strict=True):
+                places[start:stop] = range(head * dim, head * dim + stop - start)
+            expand(slot.owner, places, sum(dims), columns=key[0] == "o")
+    view.adapter.reshape(view, host)
+    expanded = (replace(spec, scale=scale), slots)
+    view.module.attnprune_state = state._replace(scale=scale, expanded=expanded)  # type: ignore[assignment]
 
 
 def dense_channels(view: AttentionView) -> dict[Kind, tuple[int, ...]]:
