@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..families.base import AttentionView
-from ..families.expansion import numbers_of
+from ..families.expansion import numbers_of, rescale
 from ..families.registry import all_views, sound_views
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan
@@ -119,9 +119,11 @@ class Record:
         """
         by_name = {one.spec.name: one for one in self.attention}
         for view in all_views(model, by_name):
-            state: Any = getattr(view.module, "attnprune_state", None)
-            if state is not None:
-                view.module.attnprune_state = state._replace(scale=by_name[view.name].spec.scale)
+            state, scale = view.state, by_name[view.name].spec.scale
+            if state is not None and state.expanded is not None:
+                rescale(view, scale)
+            elif state is not None:
+                view.module.attnprune_state = state._replace(scale=scale)  # type: ignore[assignment]
         for view in all_views(model, by_name):
             saved = by_name[view.name]
             if view.runs_expanded and saved.channels is None:

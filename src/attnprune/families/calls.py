@@ -22,6 +22,7 @@ HEAD_MASKS = ("head_mask", "layer_head_mask")
 SOURCES = ("key_value_states", "encoder_hidden_states", "context", "memory", "encoder_output")
 KEYS, VALUES = ("key", "keys", "k", "key_states"), ("value", "values", "v", "value_states")
 ANGLES = ("position_embeddings", "rotary_pos_emb", "rope", "freqs_cis", "rotary_emb")
+PLACES = ("cache_position",)
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
 Arguments = dict[str, Any]
@@ -99,7 +100,8 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
     if not signature.names:
         return []
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
-    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES)):  # what an argument that may be missing may still have to be
+    # what an argument that may be missing may still have to be
+    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), MASKS):
         inputs = _Inputs(signature, spec, more)
         if more and not inputs.optional:
             continue
@@ -132,11 +134,13 @@ class _Inputs:
             name if name in signature.required else None for name in (signature.first(KEYS), signature.first(VALUES))
         )
         wanted = [name for name in signature.names if name in more and name not in signature.required]
-        self.optional = tuple(wanted)
+        self.padding = next((name for name in signature.names if name in MASKS and name in more), None)
+        self.optional = tuple(wanted) if self.padding is None else (*wanted, self.padding)
         self.source = next((name for name in (*signature.required, *wanted) if name in SOURCES), None)
         if self.source is None and spec.k_in != spec.q_in:
             self.source = signature.first(SOURCES)
         self.angles = next((name for name in (*signature.required, *wanted) if name in ANGLES), None)
+        self.places = next((name for name in wanted if name in PLACES), None)
 
     def __call__(
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
@@ -156,6 +160,10 @@ class _Inputs:
         if self.angles is not None:
             turn = torch.randn(batch, tokens, spec.qk_dim, generator=generator, dtype=dtype, device="cpu")
             found[self.angles] = (turn.cos(), turn.sin())
+        if self.places is not None:
+            found[self.places] = torch.arange(tokens, device="cpu")
+        if self.padding is not None:
+            found[self.padding] = torch.ones(batch, self.keys(found), dtype=torch.long, device="cpu")
         return {**dict.fromkeys(self.required), **found}
 
     def keys(self, found: Arguments) -> int:
@@ -189,6 +197,14 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
     yield call("large inputs", size=30.0, rounding=1e3)
     yield call("huge inputs", size=2e3, rounding=1e6)
 
+    for mask in () if inputs.padding is None else (inputs.padding,):
+
+        def padding(g: torch.Generator, dtype: torch.dtype, found: Arguments, mask: str = mask) -> Arguments:
+            seen = torch.rand(found[mask].shape, generator=g, device="cpu") < 0.6
+            seen[:, 0] = True
+            return {mask: seen.long()}
+
+        yield call(f"a padding {mask}", padding)
     for mask in (name for name in signature.names if name in MASKS):
         of_source = mask.startswith("encoder") and inputs.source is None
         source = signature.first(SOURCES) if of_source else None

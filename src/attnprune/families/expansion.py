@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isclose
 from typing import NamedTuple
 
 from torch import nn
@@ -136,6 +137,38 @@ def numbers_of(view: AttentionView) -> Mapping[Kind, tuple[tuple[int, ...], ...]
         found: Expansion = view.state.expanded
         return found.numbers
     return {kind: tuple(tuple(range(dim)) for dim in view.spec.dims(kind)) for kind in KINDS}
+
+
+def rescale(view: AttentionView, scale: float) -> None:
+    """Gives the host of an attention that runs expanded the head dim that makes a softmax scale; only assigns.
+
+    For a host that makes its scale from its head dim, and had lost some of that by its attributes before it ran on
+    dense dims. Does nothing where the host cannot have this scale.
+
+    Args:
+        view: the attention, on a host of its first head dim.
+        scale: what it should multiply logits with.
+    """
+    state = view.state
+    assert state is not None
+    known: Expansion = state.expanded
+    spec, slots = known.spec, known.slots
+    dim = round(scale**-2)
+    dims = (dim,) * state.dense_heads
+    host = replace(spec, qk_dims=dims, vo_dims=dims)
+    gain = view.adapter.query_gain(view, host)
+    last = max(number for numbers in known.numbers.values() for row in numbers for number in row)
+    if gain == 1 or not isclose(gain, spec.scale / scale) or last >= dim or not all(s.whole for s in slots.values()):
+        return
+    for key, slot in slots.items():
+        if key.endswith(".weight"):
+            places, kind = [0] * slot.size, view.kinds[key]
+            for head, span, row in zip(state.kept, view.spans(kind), known.numbers[kind], strict=True):
+                places[slice(*span)] = [head * dim + number for number in row]
+            expand(slot.owner, places, sum(dims), columns=key[0] == "o")
+    view.adapter.reshape(view, host)
+    expanded = known._replace(spec=replace(spec, scale=scale))
+    view.module.attnprune_state = state._replace(scale=scale, expanded=expanded)  # type: ignore[assignment]
 
 
 def expanded_view(name: str, host: nn.Module, adapter: Adapter) -> AttentionView | None:

@@ -40,6 +40,8 @@ def looks_like(model: nn.Module, known: Collection[nn.Module], why: Mapping[str,
         if name not in why:
             if not _looks(module) or any(id(part) in tops for part in module.modules()):
                 continue
+            if any(other.startswith(f"{name}." if name else "") for other in why):
+                continue  # a container of one whose reason is known
             below = [part for part in module.modules() if part is not module and _looks(part)]
             if sum(not any(one in other.modules() for other in below if other is not one) for one in below) > 1:
                 continue  # a container of several

@@ -245,7 +245,7 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Opera
                 for joint in joints(view)
             }
         else:
-            gain = view.query_gain(layer.after)
+            gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
             new = {
                 key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
                 for key, slot in view.slots.items()

@@ -7,6 +7,7 @@ the eager function are read from the namespace of the host's own forward.
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -41,6 +42,12 @@ class Host(NamedTuple):
     """Whether the forward itself calls the fused kernel."""
     cache: str | None
     """The argument with the cache of keys and values, by whatever name."""
+    asks: bool
+    """Whether attention weights have to be asked for by an argument."""
+    steps_aside: bool
+    """Whether the fused function makes way for the eager one where they are."""
+    opens: bool
+    """Whether the attention function gets what the forward has no name for."""
 
 
 DROPOUT = ("attention_dropout", "dropout_prob", "attention_probs_dropout_prob", "dropout")
@@ -61,6 +68,9 @@ def describe(host: type[Any]) -> Host:
     if q is None or k is None or v is None:
         raise TypeError(f"{host.__name__} is not of this family")
     eager = first(EAGER, names)
+    parameters = inspect.signature(forward).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    asks = "output_attentions" in parameters_of(host) and _reads(forward, "output_attentions")
     return Host(
         q,
         k,
@@ -71,7 +81,16 @@ def describe(host: type[Any]) -> Host:
         space.get("ALL_ATTENTION_FUNCTIONS"),
         "scaled_dot_product_attention" in names,
         first(CACHES, parameters_of(host)),
+        asks,
+        asks and "sdpa" in forward.__code__.co_consts,
+        rest is not None and _reads(forward, rest),
     )
+
+
+def _reads(forward: Any, argument: str) -> bool:
+    """Whether a function's code does anything with an argument."""
+    names = [one.argval for one in dis.get_instructions(forward) if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))]
+    return any(argument in (name if isinstance(name, tuple) else (name,)) for name in names)  # from 3.13 on, pairs
 
 
 class HFAttention(Decoupled):
@@ -110,6 +129,10 @@ class HFAttention(Decoupled):
     def _attend(self, heads: Projected, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         parts = self._parts
         implementation = self.config._attn_implementation
+        asked = kwargs.pop("output_attentions", None) if parts.asks else True
+        if parts.steps_aside and asked and implementation == "sdpa":
+            implementation = "eager"
+        kwargs = kwargs if parts.opens else {}
         function = parts.eager if implementation in (None, "eager") else parts.functions[implementation]
         dropout, state = self._dropout(), self.attnprune_state
 
@@ -126,7 +149,8 @@ class HFAttention(Decoupled):
             and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
         ):
             plain = self._plain(function, heads.q, mask, kwargs)
-        return self._finish(heads, kernel, plain)
+        context, weights = self._finish(heads, kernel, plain)
+        return context, weights if asked else None
 
     def _plain(self, function: Any, q: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Plain | None:
         """What transformers' own fused attention function computes for these arguments, where it is nothing else."""
@@ -202,10 +226,10 @@ class HFLegacySelfAttention(HFAttention):
     """AST and ViT in transformers 4.50 to 4.57: a head mask in place of an attention mask."""
 
     def forward(
-        self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool | None = None
+        self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor | None, ...]:
-        context, weights = self._attend(self._project(hidden_states), head_mask)
-        return (context,) if output_attentions is False else (context, weights)
+        found = self._attend(self._project(hidden_states), head_mask, output_attentions=output_attentions)
+        return found if output_attentions or not self._parts.asks else found[:1]
 
 
 class HFEagerSelfAttention(HFAttention):
@@ -228,4 +252,4 @@ class HFEagerSelfAttention(HFAttention):
 
         plain = Plain(scale, None, False, self.head_rows) if fused and dropout == 0 else None
         context, weights = self._finish(heads, kernel, plain)
-        return (context, weights) if output_attentions else (context,)
+        return (context, weights) if output_attentions or fused else (context,)

@@ -168,14 +168,14 @@ class Trial:
             channels = channels[torch.tensor(rows, dtype=torch.long)]
         return nn.Parameter(channels.movedim(0, slot.axis))
 
-    def _committed(self, removal: Removal | None) -> tuple[StandIn, AttentionSpec, Sequence[int]]:
+    def _committed(self, removal: Removal | None, stock: bool = False) -> tuple[StandIn, AttentionSpec, Sequence[int]]:
         other = self.stand_in.copy()
         spec = self.view.spec if removal is None else removal.after
         tensors = {
             key: self._parameter(slot, None if removal is None else removal.rows[other.view.kinds[key]])
             for key, slot in other.view.slots.items()
         }
-        gain = other.view.query_gain(spec)
+        gain = other.view.query_gain(spec) if stock else 1.0
         if gain != 1:
             for key in ("q.weight", "q.bias"):
                 if key in tensors:
@@ -185,7 +185,7 @@ class Trial:
         return other, spec, range(spec.heads) if removal is None else removal.heads
 
     def _stock(self, removal: Removal) -> Callable[[], StandIn]:
-        return lambda: self._committed(removal)[0]
+        return lambda: self._committed(removal, stock=True)[0]
 
     def _cut(self, mixin: type[Decoupled], removal: Removal | None) -> Callable[[], StandIn]:
         def make() -> StandIn:
@@ -331,14 +331,14 @@ class Trial:
         zero = [head for head in range(spec.heads) if self._is_zero(head)]
         generator = torch.Generator("cpu").manual_seed(4)
         calls = self.calls[:1]
-        expected = [Result(self.stand_in.host, call, self.dtype) for call in calls]
+        expected = self._outputs(calls)
         free = []
         for key in ("k.weight", "v.weight") if zero else ():
             start, stop = spec.layout.span(self.view.kinds[key], zero[0])
             with torch.no_grad():
                 channels = slots[key].cut(slots[key].parameter.detach())[start:stop]
                 channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
-                found = [Result(self.stand_in.host, call, self.dtype) for call in calls]
+                found = self._outputs(calls)
                 channels.zero_()
             pairs = zip(calls, found, expected, strict=True)
             free.append(all(self._alike("lie", call, one, other) for call, one, other in pairs))
@@ -348,6 +348,13 @@ class Trial:
             return False
         return True
 
+    def _outputs(self, calls: Sequence[Call]) -> list[Result]:
+        """What calls give, without what comes along: weights; keys and values, of a host that returns them."""
+        found = [Result(self.stand_in.host, call, self.dtype) for call in calls]
+        for one in found:
+            one.weights = []
+        return found
+
     def _is_zero(self, head: int) -> bool:
         start, stop = self.view.spec.layout.span("qk", head)
         slot = self.view.slots["q.weight"]
@@ -356,12 +363,12 @@ class Trial:
     def _fixed(self) -> dict[Kind, str]:
         """Kinds whose channels may not be mixed: one head is turned, which must not change the output."""
         calls = [call for call in self.calls if "=" not in call.what and call.rounding == 1]
-        expected = [Result(self.stand_in.host, call, self.dtype) for call in calls]
+        expected = self._outputs(calls)
         found: dict[Kind, str] = {}
         for kind in KINDS:
             with torch.no_grad():
                 self._rotate(kind)
-            turned = [Result(self.stand_in.host, call, self.dtype) for call in calls]
+            turned = self._outputs(calls)
             pairs = zip(calls, turned, expected, strict=True)
             if not all(self._alike("rotate", replace(c, rounding=1e3 * c.rounding), a, b) for c, a, b in pairs):
                 found[kind] = "its own forward tells channels of a head apart"
