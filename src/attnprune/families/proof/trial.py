@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn import Decoupled
 from ...values.layout import KINDS, Kind
@@ -326,27 +326,52 @@ class Trial:
 
     def _heads_lie(self) -> bool:
         """Whether heads lie where the spec says: keys of a head whose queries are zero matter to nobody, or values that
-        O does not read do not (a norm over all heads couples one of the two)."""
-        spec, slots = self.view.spec, self.view.slots
+        O does not read do not (a norm over all heads couples one of the two); and those of a head that O reads do."""
+        spec = self.view.spec
         zero = [head for head in range(spec.heads) if self._is_zero(head)]
         generator = torch.Generator("cpu").manual_seed(4)
         calls = self.calls[:1]
         expected = self._outputs(calls)
         free = []
         for key in ("k.weight", "v.weight") if zero else ():
-            start, stop = spec.layout.span(self.view.kinds[key], zero[0])
+            channels = self._channels(key, zero[0])
             with torch.no_grad():
-                channels = slots[key].cut(slots[key].parameter.detach())[start:stop]
                 channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
                 found = self._outputs(calls)
                 channels.zero_()
             pairs = zip(calls, found, expected, strict=True)
             free.append(all(self._alike("lie", call, one, other) for call, one, other in pairs))
         self.reasons.pop("lie", None)
-        if zero and not any(free):
+        if zero and not (any(free) and all(self._matters(head) for head in range(spec.heads) if head not in zero)):
             self.reasons["expanded"] = "its heads do not lie one after the other in its projections"
             return False
         return True
+
+    def _matters(self, head: int) -> bool:
+        """Whether keys, and values, of a head change the output where O reads no other head."""
+        generator, found = torch.Generator("cpu").manual_seed(6), []
+        with torch.no_grad():
+            read = self._channels("o.weight")
+            columns, (start, stop) = read.clone(), self.view.spec.layout.span("vo", head)
+            read[:start], read[stop:] = 0, 0
+            calls = self.calls[:1]
+            expected = self._outputs(calls)
+            for key in ("k.weight", "v.weight"):
+                channels = self._channels(key, head)
+                before = channels.clone()
+                channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
+                pairs = zip(calls, self._outputs(calls), expected, strict=True)
+                found.append(not all(self._alike("lie", call, one, other) for call, one, other in pairs))
+                channels.copy_(before)
+            read.copy_(columns)
+        self.reasons.pop("lie", None)
+        return all(found)
+
+    def _channels(self, key: str, head: int | None = None) -> Tensor:
+        """The channels of a slot, or those of a head in it; live."""
+        slot = self.view.slots[key]
+        channels = slot.cut(slot.parameter.detach())
+        return channels if head is None else channels[slice(*self.view.spec.layout.span(self.view.kinds[key], head))]
 
     def _outputs(self, calls: Sequence[Call]) -> list[Result]:
         """What calls give, without what comes along: weights; keys and values, of a host that returns them."""
@@ -356,9 +381,7 @@ class Trial:
         return found
 
     def _is_zero(self, head: int) -> bool:
-        start, stop = self.view.spec.layout.span("qk", head)
-        slot = self.view.slots["q.weight"]
-        return not bool(slot.cut(slot.parameter.detach())[start:stop].any())
+        return not bool(self._channels("q.weight", head).any())
 
     def _fixed(self) -> dict[Kind, str]:
         """Kinds whose channels may not be mixed: one head is turned, which must not change the output."""

@@ -1,0 +1,190 @@
+"""Hosts with the habits of many versions of transformers, written out here, so that any version shows how they fare."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnprune import apply_plan, load_pruned, make_plan, masked, save_pruned
+from attnprune.families.registry import Survey, all_views
+
+
+class Apart(nn.Module):
+    """Q, K and V as in transformers 4; subclasses say what they do with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = 4, 6, 24
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.dropout = nn.Dropout(0.0)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
+
+
+class Scaling(Apart):
+    """Makes its softmax scale from its head dim (4.48)."""
+
+    def forward(
+        self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        q, k, v = self.split(self.query(hidden_states)), self.split(self.key(hidden_states)), self.value(hidden_states)
+        weights = self.dropout((q @ k.mT / math.sqrt(self.attention_head_size)).softmax(-1))
+        weights = weights if head_mask is None else weights * head_mask
+        context = (weights @ self.split(v)).transpose(1, 2).flatten(2)
+        return (context, weights) if output_attentions else (context,)
+
+
+class Whole(Apart):
+    """With O."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_lin = nn.Linear(24, 24)
+
+
+class Returning(Whole):
+    """Takes its cache as a tuple, and returns it (4.48)."""
+
+    def forward(self, hidden_states: Tensor, past_key_value: Any = None) -> tuple[Tensor, Any]:
+        q, k, v = (self.split(part(hidden_states)) for part in (self.query, self.key, self.value))
+        if past_key_value is not None:
+            k, v = torch.cat([past_key_value[0], k], 2), torch.cat([past_key_value[1], v], 2)
+        context = F.scaled_dot_product_attention(q, k, v)
+        return self.out_lin(context.transpose(1, 2).flatten(2)), (k, v)
+
+
+class Padded(Whole):
+    """Cannot do without a mask of keys (DistilBERT in 4)."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> tuple[Tensor]:
+        q, k, v = (self.split(part(hidden_states)) for part in (self.query, self.key, self.value))
+        hidden = (mask == 0).view(len(mask), 1, 1, -1)
+        weights = (q @ k.mT).masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1)
+        return (self.out_lin((weights @ v).transpose(1, 2).flatten(2)),)
+
+
+class Halves(nn.Module):
+    """The layer around Q, K and V, with O in a module of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.output = inner, nn.Sequential()
+        self.output.dense = nn.Linear(24, 24)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        context, *rest = self.attention(hidden_states, *args, **kwargs)
+        return (self.output.dense(context), *rest)
+
+
+class Interleaved(nn.Module):
+    """Q, K and V of a head side by side in one projection, and queries turned by place (GPT-NeoX)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (4, 18)).transpose(1, 2).chunk(3, -1)
+        q = q * torch.arange(1, 7, dtype=q.dtype)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def model_of(inner: nn.Module) -> Any:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": Halves(inner) if isinstance(inner, Scaling) else inner}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def hidden() -> Tensor:
+    return torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_a_scale_from_the_head_dim(tmp_path: Path) -> None:
+    """Smaller attributes, then a forward of ours, then a file: always the scale of the dense model."""
+    model, dense = model_of(Scaling()), model_of(Scaling())
+    for options, way in (({"scope": "local"}, "stock"), ({"heads": "ragged"}, "decoupled")):
+        plan = make_plan(model, 0.5, scorer="random", **options)
+        with masked(model, plan), torch.no_grad():
+            expected = model.layer(hidden())[0]
+        apply_plan(model, plan)
+        (view,) = all_views(model)
+        assert view.way(view.spec) == way
+        torch.testing.assert_close(model.layer(hidden())[0], expected, rtol=0, atol=1e-10)
+    save_pruned(model, tmp_path)
+    load_pruned(tmp_path, dense)
+    assert torch.equal(dense.layer(hidden())[0], model.layer(hidden())[0])
+
+
+class Adding(Scaling):
+    """Does something that no forward of ours does."""
+
+    def forward(self, hidden_states: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        (context,) = super().forward(hidden_states)
+        return (context if bias is None else context + bias.mean(),)
+
+
+def test_a_scale_from_the_head_dim_on_dense_dims(tmp_path: Path) -> None:
+    """The same where the host's own forward goes on; its file is read into a host of the head dim that it had."""
+    model, dense = model_of(Adding()), model_of(Adding())
+    for options, way in (({"scope": "local"}, "stock"), ({"heads": "ragged"}, "expanded")):
+        plan = make_plan(model, 0.5, scorer="random", **options)
+        with masked(model, plan), torch.no_grad():
+            expected = model.layer(hidden())[0]
+        apply_plan(model, plan)
+        (view,) = all_views(model)
+        assert view.way(view.spec) == way
+        torch.testing.assert_close(model.layer(hidden())[0], expected, rtol=0, atol=1e-10)
+    save_pruned(model, tmp_path)
+    before = copy.deepcopy(dense)
+    load_pruned(tmp_path, dense)
+    assert torch.equal(dense.layer(hidden())[0], model.layer(hidden())[0])
+    assert not torch.equal(dense.layer(hidden())[0], before.layer(hidden())[0])
+
+
+@pytest.mark.parametrize("kind", [Returning, Padded])
+def test_run_on_dense_dims(kind: type[Whole]) -> None:
+    model = model_of(kind())
+    given = {"mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])} if kind is Padded else {}
+    for options in ({"heads": "ragged"}, {"granularity": "head"}):
+        plan = make_plan(model, 0.25, scorer="random", **options)
+        with masked(model, plan), torch.no_grad():
+            expected = model.layer(hidden(), **given)[0]
+        apply_plan(model, plan)
+        torch.testing.assert_close(model.layer(hidden(), **given)[0], expected, rtol=0, atol=1e-10)
+
+
+def test_interleaved_projections_are_not_taken_for_three_blocks() -> None:
+    survey = Survey(model_of(Interleaved()))
+    assert not survey.views
+    (skipped,) = survey.skipped()
+    assert "heads do not lie" in skipped.why
+
+
+class Wrapper(nn.Module):
+    """What stands around an attention and has no projections itself."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, nn.LayerNorm(24)
+
+
+class SelfAttention(Wrapper):
+    pass
+
+
+def test_the_reason_is_that_of_the_attention_inside() -> None:
+    """Not that of what stands around it (T5 in transformers 4)."""
+    (skipped,) = Survey(nn.Sequential(SelfAttention(Interleaved().double()))).skipped()
+    assert skipped.name == "0.inner"
+    assert "heads do not lie" in skipped.why
