@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -115,8 +116,10 @@ def test_generation_with_a_cache(kind: str, cross: bool) -> None:
     with torch.no_grad():
         cached = model(prompt, use_cache=True, encoder_hidden_states=options.get("encoder_hidden_states"))
         step = torch.full((2, 1), 7)
+        takes = inspect.signature(type(model).forward).parameters
+        name = "cache" if "cache" in takes else "past_key_values"  # as transformers calls it from 5.24 on
         found = model(
-            step, past_key_values=cached.past_key_values, encoder_hidden_states=options.get("encoder_hidden_states")
+            step, **{name: cached.past_key_values}, encoder_hidden_states=options.get("encoder_hidden_states")
         ).logits
         whole = model(torch.cat([prompt, step], 1), encoder_hidden_states=options.get("encoder_hidden_states")).logits
     assert (found[:, -1] - whole[:, -1]).abs().max() < 1e-5
