@@ -5,7 +5,8 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures test-exact fuzz bench bench-streaming test-compat test-wheel clean
+.PHONY: help demo test lint types unit docs pictures test-exact fuzz bench bench-streaming
+.PHONY: test-compat test-latest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
@@ -15,7 +16,9 @@ help:
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
 	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"
 	@echo "make bench-streaming  memory of pruning a checkpoint of 4 GB on the disk; needs 9 GB there"
-	@echo "make test-compat  the Hugging Face adapters under transformers 4, Lightning 2.4 and 2.5"
+	@echo "make test-compat  the Hugging Face adapters under transformers 4.48 to 5, Lightning 2.4 and 2.5"
+	@echo "make test-latest  everything that must hold, with the newest version of all that it needs"
+	@echo "make test-oldest  adapters and laws with the oldest version of all that it needs"
 	@echo "make test-wheel   the built wheel in an empty environment"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -69,19 +72,41 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scoring_memory.py
 	$(BIN)/python benchmarks/accuracy.py keywords
 
-COMPAT ?= 4.48.3 4.53.3 4.57.6
+COMPAT ?= 4.48.3 4.53.3 4.57.6 5.23.0
 LIGHTNING ?= 2.4.0 2.5.6
 test-compat:
 	for version in $(COMPAT); do \
 	  $(PYTHON) -m venv .venv-compat-$$version && \
 	  .venv-compat-$$version/bin/pip install -q torch==2.13.0 "transformers==$$version" -e . accelerate pytest hypothesis && \
-	  .venv-compat-$$version/bin/pytest tests/test_compat.py -o addopts= || exit 1; \
+	  .venv-compat-$$version/bin/pytest tests/test_compat.py tests/test_recognised.py tests/test_hosts.py -o addopts= || exit 1; \
 	done
 	for version in $(LIGHTNING); do \
 	  $(PYTHON) -m venv .venv-compat-lightning-$$version && \
 	  .venv-compat-lightning-$$version/bin/pip install -q torch==2.13.0 "lightning==$$version" -e . pytest hypothesis && \
 	  .venv-compat-lightning-$$version/bin/pytest tests/test_lightning.py -W default -o addopts= || exit 1; \
 	done
+
+# The newest of everything, without constraints. TORCH=torch==2.13.0 keeps a torch that is there.
+TORCH ?= torch
+test-latest:
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install -q -U --upgrade-strategy eager $(TORCH) -e ".[dev]"
+	.venv-latest/bin/pip install -q -U --no-deps timm
+	.venv-latest/bin/pip list
+	.venv-latest/bin/pytest -n $(JOBS)
+
+# The oldest that pyproject.toml allows, or TORCH=torch==2.13.0 where that torch cannot be had.
+OLDEST = tests/test_compat.py tests/test_recognised.py tests/test_hosts.py tests/test_laws.py tests/test_mha.py \
+  tests/test_hf.py tests/test_timm.py
+test-oldest: TORCH =
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/floors.py $(TORCH) > .venv-oldest/floors.txt
+	grep -v ^timm .venv-oldest/floors.txt | .venv-oldest/bin/pip install -q -r /dev/stdin
+	grep ^timm .venv-oldest/floors.txt | .venv-oldest/bin/pip install -q --no-deps -r /dev/stdin
+	.venv-oldest/bin/pip install -q --no-deps -e .
+	.venv-oldest/bin/pip list
+	.venv-oldest/bin/pytest $(OLDEST) -o addopts= -n $(JOBS)
 
 test-wheel: $(STAMP)
 	rm -rf dist .venv-wheel
