@@ -68,7 +68,7 @@ def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
     dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
     sizes = st.sampled_from(["5GB", 3000, "1KB"])
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(st.integers(0, cases - 1), st.sampled_from(sorted(WAYS)), dtypes, sizes, st.booleans(), st.integers(0, 99))
     def check(case: int, way: str, dtype: torch.dtype, size: Any, meta: bool, seed: int) -> None:
         model, folder = pruned(name, case, way, dtype, seed), tmp_path_factory.mktemp("saved")

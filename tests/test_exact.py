@@ -84,7 +84,7 @@ LAYOUTS = ("separate", "buckets", "groups", "padded", "products")
 def test_exact_in_every_layout(name: str, layout: str) -> None:
     """Every execution layout computes the same, forced one by one, forward and gradient."""
 
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(
         seed=seeds, qk=ratios, vo=ratios, heads=st.sampled_from(["uniform", "ragged"]), train=st.booleans(),
         case=st.integers(0, len(family(name).cases()) - 1), gather=st.booleans(),

@@ -71,7 +71,7 @@ def test_a_step_is_taken_whole_or_not_at_all() -> None:
     after = state(*taken)
     assert before[3]["steps_done"] == 0
     assert after[3]["steps_done"] == 1
-    places = sorted({*range(1, lines, 23), *range(lines - 120, lines + 1)})
+    places = sorted({*range(1, lines, 41), *range(lines - 120, lines + 1, 2)})
     found = []
     for at in places:
         tried = copy.deepcopy(everything)

@@ -72,7 +72,7 @@ def same(before: list[Any], after: list[Any]) -> bool:
 def test_shapes(name: str) -> None:
     """Law 2."""
 
-    @for_cases(name, 25)
+    @for_cases(name, 16)
     def check(seed: int, ratio: float, mode: tuple[str, str, str], case: int) -> None:
         model = fresh(name, case)
         plan = plans(model, seed, ratio, mode)
@@ -223,7 +223,7 @@ def test_prepare_changes_nothing(name: str) -> None:
 def test_plans(name: str) -> None:
     """Law 5."""
 
-    @for_cases(name, 14)
+    @for_cases(name, 10)
     def check(seed: int, ratio: float, mode: tuple[str, str, str], case: int) -> None:
         model = fresh(name, case)
         first = plans(model, seed, ratio / 2, mode)
@@ -317,7 +317,7 @@ def permute(name: str, model: nn.Module, layer: str, heads: int, dim: int, gener
 def test_masked(name: str) -> None:
     """A masked model gives what the pruned one gives, and is bitwise as before afterwards."""
 
-    @for_cases(name, 14)
+    @for_cases(name, 10)
     def check(seed: int, ratio: float, mode: tuple[str, str, str], case: int) -> None:
         model = fresh(name, case)
         plan, data = plans(model, seed, ratio, mode), inputs(name, case, seed)
@@ -355,7 +355,7 @@ def test_copies_and_files(name: str) -> None:
 def test_any_plan(name: str) -> None:
     """Law 1 for plans that no allocation would make."""
 
-    @settings(max_examples=40)
+    @settings(max_examples=24)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         case = data.draw(st.integers(0, len(family(name).cases()) - 1))

@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_the_same(name: str) -> None:
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(
         seed=seeds, case=st.integers(0, len(family(name).cases()) - 1), heads=st.sampled_from(["uniform", "ragged"]),
         ratio=st.sampled_from([0.0, 0.5]),

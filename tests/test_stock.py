@@ -84,7 +84,7 @@ def test_stock_plans_can_always_be_exported(name: str, tmp_path_factory: Any) ->
     """Whatever else is asked: the plan fits a stock config, and the plain model computes what the pruned one does."""
     cases = len(family(name).cases())
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(
         st.integers(0, cases - 1), st.floats(0, 0.95), st.sampled_from(["head", "channel"]),
         st.sampled_from(["channels", "rotated"]), st.sampled_from([1, 2, "auto"]), st.sampled_from(["local", "global"]),
