@@ -47,6 +47,7 @@ docs: $(STAMP)
 
 pictures: $(STAMP)
 	$(BIN)/python examples/pictures.py
+	$(BIN)/python docs/house.py
 
 test-exact: $(STAMP)
 	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS)

@@ -24,7 +24,7 @@ from attnprune.checkpoint import hf
 from attnprune.checkpoint.folder import Folder
 from attnprune.checkpoint.skeleton import places
 from attnprune.checkpoint.tensors import Item, shards, write_tensors
-from attnprune.values.channel_maps import Fold
+from attnprune.values.channel_maps import ChannelMaps
 
 TARGET = 1e9  # bytes, peak of the process
 SHARD = 500_000_000
@@ -81,9 +81,10 @@ def plan_for(folder: Path, rotated: bool) -> Plan:
         layer = LayerPlan(spec, (), tuple(picks), tuple(picks))
         if rotated:
             bases = [torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q[: dim // 2] for _ in spec.qk_dims]
-            o = torch.block_diag(*(one.T for one in bases))  # type: ignore[no-untyped-call]
+            o = torch.block_diag(*(basis.T for basis in bases))  # type: ignore[no-untyped-call]
             shift = torch.randn(sum(spec.vo_dims), generator=generator)
-            layer = LayerPlan(spec, (), layer.qk, layer.vo, Fold(tuple(bases), tuple(bases), tuple(bases), o, shift))
+            maps = ChannelMaps(tuple(bases), tuple(bases), tuple(bases), o, shift)
+            layer = LayerPlan(spec, (), layer.qk, layer.vo, maps)
         layers.append(layer)
     return Plan(tuple(layers))
 

@@ -32,6 +32,7 @@ from .conformance import close, family, fresh, inputs
 from .families import FAMILIES
 
 DATA = Path(__file__).parent / "data" / "model_v1"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, for the same sums to the last bit
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"scope": "local"},
     "decoupled": {},
@@ -118,7 +119,7 @@ def test_a_fresh_process_loads_every_family_and_way(tmp_path: Path) -> None:
         "torch.save(found, f'{sys.argv[1]}/out.pt')"
     )
     root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), json.dumps(jobs)], check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), json.dumps(jobs)], check=True, cwd=root, env=ONE_THREAD)
     loaded = torch.load(tmp_path / "out.pt")
     assert loaded.keys() == expected.keys()
     for key, (state, given) in expected.items():
@@ -163,7 +164,7 @@ def test_a_fresh_process_loads_hugging_face_models_from_their_directories_alone(
         "    found[path.parent.name, path.name] = model(x).logits.detach(), model.state_dict(), model.training\n"
         "torch.save(found, sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out.pt")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out.pt")], check=True, env=ONE_THREAD)
     loaded = torch.load(tmp_path / "out.pt")
     assert len(loaded) == 2 * len(WAYS)
     for (way, _), (found, state, training) in loaded.items():

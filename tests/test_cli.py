@@ -144,12 +144,14 @@ def test_plan_and_prune_are_those_of_the_library(way: str, run: Run, place: Path
     facts = told(run, "plan", "dense", *words, "-o", tmp_path / "plan.json")
     assert Plan.from_json((tmp_path / "plan.json").read_text()) == expected
     report = prune_attention(model, **options)
-    assert facts == {**report.to_dict(), "macs": None, "written": {"plan": str(tmp_path / "plan.json")}}
+    told_by_library = {**report.to_dict(), "macs": None, "verified": None}
+    assert facts == {**told_by_library, "written": {"plan": str(tmp_path / "plan.json")}}
     done = told(run, "prune", "dense", *words, "-o", tmp_path / "a")
     assert done["macs"][1] < done["macs"][0]
-    assert {**done, "macs": None, "written": {}} == {**report.to_dict(), "macs": None, "written": {}}
+    assert done["verified"]["error"] < 1e-5
+    assert {**done, "macs": None, "written": {}, "verified": None} == {**told_by_library, "written": {}}
     by_plan = told(run, "prune", "dense", "--plan", tmp_path / "plan.json", "-o", tmp_path / "b")
-    assert {**by_plan, "written": 0} == {**done, "written": 0}
+    assert {**by_plan, "written": 0, "verified": 0} == {**done, "written": 0, "verified": 0}
     for folder in (tmp_path / "a", tmp_path / "b"):
         same(from_pretrained(folder), model)
         assert (folder / "preprocessor_config.json").read_text() == '{"size": 16}'

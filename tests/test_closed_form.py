@@ -1,4 +1,4 @@
-"""Bases, refits and folds: exact at full rank, optimal below, and never NaN."""
+"""Bases, refits and maps: exact at full rank, optimal below, and never NaN."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import attnprune
 from attnprune import LayerPlan, Plan, apply_plan, calibrate, make_plan, masked, prune_attention
-from attnprune.calibration.bases import best_basis, turn
+from attnprune.calibration.bases import best_basis, head_bases
 from attnprune.calibration.refit import refit_output, refit_product
 from attnprune.errors import NonFiniteError, PlanFormatError, TiedWeightsError
 from attnprune.families import find_views
-from attnprune.planning.decide import turned
+from attnprune.planning.decide import in_bases
 from attnprune.planning.scorers import Gate, Magnitude
-from attnprune.values.channel_maps import Fold
+from attnprune.values.channel_maps import ChannelMaps
 
 from .conformance import close, family, forward_backward, fresh, inputs
 from .families import FAMILIES
@@ -47,7 +47,7 @@ def batches(name: str, case: int, count: int = 4) -> list[dict[str, Any]]:
 
 
 def project(name: str, oracle: nn.Module, plan: Plan) -> None:
-    """Makes a dense model the oracle of a plan with folds, in its dense shape.
+    """Makes a dense model the oracle of a plan with maps, in its dense shape.
 
     ``q' . k' = (A q) . (B k) = (B^T A q) . k``, so K may stay as it is if Q is multiplied with ``B^T A``; and as
     ``O B A`` is what becomes of O, V may stay as it is. Heads that go are left to O.
@@ -77,7 +77,7 @@ def project(name: str, oracle: nn.Module, plan: Plan) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folded_model_computes_what_its_maps_say(name: str, way: str) -> None:
+def test_a_model_computes_what_its_maps_say(name: str, way: str) -> None:
     """Every family, every way: forward and input gradients, against a dense model with projected Q and O."""
     for case in range(len(family(name).cases())):
         model, given_ = fresh(name, case), inputs(name, case, 50)
@@ -101,30 +101,30 @@ def test_a_folded_model_computes_what_its_maps_say(name: str, way: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exact_at_full_rank(name: str) -> None:
-    """All directions stay: the turned model is the dense one, with one batch and with many, masked and by surgery."""
+    """All directions stay: the rotated model is the dense one, with one batch and with many, masked and by surgery."""
     for case, count in itertools.product(range(len(family(name).cases())), (1, 6)):
         model, given_ = fresh(name, case), inputs(name, case, 50)
         expected, grads = forward_backward(name, model, given_)
         calibration = calibrate(model, batches(name, case, count), progress=False)
         views = find_views(model)
-        turns = {view.name: turn(view, calibration[view.name]) for view in views}
-        with turned(model, views, turns):
-            close(family(name).run(model, given_).detach(), expected, 1e-9, f"turned, case {case}")
-        apply_plan(model, Plan(tuple(turns[view.name].layer() for view in views)))
+        bases = {view.name: head_bases(view, calibration[view.name]) for view in views}
+        with in_bases(model, views, bases):
+            close(family(name).run(model, given_).detach(), expected, 1e-9, f"rotated, case {case}")
+        apply_plan(model, Plan(tuple(bases[view.name].layer() for view in views)))
         found, found_grads = forward_backward(name, model, given_)
         close(found, expected, 1e-9, f"output, case {case}")
         for key, grad in grads.items():
             close(found_grads[key], grad, 1e-9, f"gradient of {key}, case {case}")
 
 
-def test_a_gradient_is_carried_to_the_turned_parameter() -> None:
-    """At full rank the pending gradient becomes what a backward pass of the turned model gives."""
+def test_a_gradient_is_carried_to_the_rotated_parameter() -> None:
+    """At full rank the pending gradient becomes what a backward pass of the rotated model gives."""
     model, given_ = fresh("MHA", 0), inputs("MHA", 0)
     data = batches("MHA", 0)
     forward_backward("MHA", model, given_)
     views = find_views(model)
     calibration = calibrate(model, data, progress=False)
-    plan = Plan(tuple(turn(view, calibration[view.name]).layer() for view in views))
+    plan = Plan(tuple(head_bases(view, calibration[view.name]).layer() for view in views))
     apply_plan(model, plan)
     carried = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     forward_backward("MHA", model, given_)
@@ -195,7 +195,7 @@ def test_at_rank_r_the_logits_lose_the_discarded_singular_values() -> None:
         module.in_proj_bias.normal_()
     x = torch.randn(7, 9, 12, dtype=torch.float64)
     calibration = calibrate(Alone(module), [x[:3], x[3:]], progress=False)
-    basis = turn(find_views(Alone(module))[0], calibration["inner"]).bases["qk"]
+    basis = head_bases(find_views(Alone(module))[0], calibration["inner"]).by_kind["qk"]
     q, k, _ = projections(module, x)
     for head in range(2):
         queries = q[:, head].flatten(0, 1)
@@ -213,7 +213,7 @@ def test_bases_of_like_heads_lie_together() -> None:
     """One block for each map of a layer, whatever the room that computing them took."""
     model = Alone(attention(4))
     calibration = calibrate(model, [torch.randn(3, 5, 12).double()], progress=False)
-    bases = turn(find_views(model)[0], calibration["inner"]).bases
+    bases = head_bases(find_views(model)[0], calibration["inner"]).by_kind
     for kind in ("qk", "vo"):
         for part in ("first", "second", "energy"):
             maps = [getattr(one, part) for one in bases[kind]]
@@ -231,7 +231,7 @@ def test_at_rank_r_the_output_loses_the_discarded_singular_values() -> None:
     x = torch.randn(40, 9, 12, dtype=torch.float64)
     dense = model(x).detach()
     calibration = calibrate(model, [x], progress=False)
-    energy = turn(find_views(model)[0], calibration["inner"]).bases["vo"][0].energy
+    energy = head_bases(find_views(model)[0], calibration["inner"]).by_kind["vo"][0].energy
     for ratio in (0.25, 0.5, 0.75):
         pruned = copy.deepcopy(model)
         report = prune_attention(
@@ -257,7 +257,7 @@ def test_a_constant_added_to_all_keys_changes_no_softmax_and_no_basis() -> None:
     for one in (module, shifted):
         model = Alone(one)
         calibration = calibrate(model, [x], progress=False)
-        bases.append(turn(find_views(model)[0], calibration["inner"]).bases["qk"])
+        bases.append(head_bases(find_views(model)[0], calibration["inner"]).by_kind["qk"])
     for mine, other in zip(*bases, strict=True):
         torch.testing.assert_close(mine.energy, other.energy, rtol=1e-9, atol=0)
 
@@ -342,13 +342,13 @@ def test_without_a_bias_of_o_gates_close_the_mean_too() -> None:
     torch.testing.assert_close(found.vo, plain.vo, rtol=0, atol=0)
 
 
-def test_gates_of_directions_are_gates_of_the_turned_model() -> None:
+def test_gates_of_directions_are_gates_of_the_rotated_model() -> None:
     model = fresh("Bert", 1)
     data = batches("Bert", 1)
     calibration, views = calibrate(model, data, progress=False), find_views(model)
-    turns = {view.name: turn(view, calibration[view.name]) for view in views}
-    direct = Gate(turns=turns).score(model, views, data=data, progress=False)
-    with turned(model, views, turns):
+    bases = {view.name: head_bases(view, calibration[view.name]) for view in views}
+    direct = Gate(bases=bases).score(model, views, data=data, progress=False)
+    with in_bases(model, views, bases):
         other = Gate().score(model, views, data=data, progress=False)
     for name, scores in direct.items():
         for key in ("qk", "vo", "head"):
@@ -397,7 +397,7 @@ def test_target_error_keeps_as_few_directions_as_it_allows(heads: Any, target: f
     assert plan.asked is not None
     assert plan.asked.target_error == target
     for view, layer in zip(find_views(model), plan, strict=True):
-        bases = turn(view, calibration[view.name]).bases
+        bases = head_bases(view, calibration[view.name]).by_kind
         for kind in ("qk", "vo"):
             groups = [[h] for h in range(4)] if heads == "ragged" else [list(range(4))]
             for group in groups:
@@ -487,8 +487,8 @@ def test_full_rank_is_exact_on_other_data_than_the_few_that_calibrated() -> None
     calibration, views = calibrate(model, [few], progress=False), find_views(model)
     other = torch.randn(5, 7, 12, dtype=torch.float64)
     expected = model(other).detach()
-    with turned(model, views, {view.name: turn(view, calibration[view.name]) for view in views}):
-        close(model(other).detach(), expected, 1e-9, "turned")
+    with in_bases(model, views, {view.name: head_bases(view, calibration[view.name]) for view in views}):
+        close(model(other).detach(), expected, 1e-9, "rotated")
 
 
 def test_pruning_again_starts_from_what_is_left() -> None:
@@ -544,7 +544,7 @@ def test_an_asked_ratio_of_zero_changes_no_bit() -> None:
 # refusals
 
 
-def test_turning_shared_weights_is_refused_before_anything_moves() -> None:
+def test_rotating_shared_weights_is_refused_before_anything_moves() -> None:
     model = fresh("ViT", 0)
     names = [spec.name for spec in attnprune.find_attention(model)]
     first, second = (model.get_submodule(name) for name in names)
@@ -561,11 +561,12 @@ def test_turning_shared_weights_is_refused_before_anything_moves() -> None:
         prune_attention(model, 0.5, data=[torch.randn(2, 3, 12, dtype=torch.float64)], progress=False)
 
 
-def test_a_fold_of_other_shapes_or_numbers_is_refused() -> None:
+def test_maps_of_other_shapes_or_numbers_are_refused() -> None:
     spec = attnprune.AttentionSpec.of("a", heads=1, head_dim=2, d_model=4)
     good = torch.ones(1, 2)
-    LayerPlan(spec, qk=((0,),), vo=((1,),), fold=Fold((good,), (good,), (good,), torch.ones(2, 1)))
+    LayerPlan(spec, qk=((0,),), vo=((1,),), fold=ChannelMaps((good,), (good,), (good,), torch.ones(2, 1)))
     with pytest.raises(PlanFormatError, match="1x2"):
-        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=Fold((good,), (good,), (good,), torch.ones(2, 2)))
+        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=ChannelMaps((good,), (good,), (good,), torch.ones(2, 2)))
+    bad = ChannelMaps((good,), (good,), (good,), torch.full((2, 1), torch.nan))
     with pytest.raises(NonFiniteError, match="fold"):
-        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=Fold((good,), (good,), (good,), torch.full((2, 1), torch.nan)))
+        LayerPlan(spec, qk=((0,),), vo=((1,),), fold=bad)

@@ -56,7 +56,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_plan_made_on_the_gpu_is_exact_on_both(name: str, options: dict[str, Any]) -> None:
-    """Planned with batches of the CPU; the pruned model is the oracle where nothing was turned or compensated."""
+    """Planned with batches of the CPU; the pruned model is the oracle where nothing was rotated or refitted."""
     one, case = family(name), 0
     model = fresh(name, case).to(DEVICE)
     given = inputs(name, case)

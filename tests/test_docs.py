@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,14 +67,25 @@ def test_errors_that_are_documented_exist():
 
 
 def test_every_error_is_in_the_table_of_what_is_refused():
-    text = (DOCS / "concepts.rst").read_text()
+    text = (DOCS / "laws.rst").read_text()
     missing = [name for name in attnprune.errors.__all__ if f"attnprune.errors.{name}`" not in text]
     assert not missing
 
 
 def test_the_table_of_errors_names_their_built_in_bases():
-    text = (DOCS / "concepts.rst").read_text()
+    text = (DOCS / "laws.rst").read_text()
     rows = re.findall(r"\* - :class:`~attnprune\.errors\.(\w+)`\n     - ``(\w+)``", text)
     assert len(rows) == len(attnprune.errors.__all__) - 1  # all but the base of all
     for name, base in rows:
         assert issubclass(getattr(attnprune.errors, name), getattr(__import__("builtins"), base)), name
+
+
+def test_the_drawing_of_the_house_shows_the_code_as_it_is():
+    assert runpy.run_path(str(DOCS / "house.py"))["drawn"]() == (DOCS / "_static" / "house.svg").read_text()
+
+
+def test_files_that_the_documentation_names_exist():
+    table = (DOCS / "concepts.rst").read_text().partition("Where is it?")[2].partition("Three ways")[0]
+    files = re.findall(r"``([\w/]+(?:\.py|/))``", table)
+    assert len(files) > 20
+    assert not [file for file in files if not (Path(attnprune.__file__).parent / file).exists()]

@@ -20,7 +20,7 @@ from attnprune import AttentionSpec, LayerPlan, Plan, Ratios
 from attnprune.errors import PlanFormatError, PlanMismatchError
 from attnprune.values.asked import Asked
 from attnprune.values.budget import Budget
-from attnprune.values.channel_maps import Fold
+from attnprune.values.channel_maps import ChannelMaps
 
 DATA = Path(__file__).parent / "data"
 GOLDEN, GOLDEN_2, GOLDEN_1 = (DATA / f"plan_v{version}.json" for version in (3, 2, 1))
@@ -40,14 +40,14 @@ def golden_plan() -> Plan:
 
 
 def golden_plan_2() -> Plan:
-    """The plan of version 1, and a layer whose heads are turned."""
+    """The plan of version 1, and a layer whose heads are rotated."""
     plan = golden_plan_1()
     spec = AttentionSpec.of("encoder.turned", heads=2, head_dim=2, d_model=4)
-    fold = Fold((numbers(1, 2),), (numbers(1, 2),), (numbers(1, 2),), numbers(4, 1), numbers(4))
-    turned = LayerPlan(spec, (1,), qk=((1,), ()), vo=((0,), ()), fold=fold)
+    maps = ChannelMaps((numbers(1, 2),), (numbers(1, 2),), (numbers(1, 2),), numbers(4, 1), numbers(4))
+    rotated = LayerPlan(spec, (1,), qk=((1,), ()), vo=((0,), ()), fold=maps)
     assert plan.asked is not None
     asked = replace(plan.asked, basis="rotated", compensate="yes", target_error=0.125)
-    return Plan((*plan.layers, turned), asked)
+    return Plan((*plan.layers, rotated), asked)
 
 
 def golden_plan_1() -> Plan:
@@ -169,9 +169,9 @@ def test_golden_of_version_2_reads_as_the_plan_it_was_written_from() -> None:
 
 
 def test_golden_has_every_kind_of_removal() -> None:
-    uniform, ragged, heads, idle, turned = golden_plan()
-    assert (turned.after.qk_dims, turned.after.vo_dims, turned.after.heads) == ((1,), (1,), 1)
-    assert turned.fold is not None
+    uniform, ragged, heads, idle, rotated = golden_plan()
+    assert (rotated.after.qk_dims, rotated.after.vo_dims, rotated.after.heads) == ((1,), (1,), 1)
+    assert rotated.fold is not None
     assert (uniform.after.qk_dims, uniform.after.vo_dims) == ((3, 3), (2, 2))
     assert (ragged.after.qk_dims, ragged.after.vo_dims) == ((2, 1), (2, 1))
     assert heads.after.heads == 2

@@ -82,7 +82,7 @@ def test_training_goes_on_as_if_the_rows_had_been_zero(name: str, optimizer_name
     close(found, expected, 1e-8, "after five more steps")
 
 
-def test_the_state_of_turned_parameters_is_carried_by_the_chain_rule() -> None:
+def test_the_state_of_rotated_parameters_is_carried_by_the_chain_rule() -> None:
     model = fresh("ViT", 0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     train("ViT", model, optimizer, range(3))
@@ -93,13 +93,13 @@ def test_the_state_of_turned_parameters_is_carried_by_the_chain_rule() -> None:
     mean, square = optimizer.state[q]["exp_avg"].clone(), optimizer.state[q]["exp_avg_sq"].clone()
     outer = optimizer.state[o]["exp_avg"].clone()
     apply_plan(model, plan, optimizer=optimizer)
-    fold, layer = plan.layers[0].fold, plan.layers[0]
-    assert fold is not None
+    maps, layer = plan.layers[0].fold, plan.layers[0]
+    assert maps is not None
     new_q, new_o = (family("ViT").dense(model, name)[p][0] for p in "qo")
-    dual = torch.block_diag(*fold.k)
+    dual = torch.block_diag(*maps.k)
     close(optimizer.state[new_q]["exp_avg"], dual @ mean, 1e-12, "first moment")
     close(optimizer.state[new_q]["exp_avg_sq"], dual.square() @ square, 1e-12, "second moment")
-    close(optimizer.state[new_o]["exp_avg"], outer @ torch.block_diag(*fold.v).T, 1e-12, "first moment of O")
+    close(optimizer.state[new_o]["exp_avg"], outer @ torch.block_diag(*maps.v).T, 1e-12, "first moment of O")
     assert layer.spec.heads == 4
     train("ViT", model, optimizer, range(3, 6))
 
@@ -360,7 +360,7 @@ def test_scaled_gradients_are_unscaled_and_overflow_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["linears", "packed", "folded"])
+@pytest.mark.parametrize("kind", ["linears", "packed", "mapped"])
 def test_resuming_gives_bitwise_the_same_end(kind: str, at: int) -> None:
     def build() -> tuple[nn.Module, AttentionPruner]:
         torch.manual_seed(0)
@@ -369,7 +369,7 @@ def test_resuming_gives_bitwise_the_same_end(kind: str, at: int) -> None:
         else:
             model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2).double()
         options: dict[str, Any] = {"scorer": "taylor", "heads": "ragged"}
-        if kind == "folded":
+        if kind == "mapped":
             options = {"data": data(), "progress": False}
         return model, AttentionPruner(model, 0.6, steps=4, **options)
 
@@ -386,7 +386,7 @@ def test_resuming_gives_bitwise_the_same_end(kind: str, at: int) -> None:
                 else:
                     output = family("ViT").run(model, inputs("ViT", 0, 10 * i + j))
                 output.square().mean().backward()
-                if kind != "folded":
+                if kind != "mapped":
                     pruner.observe()
                 optimizer.step()
             pruner.step(optimizer)

@@ -202,20 +202,20 @@ def test_a_scorer_that_is_named_keeps_channels_as_they_stand(
     assert decided.rotated == (
         basis == "rotated" or (basis == "auto" and not named and has_data and granularity != "head")
     )
-    assert decided.compensates == (compensate is True or (compensate == "auto" and not named and has_data))
+    assert decided.refits == (compensate is True or (compensate == "auto" and not named and has_data))
     assert replace(decided, basis=basis, compensate=compensate) == method
 
 
 @pytest.mark.parametrize("scorer", ["magnitude", "taylor", "fisher", "gate", "random"])
-def test_plans_of_a_named_scorer_have_no_folds(scorer: str) -> None:
+def test_plans_of_a_named_scorer_have_no_maps(scorer: str) -> None:
     options: Any = {"data": data(), "loss_fn": square, "scorer": scorer, "progress": False}
     plan = make_plan(model(), 0.5, **options)
     assert plan.asked is not None
     assert (plan.asked.basis, plan.asked.compensate) == ("channels", "no")
     assert all(layer.fold is None for layer in plan)
     assert plan == make_plan(model(), 0.5, basis="channels", compensate=False, **options)
-    turned = make_plan(model(), 0.5, basis="rotated", **options)
-    assert all(layer.fold is not None for layer in turned)
+    rotated = make_plan(model(), 0.5, basis="rotated", **options)
+    assert all(layer.fold is not None for layer in rotated)
 
 
 def test_what_contradicts_a_value_is_a_fault() -> None:

@@ -902,6 +902,6 @@ def test_scores_of_a_ragged_model(make: Callable[[], Scorer], build: Callable[[]
             kept = list(report.layers[0].kept(kind, head))
             mine, dense_scores = found[0].of(kind)[head, : len(kept)], expected[0].of(kind)[head, kept]
             torch.testing.assert_close(mine, dense_scores, rtol=1e-6, atol=1e-12)
-    turned: dict[str, Any] = {"basis": "rotated", "compensate": True}
-    plan = make_plan(pruned, 0.3, heads="ragged", scorer=make(), data=data, loss_fn=loss, **turned)
+    rotated: dict[str, Any] = {"basis": "rotated", "compensate": True}
+    plan = make_plan(pruned, 0.3, heads="ragged", scorer=make(), data=data, loss_fn=loss, **rotated)
     apply_plan(pruned, plan)

@@ -101,6 +101,7 @@ _MODULES = {
     "plots": "report.plots",
     "scorers": "planning.scorers",
     "surgery": "surgery",
+    "testing": "testing",
 }
 
 __all__ = [

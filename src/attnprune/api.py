@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from warnings import warn
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .calibration.processes import agree
-from .calibration.sample import Sample, quietly, sample_of
+from .calibration.sample import Sample
 from .cost.counting import count_macs, count_parameters
-from .errors import AttnPruneWarning, DataError, OptionError
+from .errors import DataError, OptionError
 from .families.base import AttentionView
 from .families.looks import Skipped
 from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
-from .report.report import Measured, Report
+from .report.making import measured, missed, notes_of, ways_of
+from .report.report import Report
 from .surgery import (
     OptimizerPatch,
     Step,
@@ -103,7 +103,7 @@ class Decided(NamedTuple):
     plan: Plan
     skipped: tuple[Skipped, ...]
     """What the plan passes over."""
-    sample: Sample | None
+    sample: Sample
     """Inputs to run the model on."""
 
 
@@ -113,26 +113,29 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     from .planning.decide import decide
 
     model, rules, evidence = plain(model), request.rules, request.evidence
-    sample, data = sample_of(evidence.example_inputs, evidence.data, evidence.loss_fn)
-    request = replace(request, evidence=replace(evidence, data=data))
+    sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn)
     skipped: list[Skipped] = []
 
+    def run() -> object:
+        return sample.quietly(model)
+
     def decided() -> Plan:
-        run = quietly(sample, model)
         survey = Survey(model, run=run)
         views = select(survey, request.include, request.exclude)
         meant = chosen(survey, request.include, request.exclude)
-        skipped.extend(one for one in survey.skipped(run) if meant(one.name))
-        report_skipped(skipped, request.strict)
-        check_views(model, views, shards=not request.evidence.has_data)
+        check_views(model, views, shards=not evidence.has_data)
         if rules.stock:
             from .checkpoint.stock import check_possible, check_stock
 
             check_possible(model, views, rules.granularity)
-        plan = decide(model, views, *fitted(request, model, views))
+        asked = replace(request, evidence=replace(evidence, data=sample.data))
+        plan = decide(model, views, *fitted(asked, model, views))
         check_expressible(views, plan)
         if rules.stock:
             check_stock(model, plan.after)
+        seen = survey.skipped(run if request.verify and sample.given else None)
+        skipped.extend(one for one in seen if meant(one.name))
+        report_skipped(skipped, request.strict)
         return plan
 
     return Decided(agree(decided, digest=lambda plan: plan.digest), tuple(skipped), sample)
@@ -177,10 +180,9 @@ def apply_plan(
     0.5
     """
     check_one_of("verify", verify, YES_NO_AUTO)
-    sample, _ = sample_of(example_inputs, None)
     commit = prepare_plan(
         model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure,
-        sample=sample, verify=verify,
+        sample=Sample(example_inputs, None), verify=verify,
     )  # fmt: skip
     return commit()
 
@@ -214,20 +216,22 @@ def prepare_plan(
     if measure and example_inputs is None:
         raise no_inputs_to_run()
     model = plain(model)
-    views = all_views(model, _names(plan))
+    survey = Survey(model, trusted=_names(plan))
+    views = [view for view in survey.views if view.name in _names(plan)]
+    for name in survey.errors.keys() & _names(plan):
+        raise survey.errors[name]
     surgeon = Surgeon.prepare(model, views, plan)
     copies = [plain(_averaged(one)) for one in averages]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
     entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
     patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers_of(optimizer)]
-    notes = _notes(views, plan)
+    notes = notes_of(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
-    latency = _latency(model, surgeon, plan, example_inputs) if measure else None
-    notes += _missed(plan, latency)
-    ways = {view.name: _way(view, plan[view.name].after) for view in views if not plan[view.name].empty}
-    if skipped is None:
-        skipped = Survey(model).skipped()
+    latency = measured(model, surgeon, plan, example_inputs) if measure else None
+    notes += missed(plan, latency)
+    ways = ways_of(views, plan)
+    skipped = survey.skipped() if skipped is None else skipped
     check = _verification(model, views, plan, sample, verify)
 
     def commit() -> Report:
@@ -245,58 +249,26 @@ def _verification(
     model: nn.Module, views: Sequence[AttentionView], plan: Plan, sample: Sample | None, verify: YesNoAuto
 ) -> Verification | None:
     """The step that compares the result with the masked model, where that is asked for and possible."""
-    if verify is True and sample is None:
+    if verify is True and (sample is None or not sample.given):
         remedy = "pass example_inputs= (or data= to prune_attention)"
         raise DataError("verify=True", "inputs to run the model on", "none", remedy)
-    if verify is False or sample is None or plan.empty:
+    if verify is False or sample is None or plan.empty or not sample.given:
         return None
     return Verification(model, views, plan, sample.run, sample.samples, needed=verify is True)
 
 
-def _way(view: AttentionView, after: AttentionSpec) -> str:
-    """How an attention will run, and for the expanded way why."""
-    way = view.way(after)
-    if way != "expanded" or view.verdict is None:
-        return str(way)
-    why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
-    return f"expanded: {why or 'no forward of ours is known for it'}"
-
-
-def _missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
-    """A note where measured latency is more than 3 % above what was asked for."""
-    budget = None if plan.asked is None else plan.asked.budget
-    if budget is None or budget.resource != "latency" or latency is None or latency.ratio <= 1.03 * budget.share:
-        return ()
-    return (
-        f"measured latency x {latency.ratio:.3f} is above the target x {budget.share:.3f}; on a quieter machine, or "
-        "with attnprune.latency.measure(..., seconds=) of more, predictions are better",
-    )
-
-
-def _latency(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any) -> Measured:
-    """Measured latency, and a warning where it rose."""
-    from .cost.latency import measure_plan, slower_because
-
-    found = Measured(*measure_plan(model, surgeon, example_inputs))
-    if found.ratio > 1 and not plan.empty:
-        why = "; ".join(slower_because(plan, found.seconds[0]))
-        warn(
-            f"The pruned model takes {found.ratio:.3f} of the dense one's time: {why}.", AttnPruneWarning, stacklevel=3
-        )
-    return found
+def planned_report(model: nn.Module, made: Decided) -> Report:
+    """What :func:`apply_plan` would report of a plan, as far as it is known before."""
+    plan = made.plan
+    before = count_parameters(model)
+    removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
+    ways = ways_of(all_views(plain(model), _names(plan)), plan)
+    return Report(plan, (before, before - removed), skipped=made.skipped, ways=ways)
 
 
 def _averaged(model: nn.Module) -> nn.Module:
     """The model inside an AveragedModel."""
     return model.module if isinstance(model, AveragedModel) else model
-
-
-def _notes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
-    """Where a rotated basis was asked for and a family keeps some channels as they stand."""
-    if plan.asked is None or "rotated" not in plan.asked.basis:
-        return ()
-    reasons = dict.fromkeys((kind, why) for view in views for kind, why in view.fixed.items())
-    return tuple(f"{kind} keeps its own channels instead of a rotated basis: {why}" for kind, why in reasons)
 
 
 def prune_attention(

@@ -1,8 +1,8 @@
-"""The best basis of every head, computed instead of trained: :func:`turn`.
+"""The best basis of every head, computed instead of trained: :func:`head_bases`.
 
-Inside a head only two products matter, ``q k^T`` and ``context W_O``, so a head may be turned into another basis before
-channels go. Covariances come from :class:`attnprune.Calibration`; all of this runs in float64 on the CPU. What stays is
-then fitted to what went (:mod:`attnprune.calibration.refit`).
+Inside a head only two products matter, ``q k^T`` and ``context W_O``, so a head may be rotated into another basis
+before channels go. Covariances come from :class:`attnprune.Calibration`; all of this runs in float64 on the CPU. What
+stays is then fitted to what went (:mod:`attnprune.calibration.refit`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..families.base import AttentionView
-from ..values.channel_maps import Fold
+from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
@@ -38,21 +38,21 @@ class Basis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
+class HeadBases:
     """A basis for every head of an attention."""
 
     spec: AttentionSpec
-    bases: Mapping[Kind, tuple[Basis, ...]]
-    """Per head."""
+    by_kind: Mapping[Kind, tuple[Basis, ...]]
+    """Per head, in logical order."""
     fixed: frozenset[Kind] = frozenset()
     """Kinds whose channels must not be mixed."""
 
     def layer(self, dtype: torch.dtype = torch.float64) -> LayerPlan:
-        """The plan that turns every head and removes nothing; its maps in float32 or float64."""
-        qk, vo = (self.bases[kind] for kind in KINDS)
-        o: Tensor = torch.block_diag(*(one.second.T for one in vo))  # type: ignore[no-untyped-call]
-        q, k, v = ([one[i] for one in bases] for bases, i in ((qk, 0), (qk, 1), (vo, 0)))
-        return LayerPlan(self.spec, fold=Fold(tuple(q), tuple(k), tuple(v), o.to(dtype)))
+        """The plan that rotates every head and removes nothing; its maps in float32 or float64."""
+        qk, vo = (self.by_kind[kind] for kind in KINDS)
+        o: Tensor = torch.block_diag(*(basis.second.T for basis in vo))  # type: ignore[no-untyped-call]
+        q, k, v = ([basis[i] for basis in bases] for bases, i in ((qk, 0), (qk, 1), (vo, 0)))
+        return LayerPlan(self.spec, fold=ChannelMaps(tuple(q), tuple(k), tuple(v), o.to(dtype)))
 
 
 def root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +97,10 @@ def standing(left: Tensor, right: Tensor) -> Basis:
 
 def output_gram(view: AttentionView) -> list[Tensor]:
     """Per head ``(vo_dim, vo_dim)``: ``W_O^T W_O`` of its columns of O."""
-    return [weight @ weight.T for weight in (one.double().cpu() for one in view.heads("o"))]
+    return [weight @ weight.T for weight in (weight.double().cpu() for weight in view.heads("o"))]
 
 
-def turn(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> Turn:
+def head_bases(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> HeadBases:
     """The best basis of every head; not rotated, or of kinds that the adapter fixes, the channels as they stand."""
     spec, fixed = view.spec, frozenset(view.fixed)
     centred = spec.bias[3]
@@ -108,11 +108,11 @@ def turn(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> Tu
         "qk": zip(moments.queries(), moments.keys(), strict=True),
         "vo": zip(moments.contexts(centred), output_gram(view), strict=True),
     }
-    bases: dict[Kind, tuple[Basis, ...]] = {
+    by_kind: dict[Kind, tuple[Basis, ...]] = {
         kind: _gathered([(best_basis if rotated and kind not in fixed else standing)(*pair) for pair in pairs[kind]])
         for kind in KINDS
     }
-    return Turn(spec, bases, fixed)
+    return HeadBases(spec, by_kind, fixed)
 
 
 def _gathered(bases: Sequence[Basis]) -> tuple[Basis, ...]:
@@ -121,7 +121,7 @@ def _gathered(bases: Sequence[Basis]) -> tuple[Basis, ...]:
     While gates take their gradients a model keeps hundreds of them; each on its own, they hold on to the room around
     them that computing them took.
     """
-    if len({len(one.energy) for one in bases}) > 1:
+    if len({len(basis.energy) for basis in bases}) > 1:
         return tuple(bases)
     blocks = [torch.stack(part).unbind() for part in zip(*bases, strict=True)]
     return tuple(Basis(*parts) for parts in zip(*blocks, strict=True))
@@ -135,15 +135,16 @@ def white_moments(view: AttentionView) -> LayerMoments:
     spec = view.spec
 
     def of(kind: Kind, projection: Projection) -> tuple[Moments, ...]:
-        found = []
+        moments = []
         slot = view.slots.get(f"{projection}.bias")
         weight = view.weight(projection).double().cpu()
         bias = torch.zeros(len(weight), device="cpu").double() if slot is None else slot.cut(slot.values).double().cpu()
         for b in spec.layout.buckets:
             rows = slice(b.qk_start, b.qk_stop) if kind == "qk" else slice(b.vo_start, b.vo_stop)
-            each = rearrange(weight[rows], "(h d) e -> h d e", h=len(b.heads))
+            weights = rearrange(weight[rows], "(h d) e -> h d e", h=len(b.heads))
             mean = rearrange(bias[rows], "(h d) -> h d", h=len(b.heads))
-            found.append(Moments.full(1.0, 0 * mean if projection == "k" else mean, each @ each.transpose(1, 2)))
-        return tuple(found)
+            mean = 0 * mean if projection == "k" else mean
+            moments.append(Moments.full(1.0, mean, weights @ weights.transpose(1, 2)))
+        return tuple(moments)
 
     return LayerMoments(spec, of("qk", "q"), of("qk", "k"), of("vo", "v"))

@@ -1,6 +1,6 @@
-"""The best fit of what stays, folded with its basis into Q, K, V and O: :func:`with_fold`.
+"""The best fit of what stays, multiplied with its basis into Q, K, V and O: :func:`with_maps`.
 
-Least squares with a ridge, in float64 on the CPU; the result is a :class:`attnprune.values.channel_maps.Fold`.
+Least squares with a ridge, in float64 on the CPU; the result is a :class:`attnprune.values.channel_maps.ChannelMaps`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..values.channel_maps import Fold
+from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
-from .bases import Basis, Turn
+from .bases import Basis, HeadBases
 from .moments import LayerMoments
 
 REFIT_RIDGE = 1e-3
 """Of a covariance's mean variance: larger than for bases, as refits must also hold for other data."""
 
 
-def with_fold(
-    layer: LayerPlan, turn: Turn, moments: LayerMoments, refit: bool, dtype: torch.dtype = torch.float64
+def with_maps(
+    layer: LayerPlan, bases: HeadBases, moments: LayerMoments, refit: bool, dtype: torch.dtype = torch.float64
 ) -> LayerPlan:
     """A layer's plan with the maps that it needs: kept directions, refits, and the mean of what goes in O's bias.
 
     Heads that lose no channel of a kind keep their channels of that kind as they stand.
 
     Args:
-        layer: what goes, in the coordinates of the turn.
-        turn: the basis of every head.
+        layer: what goes, in the coordinates of these bases.
+        bases: the basis of every head.
         moments: of queries, keys and contexts.
         refit: whether what stays is also fitted to what went.
         dtype: of the maps, float32 or float64.
@@ -38,12 +38,12 @@ def with_fold(
     q, k, v, own = [], [], [], []
     queries, keys = moments.queries(), moments.keys()
     for head in layer.kept_heads:
-        first, second = _cut(turn.bases["qk"][head], layer.kept("qk", head))
-        if refit and len(first) < len(first.T) and "qk" not in turn.fixed:
+        first, second = _cut(bases.by_kind["qk"][head], layer.kept("qk", head))
+        if refit and len(first) < len(first.T) and "qk" not in bases.fixed:
             first, second = refit_product(queries[head], keys[head], first, second)
         q.append(first)
         k.append(second)
-        first, second = _cut(turn.bases["vo"][head], layer.kept("vo", head))
+        first, second = _cut(bases.by_kind["vo"][head], layer.kept("vo", head))
         v.append(first)
         own.append(second.T)
     values, o = _place(layer, v, own)
@@ -55,7 +55,7 @@ def with_fold(
         if centred:
             mean = torch.cat(moments.context_means())
             shift = mean - o @ (values @ mean)
-    return replace(layer, fold=Fold(tuple(q), tuple(k), tuple(v), o.to(dtype), shift))
+    return replace(layer, fold=ChannelMaps(tuple(q), tuple(k), tuple(v), o.to(dtype), shift))
 
 
 def _cut(basis: Basis, kept: Sequence[int]) -> tuple[Tensor, Tensor]:

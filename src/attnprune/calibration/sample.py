@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,47 +17,87 @@ MOST = 4
 """Samples that are run."""
 
 
-class Sample(NamedTuple):
-    """A few inputs, and how the model takes them."""
+class Sample:
+    """A few inputs of the user's: example inputs, or the first samples of the data.
 
-    call: Callable[[nn.Module], Any]
-    samples: int
+    Data are read once: the first batch is remembered as it goes by. Of data that nobody has read it is taken when it is
+    needed, and given back.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments or a mapping; they go before data.
+        data: batches.
+        loss_fn: how the model is called with a batch that it does not take itself.
+    """
+
+    def __init__(self, example_inputs: Any, data: Iterable[Any] | None, loss_fn: LossFn | None = None) -> None:
+        self.example_inputs, self.loss_fn = example_inputs, loss_fn
+        self._first: Any = _NOTHING
+        self.data: Iterable[Any] | None = data
+        """The data, to be read instead of what was given."""
+        single = isinstance(data, (str, bytes, Tensor, Mapping))
+        if example_inputs is None and not single and isinstance(data, Iterable):
+            if isinstance(data, Iterator):
+                self.data = self.watched(data)
+            else:
+                self.data = (_SizedWatched if isinstance(data, Sized) else _Watched)(self, data)
+
+    def watched(self, data: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; the first is remembered."""
+        for batch in data:
+            if self._first is _NOTHING:
+                self._first = batch
+            yield batch
+
+    @property
+    def given(self) -> bool:
+        """Whether there are inputs; takes the first batch of data that were not read."""
+        if self.example_inputs is not None or self._first is not _NOTHING:
+            return True
+        if isinstance(self.data, Iterator):
+            first = next(self.data, _NOTHING)
+            self.data = self.data if first is _NOTHING else chain([first], self.data)
+        elif isinstance(self.data, _Watched):
+            with torch.random.fork_rng(devices=()):  # a loader that shuffles draws a seed
+                next(iter(self.data), None)
+        return self._first is not _NOTHING
+
+    @property
+    def samples(self) -> int:
+        """How many samples are run."""
+        return _size(self.example_inputs if self.example_inputs is not None else first_of(self._first))
 
     def run(self, model: nn.Module) -> Any:
         """The model's output, in evaluation mode and without gradients; the model is left as found."""
         with evaluated(model), unfused():
             torch.default_generator.manual_seed(0)
-            return self.call(model)
+            if self.example_inputs is not None:
+                return _called(model, self.example_inputs)
+            batch = to_device(first_of(self._first), device_of(model))
+            return forward(model, batch) if self.loss_fn is None else self.loss_fn(model, batch)
+
+    def quietly(self, model: nn.Module) -> object:
+        """Runs the model, whatever it raises about the inputs: that is said where they are needed."""
+        try:
+            return self.run(model) if self.given else None
+        except Exception:
+            return None
 
 
-def sample_of(
-    example_inputs: Any, data: Iterable[Any] | None, loss_fn: LossFn | None = None
-) -> tuple[Sample | None, Iterable[Any] | None]:
-    """A sample of what the user gave, and the data, of which nothing is used up.
+class _Watched:
+    """Data that can be read again, whose first batch is remembered."""
 
-    Args:
-        example_inputs: a tensor, a tuple of positional arguments or a mapping; they go before data.
-        data: batches; a few samples of the first one are taken.
-        loss_fn: how the model is called with a batch that it does not take itself.
-    """
-    if example_inputs is not None:
-        return Sample(lambda model: _called(model, example_inputs), _size(example_inputs)), data
-    if data is None or isinstance(data, (str, bytes, Tensor, Mapping)) or not isinstance(data, Iterable):
-        return None, data
-    with torch.random.fork_rng(devices=()):  # a loader that shuffles draws a seed
-        batches = iter(data)
-        first = next(batches, _NOTHING)
-    if first is _NOTHING:
-        return None, data
-    if isinstance(data, Iterator):
-        data = chain([first], batches)
-    batch = first_of(first)
+    def __init__(self, sample: Sample, data: Iterable[Any]) -> None:
+        self.sample, self.whole = sample, data
 
-    def call(model: nn.Module) -> Any:
-        moved = to_device(batch, device_of(model))
-        return forward(model, moved) if loss_fn is None else loss_fn(model, moved)
+    def __iter__(self) -> Iterator[Any]:
+        return self.sample.watched(self.whole)
 
-    return Sample(call, _size(batch)), data
+
+class _SizedWatched(_Watched):
+    """The same of data that have a length."""
+
+    def __len__(self) -> int:
+        return len(self.whole)  # type: ignore[arg-type]
 
 
 _NOTHING = object()
@@ -101,17 +141,3 @@ def _cut(batch: Any, most: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: _cut(value, most) for key, value in batch.items()}
     return type(batch)(_cut(value, most) for value in batch) if type(batch) in (tuple, list) else batch
-
-
-def quietly(sample: Sample | None, model: nn.Module) -> Callable[[], object] | None:
-    """Runs the model on a sample, whatever it raises; None where there is no sample."""
-    if sample is None:
-        return None
-
-    def run() -> object:
-        try:
-            return sample.run(model)
-        except Exception:  # what a model raises about inputs is said where they are needed
-            return None
-
-    return run

@@ -11,21 +11,20 @@ from torch import nn
 
 from ..cost.counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
-from ..families.registry import all_views
+from ..families.looks import Skipped
+from ..families.registry import Survey, all_views
 from ..report.report import Report
-from ..surgery import Surgeon
+from ..surgery import Surgeon, Verified
 from ..values import fields
 from ..values.asked import Asked
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
-from . import hf
-from .folder import Folder, refuse
+from .folder import refuse
 from .manifest import MANIFEST, Manifest
-from .record import ENTRY, Record, from_entry, layer_between
-from .skeleton import blank
-from .tensors import Weights
+from .record import Record, layer_between
+from .source import Source
 
 
 def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> nn.Module:
@@ -48,9 +47,9 @@ def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> 
     >>> load_skeleton(save_pruned(model, tempfile.mkdtemp())).layers[0].attention.q_proj
     Linear(in_features=32, out_features=16, bias=True)
     """
-    model, record, _ = _opened(Folder.at(directory))
+    model, source = _skeleton(directory)
     if not dense:
-        shrunk(model, record, MANIFEST)
+        shrunk(model, source.record, MANIFEST)
     return model
 
 
@@ -61,6 +60,8 @@ class Overview(NamedTuple):
     attention: tuple[AttentionSpec, ...]
     parameters: int
     """Of models that are not of transformers: all numbers in the files of weights, buffers too."""
+    skipped: tuple[Skipped, ...] = ()
+    """What looks like attention and cannot be pruned; of models of transformers."""
 
 
 def overview(directory: str | os.PathLike[str]) -> Overview:
@@ -69,13 +70,14 @@ def overview(directory: str | os.PathLike[str]) -> Overview:
     Raises:
         CheckpointError: as in :func:`load_pruned`.
     """
-    folder = Folder.at(directory)
-    manifest = without_config(folder)
+    source = Source.at(directory)
+    manifest = without_config(source)
     if manifest is None:
         model = load_skeleton(directory)
-        specs = tuple(view.spec for view in all_views(model))
-        return Overview(type(model).__name__, specs, count_parameters(model))
-    with Weights(folder, [one.name for one in manifest.shards]) as weights:
+        survey = Survey(model)
+        specs = tuple(view.spec for view in survey.views)
+        return Overview(type(model).__name__, specs, count_parameters(model), survey.skipped())
+    with source.opened() as (_, weights):
         size = sum(prod(entry.shape) for entry in weights.entries.values())
     return Overview(manifest.model_class, tuple(one.spec for one in manifest.record.attention), size)
 
@@ -98,21 +100,21 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
     >>> str(read_report(save_pruned(model, tempfile.mkdtemp(), report=report))) == str(report)
     True
     """
-    folder = Folder.at(directory)
-    manifest = without_config(folder)
+    source = Source.at(directory)
+    manifest = without_config(source)
     if manifest is not None:
         return _as_saved(manifest)
-    model, record, saved = _opened(folder)
+    model, source = _skeleton(source)
     before = count_parameters(model)
-    plan = shrunk(model, record, MANIFEST)
+    plan = shrunk(model, source.record, MANIFEST)
     whole = Report(plan, (before, count_parameters(model)))
+    saved = {} if source.manifest is None else source.manifest.report or {}
     return _remembered(whole, saved) or whole
 
 
-def without_config(folder: Folder) -> Manifest | None:
+def without_config(source: Source) -> Manifest | None:
     """The manifest of a model that is not of transformers; None where there is a config."""
-    manifest = Manifest.read(folder) if folder.has(MANIFEST) else None
-    return None if manifest is None or manifest.config is not None or folder.has(hf.CONFIG) else manifest
+    return None if source.described else source.manifest
 
 
 def _as_saved(manifest: Manifest) -> Report:
@@ -141,26 +143,10 @@ def _as_saved(manifest: Manifest) -> Report:
     return found
 
 
-def _opened(folder: Folder) -> tuple[nn.Module, Record, Mapping[str, Any]]:
-    """The dense model without data, the shapes that were saved, and the report that was."""
-    saved: Mapping[str, Any] = {}
-    if folder.has(MANIFEST):
-        manifest = Manifest.read(folder)
-        raw = hf.read_config(folder) if manifest.config is None else manifest.config
-        files, record, saved = [one.name for one in manifest.shards], manifest.record, manifest.report or {}
-    elif folder.has(hf.CONFIG):
-        raw = hf.read_config(folder)
-        files = hf.weight_files(folder)
-        record = Record(()) if raw.get(ENTRY) is None else from_entry(raw[ENTRY], hf.CONFIG)
-    else:
-        refuse(MANIFEST, f"this file, or {hf.CONFIG} of a model of transformers", "neither", "check the path")
-    with Weights(folder, files) as weights:
-        try:
-            return blank(hf.maker(raw, weights.entries), weights.entries), record, saved
-        except AttnPruneError:
-            raise
-        except Exception as error:  # numbers that the class itself can make nothing of
-            raise CheckpointError(hf.CONFIG, "a config of the model", str(error)[:80], "save the model anew") from error
+def _skeleton(directory: str | os.PathLike[str] | Source) -> tuple[nn.Module, Source]:
+    """The dense model without data, and where it lies."""
+    with (directory if isinstance(directory, Source) else Source.at(directory)).opened() as (source, weights):
+        return source.skeleton(weights.entries), source
 
 
 def shrunk(model: nn.Module, record: Record, where: str) -> Plan:
@@ -193,6 +179,12 @@ def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:
         asked = None if saved["asked"] is None else Asked.from_dict({"ratios": saved["asked"], **saved["how"]})
         macs = None if saved["macs"] is None else (int(saved["macs"][0]), int(saved["macs"][1]))
         notes = tuple(str(note) for note in saved["notes"])
-        return Report(Plan(tuple(layers), asked), whole.model_parameters, macs, notes)
-    except (AttnPruneError, LookupError, TypeError, ValueError):  # a report of another version
+        skipped = tuple(Skipped(*(str(one[key]) for key in Skipped._fields)) for one in saved.get("skipped", ()))
+        ways = {str(name): str(way) for name, way in saved.get("ways", {}).items()}
+        seen = saved.get("verified")
+        verified = None if seen is None else Verified(float(seen["error"]), int(seen["samples"]))
+        return Report(
+            Plan(tuple(layers), asked), whole.model_parameters, macs, notes, None, skipped, ways, verified
+        )  # fmt: skip
+    except (AttnPruneError, LookupError, TypeError, ValueError, AttributeError):  # a report of another version
         return None

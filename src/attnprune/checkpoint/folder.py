@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from ..errors import CheckpointError
+from ..errors import AttnPruneError, CheckpointError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 LONGEST = 1 << 24
@@ -21,6 +21,28 @@ _DRAFT = re.compile(r"\.attnprune-\d+-\d+\.draft")
 def refuse(where: str, expected: str, found: str, remedy: str = "save the model anew with save_pruned") -> NoReturn:
     """Raises CheckpointError."""
     raise CheckpointError(where, expected, found, remedy)
+
+
+@contextmanager
+def reading(where: str, remedy: str = "save the model anew") -> Iterator[None]:
+    """Errors of strict readers (:mod:`attnprune.values.fields`) as those of this file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except AttnPruneError as error:
+        raise CheckpointError(f"{where}: {error.where[:80]}", error.expected, error.found, remedy) from error
+
+
+@contextmanager
+def foreign(where: str, expected: str, remedy: str = "save the model anew") -> Iterator[None]:
+    """Whatever code of others raises about a file that nobody vouches for, as an error of that file."""
+    try:
+        yield
+    except AttnPruneError:
+        raise
+    except Exception as error:
+        raise CheckpointError(where, expected, str(error)[:80], remedy) from error
 
 
 class Folder:

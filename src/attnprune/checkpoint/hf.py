@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AttnPruneError, CheckpointError
 from ..values import fields
-from .folder import Folder, refuse
+from .folder import Folder, foreign, reading, refuse
 from .record import ENTRY
 from .tensors import Entry
 
@@ -34,15 +33,11 @@ def read_config(folder: Folder) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or not a mapping.
     """
-    try:
+    with reading(CONFIG, _REMEDY):
         found = fields.load(folder.read(CONFIG), most=1 << 20)
         if not isinstance(found, dict):
             fields.fail("config", "a mapping", found)
         return found
-    except CheckpointError as error:
-        raise CheckpointError(CONFIG, error.expected, error.found, _REMEDY) from error
-    except AttnPruneError as error:
-        raise CheckpointError(CONFIG, error.expected, error.found, _REMEDY) from error
 
 
 def architecture(raw: Mapping[str, Any]) -> type[Any]:
@@ -71,12 +66,8 @@ def config_of(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     kind, own = raw.get("model_type"), getattr(cls.config_class, "model_type", None)
     if kind is not None and kind != own:
         refuse(f"{CONFIG}: model_type", f"{own!r}, as {cls.__name__} has", repr(kind)[:60], _REMEDY)
-    try:
+    with foreign(CONFIG, f"a config of {cls.__name__}", _REMEDY):
         return cls.config_class.from_dict(_clean(raw, CONFIG, 0))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(CONFIG, f"a config of {cls.__name__}", str(error)[:80], _REMEDY) from error
 
 
 def _clean(value: Any, where: str, depth: int) -> Any:
@@ -111,18 +102,14 @@ def maker(raw: Mapping[str, Any], keys: Iterable[str] = ("pooler",)) -> Callable
     options = {} if pooled else {"add_pooling_layer": False}  # what a class is told beside its config
 
     def make() -> nn.Module:
-        try:
+        with foreign(CONFIG, f"a config of {cls.__name__}", _REMEDY):
             built: nn.Module = cls(config_of(cls, raw), **options)
             return built
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(CONFIG, f"a config of {cls.__name__}", str(error)[:80], _REMEDY) from error
 
     return make
 
 
-def weight_files(folder: Folder) -> list[str]:
+def weight_files(folder: Folder) -> tuple[str, ...]:
     """The files of weights of a ``save_pretrained`` directory.
 
     Raises:
@@ -131,17 +118,13 @@ def weight_files(folder: Folder) -> list[str]:
     if folder.has("adapter_config.json"):
         refuse("adapter_config.json", "a model", "an adapter", "load its base model, then the adapter with peft")
     if folder.has(SINGLE) or not folder.has(INDEX):
-        return [SINGLE]
-    try:
+        return (SINGLE,)
+    with reading(INDEX):
         found = fields.load(folder.read(INDEX), most=1 << 20)
         if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
             fields.fail("weight_map", "a mapping", found)
         names = [fields.string("weight_map", one) for one in found["weight_map"].values()]
-    except CheckpointError:
-        raise
-    except AttnPruneError as error:
-        raise CheckpointError(INDEX, error.expected, error.found, "save the model anew") from error
-    return sorted(set(names))
+    return tuple(sorted(set(names)))
 
 
 def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -171,10 +154,8 @@ def _renamed(model: nn.Module, entries: Mapping[str, Entry]) -> tuple[dict[str, 
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # transformers 4
         return {key: key for key in entries}, []
-    try:
+    with foreign(CONFIG, "a config whose class transformers knows", _REMEDY):
         rules = get_model_conversion_mapping(model)
-    except Exception as error:
-        raise CheckpointError(CONFIG, "a config whose class transformers knows", str(error)[:80], _REMEDY) from error
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     prefix = getattr(model, "base_model_prefix", None) or None
@@ -198,13 +179,9 @@ def set_generation(folder: Folder, model: nn.Module) -> None:
     name, settings = "generation_config.json", getattr(model, "generation_config", None)
     if settings is None or not folder.has(name):
         return
-    try:
+    with reading(name), foreign(name, "settings for generation"):
         raw = fields.load(folder.read(name), most=1 << 20)
         model.generation_config = type(settings).from_dict(_clean(raw, name, 0))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(name, "settings for generation", str(error)[:80], "save the model anew") from error
 
 
 def dense(folder: Folder, raw: Mapping[str, Any], device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
@@ -215,12 +192,10 @@ def dense(folder: Folder, raw: Mapping[str, Any], device: torch.device | None, d
     cls = architecture(raw)
     config, remedy = config_of(cls, raw), "load it with transformers"
     kind: Any = {"dtype" if hasattr(config, "dtype") else "torch_dtype": dtype or "auto"}
-    try:
+    with foreign(folder.path.name, f"a {cls.__name__}", remedy):
         loaded, told = cls.from_pretrained(
             folder.path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True, **kind
         )
-    except Exception as error:
-        raise CheckpointError(folder.path.name, f"a {cls.__name__}", str(error)[:80], remedy) from error
     model: nn.Module = loaded
     lacking = sorted(told["missing_keys"])
     if lacking:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..calibration.batches import device_named
-from ..errors import AttnPruneError, CheckpointError, OptionError
+from ..errors import OptionError
 from ..families.registry import all_views, plain
 from ..surgery import Surgeon
 from . import hf
-from .folder import Folder, refuse
-from .manifest import MANIFEST, Manifest
-from .record import ENTRY, ConfigEntry, Record, from_entry
-from .skeleton import Filling, blank, check_buffers, unsaved
+from .folder import foreign, refuse
+from .manifest import MANIFEST
+from .record import ConfigEntry
+from .skeleton import Filling, check_buffers, unsaved
+from .source import Source
 from .tensors import Weights
 
 _ROOM = 1 << 26  # bytes of buffers that no file holds
@@ -65,28 +65,13 @@ def load_pruned(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise OptionError("dtype", "a floating-point torch.dtype, or None", repr(dtype), "write torch.float16")
-    place, folder = None if device is None else device_named(device), Folder.at(directory)
-    if not folder.has(MANIFEST):
-        return _of_transformers(folder, model, place, dtype)
-    manifest = Manifest.read(folder)
-    try:
-        weights = Weights(folder, [one.name for one in manifest.shards])
-    except CheckpointError:
-        if manifest == (manifest := Manifest.read(folder)):
-            raise
-        weights = Weights(folder, [one.name for one in manifest.shards])  # saved anew in between
-    with weights:
-        if verify:
-            for one in manifest.shards:
-                if (digest := weights.digest(one.name)) != one.sha256:
-                    refuse(one.name, f"SHA-256 {one.sha256[:12]}", digest[:12])
-        names, tied = {key: key for key in weights.entries}, dict(manifest.tied or {})
+    place = None if device is None else device_named(device)
+    with Source.at(directory).opened(verify=verify) as (source, weights):
         if model is not None:
-            return _into(plain(model), weights, names, tied, manifest.record, place, dtype)
-        raw = hf.read_config(folder) if manifest.config is None else manifest.config
-        built = _built(raw, weights, names, tied, manifest.record, place, dtype)
-        assert built is not None, "what we write has the model's own names"
-        return built
+            model = plain(model)
+            check_buffers(model)
+            return _filled(model, *_fitted(model, source, weights), place, dtype)
+        return _built(source, weights, place, dtype)
 
 
 def from_pretrained(
@@ -120,86 +105,45 @@ def from_pretrained(
     return load_pruned(directory, device=device, dtype=dtype, verify=verify)
 
 
-def _of_transformers(
-    folder: Folder, model: nn.Module | None, device: torch.device | None, dtype: torch.dtype | None
-) -> nn.Module:
-    """From a ``save_pretrained`` directory."""
-    if not folder.has(hf.CONFIG):
-        refuse(MANIFEST, f"this file, or {hf.CONFIG} of a model of transformers", "neither", "check the path")
-    raw = hf.read_config(folder)
-    files = hf.weight_files(folder)
-    record = Record(()) if raw.get(ENTRY) is None else from_entry(raw[ENTRY], hf.CONFIG)
-    with Weights(folder, files) as weights:
-        if model is not None:
-            return _into(plain(model), weights, None, {}, record, device, dtype)
-        found = _built(raw, weights, None, {}, record, device, dtype)
-    if found is None:
-        return hf.dense(folder, raw, device, dtype)
-    hf.set_generation(folder, found)
-    return found
-
-
-def _built(
-    raw: Any,
-    weights: Weights,
-    names: dict[str, str] | None,
-    tied: dict[str, str],
-    record: Record,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> nn.Module | None:
-    """The model of a config; None where a dense one needs transformers itself, which merges and splits tensors."""
-    make = hf.maker(raw, weights.entries)
-    try:
-        model = blank(make, weights.entries)
-        if names is None and not record.attention:
-            if hf.merges(model, weights.entries):
-                hf.check_size(model, weights.entries)
-                return None
+def _built(source: Source, weights: Weights, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a config; by transformers itself where it merges or splits the tensors of a dense one."""
+    entries, names = weights.entries, None
+    with foreign(hf.CONFIG, "a config of the model"):  # numbers that the class itself can make nothing of
+        model = source.skeleton(entries)
+        if source.renamed and not source.record.attention:
+            if hf.merges(model, entries):
+                hf.check_size(model, entries)
+                return hf.dense(source.folder, source.config, device, dtype)
             known = model.state_dict(keep_vars=True)  # dense checkpoints may hold more than their class has
-            names = {key: name for key, name in hf.names_in(model, weights.entries).items() if name in known}
-        filling, pruned = _fitted(model, weights, names, tied, record)
+            names = {key: name for key, name in hf.names_in(model, entries).items() if name in known}
+        filling, pruned = _fitted(model, source, weights, names)
         if size := sum(b.numel() * b.element_size() for _, b in unsaved(model)):
             if size > _ROOM:
                 refuse(hf.CONFIG, f"buffers of at most {_ROOM} bytes", str(size), "check the config")
-            model = blank(make, weights.entries, buffers=True)
-            filling, pruned = _fitted(model, weights, names, tied, record)
-    except AttnPruneError:
-        raise
-    except Exception as error:  # numbers that the class itself can make nothing of
-        raise CheckpointError(hf.CONFIG, "a config of the model", str(error)[:80], "save the model anew") from error
-    return _filled(model, filling, pruned, device, dtype).eval()
-
-
-def _into(
-    model: nn.Module,
-    weights: Weights,
-    names: dict[str, str] | None,
-    tied: dict[str, str],
-    record: Record,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> nn.Module:
-    check_buffers(model)
-    return _filled(model, *_fitted(model, weights, names, tied, record), device, dtype)
+            model = source.skeleton(entries, buffers=True)
+            filling, pruned = _fitted(model, source, weights, names)
+    model = _filled(model, filling, pruned, device, dtype).eval()
+    if source.manifest is None:
+        hf.set_generation(source.folder, model)
+    return model
 
 
 def _fitted(
-    model: nn.Module, weights: Weights, names: dict[str, str] | None, tied: dict[str, str], record: Record
+    model: nn.Module, source: Source, weights: Weights, names: dict[str, str] | None = None
 ) -> tuple[Filling, bool]:
     """Gives a dense model the shapes of a record, and checks that the weights fill it; if not, it is as it was.
 
     Also returns whether anything changed.
     """
-    record = record.inside(model)
+    record = source.record.inside(model)
     views = all_views(model, {one.spec.name for one in record.attention})
     plan = record.plan(views, MANIFEST)
     surgeon = Surgeon.prepare(model, views, plan, blank=True)
     surgeon.commit()
     try:
         record.settle(model, MANIFEST)
-        names = hf.names_in(model, weights.entries) if names is None else names
-        return Filling(model, weights, names, tied, MANIFEST), not plan.empty
+        names = source.names(model, weights.entries) if names is None else names
+        return Filling(model, weights, names, source.tied, MANIFEST), not plan.empty
     except BaseException:
         surgeon.undo()
         raise

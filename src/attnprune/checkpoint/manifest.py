@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
-from ..errors import AttnPruneError, CheckpointError
+from ..errors import CheckpointError
 from ..values import fields
-from .folder import Folder, refuse
-from .record import Record, digest_of, malformed
+from .folder import Folder, reading, refuse
+from .record import Record, digest_of
 
 FORMAT, VERSION = "attnprune.model", 2
 MANIFEST = "attnprune.json"
@@ -26,7 +27,7 @@ class Shard(NamedTuple):
 
     name: str
     sha256: str
-    size: int | None
+    size: Annotated[int, partial(fields.integer, high=1 << 60)] | None
     """Bytes; None in version 1, which did not say."""
 
 
@@ -80,18 +81,15 @@ class Manifest:
         """
         folder = directory if isinstance(directory, Folder) else Folder.at(directory)
         try:
-            found = fields.load(folder.read(MANIFEST), most=_VALUES)
-            if not isinstance(found, dict) or found.get("format") != FORMAT:
-                fields.fail("format", repr(FORMAT), found.get("format") if isinstance(found, dict) else found)
-            version = fields.integer("version", found.get("version"), low=1)
-            if version > VERSION:
-                remedy = "update attnprune"
-                raise CheckpointError(f"{MANIFEST}: version", f"at most {VERSION}", str(version), remedy)
-            return cls._of_1(found) if version == 1 else cls._of_2(found)
-        except CheckpointError:
-            raise
-        except AttnPruneError as error:
-            raise malformed(MANIFEST, error) from error
+            with reading(MANIFEST):
+                found = fields.load(folder.read(MANIFEST), most=_VALUES)
+                if not isinstance(found, dict) or found.get("format") != FORMAT:
+                    fields.fail("format", repr(FORMAT), found.get("format") if isinstance(found, dict) else found)
+                version = fields.integer("version", found.get("version"), low=1)
+                if version > VERSION:
+                    remedy = "update attnprune"
+                    raise CheckpointError(f"{MANIFEST}: version", f"at most {VERSION}", str(version), remedy)
+                return cls._of_1(found) if version == 1 else cls._of_2(found)
         except RecursionError as error:
             raise CheckpointError(MANIFEST, "JSON of usual depth", "much more", "save the model anew") from error
 
@@ -127,9 +125,8 @@ class Manifest:
 
 
 def _shard(where: str, raw: object) -> Shard:
-    found = fields.mapping(where, raw, {"name", "sha256", "size"})
-    name, digest = (fields.string(f"{where}.{key}", found[key]) for key in ("name", "sha256"))
+    shard = fields.read(Shard, raw, where)
+    name, digest = shard.name, shard.sha256
     if not WEIGHTS.fullmatch(name) or not _HEX.fullmatch(digest) or name[6:22] != digest[:16]:
         fields.fail(where, "a name of weights in this directory, which their SHA-256 gives", name)
-    size = found["size"]
-    return Shard(name, digest, None if size is None else fields.integer(f"{where}.size", size, high=1 << 60))
+    return shard

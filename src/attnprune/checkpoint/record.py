@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import AttnPruneError, CheckpointError
 from ..families.base import AttentionView
-from ..families.expansion import rescale
+from ..families.expansion import numbers_of, rescale
 from ..families.registry import all_views, sound_views
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan
-from ..values.layout import KINDS
+from ..values.layout import KINDS, Kind
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
-from .folder import refuse
+from .folder import reading, refuse
 
 ENTRY = "attnprune"
 """The entry of a Hugging Face config that holds a record."""
@@ -33,6 +32,16 @@ class Saved(NamedTuple):
     spec: AttentionSpec
     kept: tuple[int, ...]
     """For every head, its number before any pruning."""
+    channels: Mapping[Kind, tuple[tuple[int, ...], ...]] | None = None
+    """Per head, the dense numbers of its channels, where the host's own forward tells them apart as it runs expanded;
+    None where it is of no matter which ones were kept."""
+
+
+class _Written(NamedTuple):
+    """What every file says of an attention."""
+
+    spec: AttentionSpec
+    kept: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,17 @@ class Record:
 
     @classmethod
     def of(cls, views: Sequence[AttentionView]) -> Record:
-        return cls(tuple(Saved(view.spec, _kept(view)) for view in views))
+        return cls(
+            tuple(Saved(view.spec, _kept(view), numbers_of(view) if view.runs_expanded else None) for view in views)
+        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """A JSON-ready list."""
-        return [{"spec": one.spec.to_dict(), "kept": list(one.kept)} for one in self.attention]
+        return [
+            fields.to_dict(_Written(one.spec, one.kept))
+            | ({} if one.channels is None else {"channels": {kind: [*map(list, one.channels[kind])] for kind in KINDS}})
+            for one in self.attention
+        ]
 
     @classmethod
     def from_list(cls, raw: object, where: str) -> Record:
@@ -63,18 +78,16 @@ class Record:
             CheckpointError: a missing, unknown or malformed field.
         """
         saved = []
-        try:
+        with reading(where):
             for i, each in enumerate(fields.array("attention", raw)):
-                one = fields.mapping(f"attention[{i}]", each, {"spec", "kept"})
-                spec = AttentionSpec.from_dict(one["spec"], f"attention[{i}].spec")
-                kept = fields.integers(f"attention[{i}].kept", one["kept"])
-                if len(kept) != spec.heads or list(kept) != sorted(set(kept)):
-                    fields.fail(f"attention[{i}].kept", f"{spec.heads} ascending numbers", one["kept"])
-                saved.append(Saved(spec, kept))
-        except CheckpointError:
-            raise
-        except AttnPruneError as error:
-            raise malformed(where, error) from error
+                here, known = f"attention[{i}]", dict(each) if isinstance(each, dict) else each
+                numbers = known.pop("channels", None) if isinstance(known, dict) else None
+                one = Saved(*fields.read(_Written, known, here))
+                if numbers is not None:
+                    one = one._replace(channels=_channels(f"{here}.channels", numbers, one.spec))
+                if len(one.kept) != one.spec.heads or list(one.kept) != sorted(set(one.kept)):
+                    fields.fail(f"attention[{i}].kept", f"{one.spec.heads} ascending numbers", list(one.kept))
+                saved.append(one)
         if len({one.spec.name for one in saved}) != len(saved):
             refuse(where, "each attention once", "one twice")
         return cls(tuple(saved))
@@ -86,8 +99,8 @@ class Record:
         if bool(inner) == hasattr(model, prefix[:-1]):
             return self
         if inner:
-            return Record(tuple(Saved(replace(one.spec, name=one.spec.name[len(prefix) :]), one.kept) for one in inner))
-        return Record(tuple(Saved(replace(one.spec, name=prefix + one.spec.name), one.kept) for one in self.attention))
+            return Record(tuple(_renamed(one, one.spec.name[len(prefix) :]) for one in inner))
+        return Record(tuple(_renamed(one, prefix + one.spec.name) for one in self.attention))
 
     def plan(self, views: Sequence[AttentionView], where: str) -> Plan:
         """What gives attention modules the shapes of the record; which channels go is of no matter.
@@ -113,6 +126,13 @@ class Record:
                 view.module.attnprune_state = state._replace(scale=scale)  # type: ignore[assignment]
         for view in all_views(model, by_name):
             saved = by_name[view.name]
+            if view.runs_expanded and saved.channels is None:
+                refuse(
+                    f"{where}: {view.name}",
+                    "a class whose heads run by themselves, as where it was saved",
+                    "one that runs expanded here, by a forward that tells its channels apart",
+                    _OTHER,
+                )
             if view.spec != saved.spec:
                 found, expected = view.spec.to_dict(), saved.spec.to_dict()
                 differ = [key for key in expected if expected[key] != found[key]]
@@ -120,9 +140,21 @@ class Record:
                 refuse(f"{where}: {view.name}", shown[0], shown[1], "pass a model of the class that was saved")
 
 
-def malformed(where: str, error: AttnPruneError) -> CheckpointError:
-    """An error of a strict reader as one of this file."""
-    return CheckpointError(f"{where}: {error.where[:80]}", error.expected, error.found, "save the model anew")
+def _renamed(saved: Saved, name: str) -> Saved:
+    return saved._replace(spec=replace(saved.spec, name=name))
+
+
+def _channels(where: str, raw: object, spec: AttentionSpec) -> dict[Kind, tuple[tuple[int, ...], ...]]:
+    """Dense numbers of channels from a file, per head ascending."""
+    found = fields.mapping(where, raw, set(KINDS))
+    read: dict[Kind, tuple[tuple[int, ...], ...]] = {}
+    for kind in KINDS:
+        rows = fields.array(f"{where}.{kind}", found[kind], spec.heads)
+        read[kind] = tuple(fields.integers(f"{where}.{kind}[{head}]", row) for head, row in enumerate(rows))
+        for head, (row, dim) in enumerate(zip(read[kind], spec.dims(kind), strict=True)):
+            if len(row) != dim or list(row) != sorted(set(row)):
+                fields.fail(f"{where}.{kind}[{head}]", f"{dim} ascending numbers", list(row))
+    return read
 
 
 def _kept(view: AttentionView) -> tuple[int, ...]:
@@ -136,10 +168,16 @@ def _shrink(saved: Saved, views: Mapping[str, AttentionView], where: str) -> Lay
     if view is None:
         found = f"an attention module of this name (the model has {list(views)[:4]})"
         refuse(f"{where}: {saved.spec.name[:80]}", found, "none", _OTHER)
-    return layer_between(view.spec, _kept(view), saved, where)
+    return layer_between(view.spec, _kept(view), saved, where, numbers_of(view))
 
 
-def layer_between(spec: AttentionSpec, present: Sequence[int], saved: Saved, where: str) -> LayerPlan:
+def layer_between(
+    spec: AttentionSpec,
+    present: Sequence[int],
+    saved: Saved,
+    where: str,
+    numbers: Mapping[Kind, tuple[tuple[int, ...], ...]] | None = None,
+) -> LayerPlan:
     """What gives an attention module the shape of a saved one.
 
     Args:
@@ -147,12 +185,14 @@ def layer_between(spec: AttentionSpec, present: Sequence[int], saved: Saved, whe
         present: for every head of it, its number before any pruning.
         saved: what it becomes.
         where: the file that says so, for messages.
+        numbers: per head of the module, the dense numbers of its channels; None: it is dense.
 
     Raises:
         CheckpointError: it has fewer heads or channels than that.
     """
     where = f"{where}: {saved.spec.name[:80]}"
-    if spec.qk_dims == saved.spec.qk_dims and spec.vo_dims == saved.spec.vo_dims:
+    same = spec.qk_dims == saved.spec.qk_dims and spec.vo_dims == saved.spec.vo_dims
+    if same and (saved.channels is None or numbers is None or dict(saved.channels) == dict(numbers)):
         return LayerPlan(spec)
     if not set(saved.kept) <= set(present):
         refuse(where, f"heads of {list(present)[:16]}", str(list(saved.kept))[:80], _OTHER)
@@ -164,6 +204,12 @@ def layer_between(spec: AttentionSpec, present: Sequence[int], saved: Saved, whe
             if dim > spec.dims(kind)[place]:
                 refuse(where, f"at most {spec.dims(kind)[place]} {kind} channels", str(dim), _OTHER)
             removed[place] = tuple(range(dim, spec.dims(kind)[place]))
+        if saved.channels is not None:
+            for place, wanted in zip(places, saved.channels[kind], strict=True):
+                known = numbers[kind][place] if numbers is not None else range(spec.dims(kind)[place])
+                if not set(wanted) <= set(known):
+                    refuse(where, f"{kind} channels of {list(known)[:16]}", str(list(wanted))[:80], _OTHER)
+                removed[place] = tuple(i for i, number in enumerate(known) if number not in set(wanted))
         channels[kind] = tuple(removed)
     gone = tuple(sorted(set(range(spec.heads)) - set(places)))
     return LayerPlan(spec, gone, channels["qk"], channels["vo"])
@@ -180,15 +226,18 @@ def to_entry(record: Record) -> dict[str, Any]:
 
 def from_entry(raw: object, where: str) -> Record:
     """Reads :func:`to_entry`'s mapping, trusting nothing."""
-    try:
+    with reading(where):
         found = fields.mapping("attnprune", raw, {"version", "attention", "sha256"})
         fields.integer("attnprune.version", found["version"], low=1, high=1)
-    except AttnPruneError as error:
-        raise malformed(where, error) from error
     record = Record.from_list(found["attention"], where)
     if found["sha256"] != digest_of(record.to_list()):
         refuse(where, "an entry as it was written", "one that was changed")
     return record
+
+
+def in_config(config: Mapping[str, Any], where: str = "config.json") -> Record:
+    """The record in a config; an empty one where it has none, as dense models do."""
+    return Record(()) if config.get(ENTRY) is None else from_entry(config[ENTRY], where)
 
 
 def digest_of(value: object) -> str:
@@ -221,7 +270,7 @@ class ConfigEntry:
             prefix = f"{name}." if name else ""
             inside = Record(
                 tuple(
-                    Saved(replace(one.spec, name=one.spec.name[len(prefix) :]), one.kept)
+                    _renamed(one, one.spec.name[len(prefix) :])
                     for one in Record.of(views).attention
                     if one.spec.name.startswith(prefix)
                 )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,12 @@ from ..surgery import ParamChange, Surgeon
 from ..surgery.patch import along, mean_of
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
-from . import hf
-from .folder import Folder, refuse
+from .folder import Folder
 from .manifest import MANIFEST, Manifest
-from .record import ENTRY, Record, from_entry
+from .record import Record
 from .save import config_json, parse_size, write_model
-from .skeleton import Filling, blank, class_name, groups, places
+from .skeleton import Filling, class_name, groups, places
+from .source import Source
 from .tensors import Item, Weights
 
 
@@ -47,7 +46,7 @@ def apply_to_checkpoint(
     Args:
         source: a directory that ``save_pretrained`` or :func:`attnprune.save_pruned` wrote (one file or several), or a
             safetensors file; left as it is.
-        plan: made for the model that lies there; turned and refitted plans too.
+        plan: made for the model that lies there; plans that rotate and refit too.
         directory: where the result goes, replaced in one step at the end.
         model: a dense model of the class, best on the meta device; left as it is. None: built from the config, for
             models of transformers.
@@ -72,65 +71,26 @@ def apply_to_checkpoint(
         remedy = "make one with make_plan, or read one with Plan.from_json"
         raise OptionError("plan", "an attnprune.Plan", f"a {type(plan).__name__}", remedy)
     limit = parse_size(max_shard_size)
-    with _opened(source, verify, need_config=model is None) as found:
-        entries = found.weights.entries
-        skeleton = plain(model) if model is not None else blank(hf.maker(found.raw, entries), entries)
-        with _pruned(skeleton, found, plan) as (items, tied):
+    with Source.at(source, weights_alone=True).opened(verify=verify) as (found, weights):
+        skeleton = plain(model) if model is not None else found.skeleton(weights.entries)
+        with _pruned(skeleton, found, weights, plan) as (items, tied):
             record, config = Record.of(all_views(skeleton)), config_json(skeleton)
             manifest = Manifest(class_name(skeleton), record, (), config, tied)
             return write_model(Folder.make(directory), items, manifest, limit)
 
 
-class _Source(NamedTuple):
-    """A checkpoint to read from."""
-
-    weights: Weights
-    raw: Mapping[str, Any]
-    """The config, empty where there is none."""
-    record: Record
-    tied: Mapping[str, str]
-    renamed: bool
-    """Whether names may be those that classes had earlier."""
-
-
 @contextmanager
-def _opened(source: str | os.PathLike[str], verify: bool, need_config: bool) -> Iterator[_Source]:
-    path, manifest = Path(source), None
-    if path.suffix == ".safetensors" and not path.is_dir():
-        folder, files = Folder.at(path.parent), [path.name]
-        raw: Mapping[str, Any] = {}
-    else:
-        folder = Folder.at(path)
-        if folder.has(MANIFEST):
-            manifest = Manifest.read(folder)
-            raw, files = manifest.config or {}, [one.name for one in manifest.shards]
-        else:
-            raw = hf.read_config(folder) if need_config or folder.has(hf.CONFIG) else {}
-            files = hf.weight_files(folder)
-    if need_config and not raw:
-        refuse(str(path), "a config to build the model from", "none", "pass a model on the meta device as model=")
-    with Weights(folder, files) as weights:
-        if manifest is not None:
-            for one in manifest.shards if verify else ():
-                if (digest := weights.digest(one.name)) != one.sha256:
-                    refuse(one.name, f"SHA-256 {one.sha256[:12]}", digest[:12])
-            yield _Source(weights, raw, manifest.record, manifest.tied or {}, False)
-        else:
-            record = Record(()) if raw.get(ENTRY) is None else from_entry(raw[ENTRY], hf.CONFIG)
-            yield _Source(weights, raw, record, {}, bool(raw))
-
-
-@contextmanager
-def _pruned(skeleton: nn.Module, source: _Source, plan: Plan) -> Iterator[tuple[list[Item], dict[str, str]]]:
+def _pruned(
+    skeleton: nn.Module, source: Source, weights: Weights, plan: Plan
+) -> Iterator[tuple[list[Item], dict[str, str]]]:
     """Inside the block the skeleton has the shapes that the plan leaves; gives what its tensors are made of."""
-    weights, record = source.weights, source.record.inside(skeleton)
+    record = source.record.inside(skeleton)
     views = all_views(skeleton, {one.spec.name for one in record.attention})
     before = Surgeon.prepare(skeleton, views, record.plan(views, MANIFEST), blank=True)
     before.commit()
     try:
         record.settle(skeleton, MANIFEST)
-        names = hf.names_in(skeleton, weights.entries) if source.renamed else {key: key for key in weights.entries}
-        filling = Filling(skeleton, weights, names, source.tied, "weights")
+        filling = Filling(skeleton, weights, source.names(skeleton, weights.entries), source.tied, "weights")
         origin = {id(filling.found[name].tensor): key for key, group in filling.reads for name in group}
         views = all_views(skeleton, {spec.name for spec in plan.specs})
         surgeon = Surgeon.prepare(skeleton, views, plan, blank=True)

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AttnPruneError, CheckpointError, OptionError
+from ..errors import OptionError
 from ..values import fields
-from .folder import LONGEST, Folder, refuse
+from .folder import LONGEST, Folder, reading, refuse
 
 _BLOCK = 1 << 20
 _NAMES = {
@@ -51,15 +51,11 @@ def read_header(file: BinaryIO, where: str) -> dict[str, Entry]:
     length = int.from_bytes(_exactly(file, 8, where), "little")
     if length > min(size - 8, LONGEST):
         refuse(where, f"a header of at most {min(size - 8, LONGEST)} bytes", str(length))
-    try:
+    with reading(where):
         header = fields.load(_exactly(file, length, where), most=1 << 21)
         if not isinstance(header, dict):
             fields.fail("header", "a mapping", header)
         found = {key: _entry(key, one, 8 + length) for key, one in header.items() if key != "__metadata__"}
-    except CheckpointError:
-        raise
-    except AttnPruneError as error:
-        raise CheckpointError(where, error.expected, error.found, "save the model anew") from error
     place = 8 + length
     for key, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != place:

@@ -143,7 +143,7 @@ def _options(one: argparse.ArgumentParser) -> None:
     for name, values in OPTIONS.items():
         one.add_argument(f"--{name}", choices=values, help=f"as {name}= of prune_attention")
     one.add_argument("--scorer", choices=("auto", *SCORERS), help="how units are scored")
-    one.add_argument("--basis", choices=BASES, help="whether heads are turned first")
+    one.add_argument("--basis", choices=BASES, help="whether heads are rotated first")
     one.add_argument("--compensate", choices=("auto", "yes", "no"), help="whether what stays is refitted")
     one.add_argument("--sequential", action="store_true", default=None, help="moments and refits layer by layer")
     one.add_argument("--round-to", type=_multiple, metavar="N", help='multiple that a head keeps, or "auto"')

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..api import apply_plan, plan_for
+from ..api import Decided, apply_plan, decided_by, planned_report
 from ..calibration.batches import device_named
 from ..checkpoint.describe import overview, read_report, without_config
-from ..checkpoint.folder import Folder
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
+from ..checkpoint.source import Source
 from ..checkpoint.stock import export_stock
 from ..cost.counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
@@ -60,7 +60,7 @@ def quiet() -> Iterator[None]:
 
 def inspect(args: argparse.Namespace) -> Done:
     """Attention modules, dims and parameters."""
-    name, specs, total = overview(args.directory)
+    name, specs, total, skipped = overview(args.directory)
     own = sum(spec.parameters for spec in specs)
     facts = {
         "class": name,
@@ -73,6 +73,7 @@ def inspect(args: argparse.Namespace) -> Done:
             }
             for spec in specs
         ],
+        "skipped": [one._asdict() for one in skipped],
     }  # fmt: skip
     rows = [["attention", "heads", "qk", "vo", "d_model", "parameters"]]
     rows += [
@@ -87,7 +88,8 @@ def inspect(args: argparse.Namespace) -> Done:
         for spec in specs
     ]
     head = f"{name}: {total:,} parameters, {own:,} of them ({own / max(total, 1):.1%}) in attention"
-    return Done(facts, f"{head}\n{_table(rows)}")
+    lines = [head, _table(rows), *(f"skipped: {one.name} ({one.kind}): {one.why}" for one in skipped)]
+    return Done(facts, "\n".join(lines))
 
 
 def plan(args: argparse.Namespace) -> Done:
@@ -96,11 +98,9 @@ def plan(args: argparse.Namespace) -> Done:
         file = None if args.output is None else outputs.file(args.output)
         picture = None if args.plot is None else outputs.file(args.plot)
         model, _, made = _planned(args)
-        before = count_parameters(model)
-        removed = sum(spec.parameters for spec in made.specs) - sum(spec.parameters for spec in made.after)
-        found = Report(made, (before, before - removed))
+        found = planned_report(model, made)
         if file is not None:
-            file.write_text(made.to_json(), encoding="utf-8")
+            file.write_text(made.plan.to_json(), encoding="utf-8")
         if picture is not None:
             found.plot(picture)
     return _reported(found, plan=args.output, plot=args.plot)
@@ -112,7 +112,8 @@ def prune(args: argparse.Namespace) -> Done:
         folder = outputs.folder(args.output, args.overwrite)
         picture = None if args.plot is None else outputs.file(args.plot)
         if args.plan is None:
-            model, data, made = _planned(args)
+            model, data, decided = _planned(args)
+            made = decided.plan
         else:
             made = _read_plan(args.plan)
             model = _loaded(args.directory, args.device)
@@ -198,7 +199,7 @@ def export(args: argparse.Namespace) -> Done:
     return Done(facts, f"wrote {found.path}; {checked}\n{sizes}")
 
 
-def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan]:
+def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Decided]:
     if args.qkvo is not None and len(args.qkvo) not in (1, 4):
         args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
     model = _loaded(args.directory, args.device)
@@ -215,12 +216,12 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Plan
     }
     ratios = args.qkvo[0] if args.qkvo is not None and len(args.qkvo) == 1 else args.qkvo
     request = Request.parse(ratios, **{name: value for name, value in options.items() if value is not None})
-    return model, data, plan_for(model, request)
+    return model, data, decided_by(model, request)
 
 
 def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     place = device_named(device, "--device")
-    manifest = without_config(Folder.at(directory))
+    manifest = without_config(Source.at(directory))
     if manifest is not None:
         remedy = "use attnprune.load_pruned(directory, model) in Python; inspect and report work here"
         raise OptionError(str(directory), "a model that its config builds", f"a {manifest.model_class}", remedy)

@@ -26,6 +26,8 @@ PLACES = ("cache_position",)
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
 Arguments = dict[str, Any]
+PLACE = "*"
+"""The name of a positional argument that has none, as in a forward that hands on all it gets."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Signature:
         self.names = [p.name for p in named[1:]]
         self.required = [p.name for p in named[1:] if p.default is kinds.empty]
         self.open = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())
+        if not self.names and any(p.kind is kinds.VAR_POSITIONAL for p in parameters.values()):
+            self.names = [PLACE, *(("attention_mask", "attn_mask", "mask") if self.open else ())]
 
     def first(self, names: Sequence[str]) -> str | None:
         """The first of these names that the forward takes."""
@@ -102,11 +106,17 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
         if more and not inputs.optional:
             continue
         try:
-            host(**inputs(torch.Generator("cpu").manual_seed(0), dtype))
+            found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
+            host(*positional(found), **found)
         except Exception:  # the next one, then
             continue
         return list(_variants(signature, spec, inputs))
-    return [Call("plain", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
+    return [Call("plain inputs", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
+
+
+def positional(arguments: Arguments) -> list[Any]:
+    """Takes the argument without a name out of the others."""
+    return [arguments.pop(PLACE)] if PLACE in arguments else []
 
 
 class _Inputs:
@@ -181,7 +191,7 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
     def normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
-    yield call("plain")
+    yield call("plain inputs")
     yield call("one sequence of nine tokens", batch=1, tokens=9)
     yield call("a single token", tokens=1)
     yield call("large inputs", size=30.0, rounding=1e3)

@@ -17,6 +17,17 @@ from .base import Adapter, AttentionView
 from .slots import Slot
 
 
+class Expansion(NamedTuple):
+    """What an attention that runs expanded knows of itself."""
+
+    spec: AttentionSpec
+    """Its shape."""
+    slots: Mapping[str, Slot]
+    """Where its compact channels lie."""
+    numbers: Mapping[Kind, tuple[tuple[int, ...], ...]]
+    """Of each kind, per head that is left, the dense numbers of its channels."""
+
+
 class Joint(NamedTuple):
     """A parameter and all the slots of an attention that lie in it."""
 
@@ -104,7 +115,28 @@ def expand_view(
             linears.put(owner, joint.name, parameter)
     state = view.next_state(spec, kept)
     ordered = {key: slots[key] for key in view.slots}
-    view.module.attnprune_state = state._replace(expanded=(spec, ordered))  # type: ignore[assignment]
+    numbers = {kind: _numbers(view, spec, kept, rows[kind], kind) for kind in KINDS}
+    view.module.attnprune_state = state._replace(expanded=Expansion(spec, ordered, numbers))  # type: ignore[assignment]
+
+
+def _numbers(
+    view: AttentionView, spec: AttentionSpec, kept: Sequence[int], rows: Sequence[int], kind: Kind
+) -> tuple[tuple[int, ...], ...]:
+    """Per head that stays, the dense numbers of its channels."""
+    known = numbers_of(view)[kind]
+    found = []
+    for place, head in enumerate(kept):
+        start, _ = view.spec.layout.span(kind, head)
+        found.append(tuple(known[head][row - start] for row in rows[slice(*spec.layout.span(kind, place))]))
+    return tuple(found)
+
+
+def numbers_of(view: AttentionView) -> Mapping[Kind, tuple[tuple[int, ...], ...]]:
+    """Of each kind, per head, the dense numbers of the channels that a host runs expanded with; of others all."""
+    if view.state is not None and view.state.expanded is not None:
+        found: Expansion = view.state.expanded
+        return found.numbers
+    return {kind: tuple(tuple(range(dim)) for dim in view.spec.dims(kind)) for kind in KINDS}
 
 
 def rescale(view: AttentionView, scale: float) -> None:
@@ -119,33 +151,24 @@ def rescale(view: AttentionView, scale: float) -> None:
     """
     state = view.state
     assert state is not None
-    spec, slots = state.expanded
+    known: Expansion = state.expanded
+    spec, slots = known.spec, known.slots
     dim = round(scale**-2)
     dims = (dim,) * state.dense_heads
     host = replace(spec, qk_dims=dims, vo_dims=dims)
     gain = view.adapter.query_gain(view, host)
-    if gain == 1 or not isclose(gain, spec.scale / scale) or max(*spec.qk_dims, *spec.vo_dims) > dim:
+    last = max(number for numbers in known.numbers.values() for row in numbers for number in row)
+    if gain == 1 or not isclose(gain, spec.scale / scale) or last >= dim or not all(s.whole for s in slots.values()):
         return
     for key, slot in slots.items():
         if key.endswith(".weight"):
-            places = [0] * slot.size
-            for head, (start, stop) in zip(state.kept, view.spans(view.kinds[key]), strict=True):
-                places[start:stop] = range(head * dim, head * dim + stop - start)
+            places, kind = [0] * slot.size, view.kinds[key]
+            for head, span, row in zip(state.kept, view.spans(kind), known.numbers[kind], strict=True):
+                places[slice(*span)] = [head * dim + number for number in row]
             expand(slot.owner, places, sum(dims), columns=key[0] == "o")
     view.adapter.reshape(view, host)
-    expanded = (replace(spec, scale=scale), slots)
+    expanded = known._replace(spec=replace(spec, scale=scale))
     view.module.attnprune_state = state._replace(scale=scale, expanded=expanded)  # type: ignore[assignment]
-
-
-def dense_channels(view: AttentionView) -> dict[Kind, tuple[int, ...]]:
-    """Of each kind, the dense channel of every stored one, of an attention that runs expanded."""
-    found: dict[Kind, tuple[int, ...]] = {}
-    for kind in KINDS:
-        slot = view.slots["q.weight" if kind == "qk" else "v.weight"]
-        owner = slot.owner
-        assert isinstance(owner, Expanded)
-        found[kind] = owner.attnprune_channels[slot.start : slot.start + slot.size]
-    return found
 
 
 def expanded_view(name: str, host: nn.Module, adapter: Adapter) -> AttentionView | None:
@@ -155,6 +178,6 @@ def expanded_view(name: str, host: nn.Module, adapter: Adapter) -> AttentionView
         if state is not None:
             if state.expanded is None:
                 return None
-            spec, slots = state.expanded
-            return AttentionView(replace(spec, name=name), module, adapter, slots, host=host)
+            found: Expansion = state.expanded
+            return AttentionView(replace(found.spec, name=name), module, adapter, found.slots, host=host)
     return None

@@ -52,7 +52,7 @@ def looks_like(model: nn.Module, known: Collection[nn.Module], why: Mapping[str,
 def _looks(module: nn.Module) -> bool:
     children = {child for child, _ in module.named_children()}
     word = type(module).__name__.lower()
-    named = "attention" in word or word.endswith("attn")
+    named = "attention" in word or word.endswith("attn") or isinstance(module, nn.MultiheadAttention)
     return bool(children & _CHILDREN) or (named and next(module.parameters(), None) is not None)
 
 

@@ -27,7 +27,11 @@ def first(names: Sequence[str], among: Collection[str]) -> str | None:
 
 def part_of(module: nn.Module, names: Sequence[str]) -> Any:
     """The first child of these names; any module under one, as a wrapper is refused later, by name."""
-    return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
+    children = module._modules
+    for name in names if children else ():
+        if children.get(name) is not None:
+            return children[name]
+    return None
 
 
 def output_of(module: nn.Module) -> Any:

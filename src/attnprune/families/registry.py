@@ -53,22 +53,31 @@ class Survey:
 
     Args:
         model: any module.
-        names: only these attention modules are looked at; they are taken at their family's word where they cannot be
-            run, as somebody found them prunable before.
+        only: names of the attention modules to look at; None: all.
+        trusted: names that are taken at their family's word where they cannot be run, as somebody found them prunable
+            before.
         run: runs the model; modules whose arguments have names that tell nothing are then seen in a call.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str] | None = None, run: Run | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        only: Collection[str] | None = None,
+        trusted: Collection[str] = (),
+        run: Run | None = None,
+    ) -> None:
         self.model = model
         self.views: list[AttentionView] = []
         self.errors: dict[str, AttnPruneError] = {}
         """Attention of known families that is wrapped, quantised and so on."""
         self.why: dict[str, str] = {}
         """By name, why a module of a known family is not prunable."""
+        self._skipped: dict[bool, tuple[Skipped, ...]] = {}
         pending: list[AttentionView] = []
         tables = _tables(model)
         for found in _walk(model):
-            if names is not None and found.name not in names:
+            if only is not None and found.name not in only:
                 continue
             try:
                 view = found.view()
@@ -79,14 +88,18 @@ class Survey:
             except AttnPruneError as error:
                 self.errors[found.name] = error
             else:
-                view = replace(view, masks_by_head=view.spec.heads in tables)
+                view = replace(
+                    view, masks_by_head=(view.state.dense_heads if view.state else view.spec.heads) in tables
+                )
                 if not (view.mixin_runs or view.runs_expanded) and _plain(view):
                     view = replace(view, verdict=verdict_of(view))
                     pending.append(view)
                 self.views.append(view)
-        self.views = list(self._settled(pending, names is not None, run))
+        self.views = list(self._settled(pending, trusted, run))
 
-    def _settled(self, pending: list[AttentionView], trusted: bool, run: Run | None) -> Iterator[AttentionView]:
+    def _settled(
+        self, pending: list[AttentionView], trusted: Collection[str], run: Run | None
+    ) -> Iterator[AttentionView]:
         unknown = [view for view in pending if view.verdict is not None and not view.verdict.ran]
         calls = recorded_calls(unknown, run) if unknown and run is not None else {}
         for view in self.views:
@@ -95,16 +108,25 @@ class Survey:
                 verdict = verdict_of(view, calls[view.name])
                 view = replace(view, verdict=verdict)
             # what somebody says who knows the class, where running it says nothing
-            said = (
-                (trusted or registered(view.adapter)) and verdict is not None and not (verdict.ran and verdict.attends)
-            )
-            if verdict is None or verdict.prunable or (said and view.way(view.spec) is not None):
+            said = view.name in trusted or registered(view.adapter)
+            silent = verdict is not None and not (verdict.ran and verdict.attends)
+            if verdict is None or verdict.prunable or (said and silent and view.way(view.spec) is not None):
                 yield view
             else:
                 self.why[view.name] = verdict.why
 
     def skipped(self, run: Run | None = None) -> tuple[Skipped, ...]:
         """What is not prunable, with reasons; with ``run`` also modules that are seen to attend."""
+        if (run is not None) not in self._skipped:
+            self._skipped[run is not None] = self._passed_over(run)
+        return self._skipped[run is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """The attention modules that can be pruned, once nothing wraps them, in no order."""
+        return [*(view.name for view in self.views), *self.errors]
+
+    def _passed_over(self, run: Run | None) -> tuple[Skipped, ...]:
         known = [view.top for view in self.views] + [
             self.model.get_submodule(name) if name else self.model for name in self.errors
         ]
@@ -132,8 +154,9 @@ def _tables(model: nn.Module) -> set[int]:
     words = ("bias_table", "relative", "position_bias", "rel_pos", "slopes", "alibi")
     return {
         size
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if any(word in name for word in words)
+        for name, module in model.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and any(word in f"{name.rpartition('.')[2]}.{key}" for word in words)
         for size in tensor.shape
     }
 
@@ -145,7 +168,7 @@ def attention_names(model: nn.Module) -> list[str]:
 
 def all_views(model: nn.Module, names: Collection[str] | None = None) -> list[AttentionView]:
     """The attention modules of a model, or those of these names; none is not an error."""
-    survey = Survey(model, names)
+    survey = Survey(model, only=names, trusted=names or ())
     for error in survey.errors.values():
         raise error
     return survey.views
@@ -205,15 +228,15 @@ def select(
 ) -> list[AttentionView]:
     """The attention modules of a survey whose names match (:func:`find_views`)."""
     model = survey.model
-    names = [found.name for found in _walk(model) if found.name not in survey.why]
+    names = survey.names
     if not names:
         looks = [f"{one.name or 'the model itself'} ({one.kind}): {one.why}" for one in survey.skipped()]
         raise NoAttentionError(
             type(model).__name__,
             "at least one attention module that can be pruned",
             f"none; modules that look like one: {_shorten(looks) or 'none'}",
-            "pass example_inputs=, so that modules are seen in a call, or tell how the class is built "
-            "(attnprune.register_adapter)",
+            "pass example_inputs= to make_plan or prune_attention where a module could not be run, or tell how its "
+            "class is built (attnprune.register_adapter)",
         )
     meant = chosen(survey, include, exclude)
     for name, error in survey.errors.items():
@@ -235,9 +258,9 @@ def chosen(
     Raises:
         OptionError: a pattern matches none.
     """
-    names = [found.name for found in _walk(survey.model) if found.name not in survey.why]
+    names = survey.names
     if include is not None or exclude is not None:
-        names += [one.name for one in survey.skipped()]
+        names = [*names, *(one.name for one in survey.skipped())]
     wanted, unwanted = _patterns("include", include, names), _patterns("exclude", exclude, names)
 
     def meant(name: str) -> bool:
@@ -256,7 +279,7 @@ def report_skipped(skipped: Sequence[Skipped], strict: bool) -> None:
         return
     found = _shorten([f"{one.name or 'the model itself'} ({one.kind}): {one.why}" for one in skipped])
     if strict:
-        remedy = "exclude nothing by strict=False, or tell how the class is built (attnprune.register_adapter)"
+        remedy = "exclude it by name, leave strict off, or tell how its class is built (attnprune.register_adapter)"
         raise NoAttentionError("strict=True", "every attention to be prunable", found, remedy)
     warn(f"Attention that is not pruned: {found}.", AttnPruneWarning, stacklevel=3)
 

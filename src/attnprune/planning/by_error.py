@@ -9,7 +9,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from ..calibration.bases import Turn, turn, white_moments
+from ..calibration.bases import HeadBases, head_bases, white_moments
 from ..calibration.moments import Calibration
 from ..calibration.taps import check_calibration
 from ..errors import OptionError
@@ -68,16 +68,16 @@ def energy_curves(
     views = find_views(plain(model), include, exclude)
     if calibration is not None:
         check_calibration(calibration, views, False)
-    found: dict[str, dict[Kind, list[Tensor]]] = {}
+    curves: dict[str, dict[Kind, list[Tensor]]] = {}
     for view in views:
         moments = white_moments(view) if calibration is None else calibration[view.name]
-        bases = turn(view, moments, basis == "rotated").bases
-        found[view.name] = {kind: [lost_energy(one.energy) for one in bases[kind]] for kind in KINDS}
-    return found
+        by_kind = head_bases(view, moments, basis == "rotated").by_kind
+        curves[view.name] = {kind: [lost_energy(head.energy) for head in by_kind[kind]] for kind in KINDS}
+    return curves
 
 
 def allocate_error(
-    specs: Sequence[AttentionSpec], turns: Mapping[str, Turn], target_error: float, rules: Rules
+    specs: Sequence[AttentionSpec], bases: Mapping[str, HeadBases], target_error: float, rules: Rules
 ) -> Plan:
     """Every head (ragged) or every layer (uniform) keeps as few directions as lose at most this share of its energy.
 
@@ -91,22 +91,22 @@ def allocate_error(
         removed: dict[Kind, tuple[tuple[int, ...], ...]] = {}
         counts: dict[Kind, list[int]] = {}
         for kind in KINDS:
-            energies = [basis.energy for basis in turns[spec.name].bases[kind]]
+            energies = [basis.energy for basis in bases[spec.name].by_kind[kind]]
             if rules.heads == "ragged":
-                keep = [_enough(lost_energy(one), target_error) for one in energies]
+                keep = [_enough(lost_energy(energy), target_error) for energy in energies]
             else:
-                if len({len(one) for one in energies}) > 1:
+                if len({len(energy) for energy in energies}) > 1:
                     raise OptionError(
                         spec.name, 'heads="ragged", as its heads differ already', 'heads="uniform"', "exclude it, or so"
                     )
-                together = torch.stack([one.double().sort(descending=True).values for one in energies]).sum(0)
+                together = torch.stack([energy.double().sort(descending=True).values for energy in energies]).sum(0)
                 keep = [_enough(lost_energy(together), target_error)] * spec.heads
-            counts[kind] = [_rounded(count, len(one), rules) for one, count in zip(energies, keep, strict=True)]
+            counts[kind] = [_rounded(count, len(energy), rules) for energy, count in zip(energies, keep, strict=True)]
         if rules.match_dims:
             counts = {kind: list(map(max, *counts.values())) for kind in KINDS}
         for kind in KINDS:
-            bases = turns[spec.name].bases[kind]
-            removed[kind] = tuple(_cheapest(one.energy, n) for one, n in zip(bases, counts[kind], strict=True))
+            own = zip(bases[spec.name].by_kind[kind], counts[kind], strict=True)
+            removed[kind] = tuple(_cheapest(basis.energy, count) for basis, count in own)
         layers.append(make_layer(spec, set(), removed))
     plan = Plan(tuple(layers))
     ratios = Ratios(*(max(plan.fraction(p), 0.0) for p in ("q", "k", "v", "o")))

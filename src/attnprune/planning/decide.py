@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..calibration.bases import Turn, turn, white_moments
+from ..calibration.bases import HeadBases, head_bases, white_moments
 from ..calibration.losses import loss_with_or_without_labels
 from ..calibration.moments import LayerMoments
-from ..calibration.refit import with_fold
+from ..calibration.refit import with_maps
 from ..calibration.taps import check_calibration, moments_of
 from ..families.base import AttentionView
 from ..surgery import masked_views
@@ -48,108 +48,107 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         check_request(specs, amount, rules)
     if costs is not None:
         check_budget(specs, costs, rules)
-    evidence, moments, turns = _turns(model, views, method, request.evidence, isinstance(amount, MaxError))
+    evidence, moments, bases = _bases(model, views, method, request.evidence, isinstance(amount, MaxError))
     if isinstance(amount, MaxError):
-        plan = allocate_error(specs, turns, amount.share, rules)
+        plan = allocate_error(specs, bases, amount.share, rules)
     else:
-        chosen, scores = _scores(model, views, turns, method, rules, evidence)
+        chosen, scores = _scores(model, views, bases, method, rules, evidence)
         if isinstance(amount, Ratios):
             plan = allocate(specs, scores, amount, rules, chosen)
         else:
             assert costs is not None
             plan = allocate_budget(specs, scores, costs, rules, chosen)
     assert plan.asked is not None
-    basis, compensate = method.words
-    plan = replace(plan, asked=replace(plan.asked, basis=basis, compensate=compensate))
-    if not method.folds:
+    plan = replace(plan, asked=plan.asked.by(method))
+    if not method.needs_maps:
         return plan
     if method.sequential:
-        return _in_sequence(model, views, plan, turns, moments, method, evidence)
-    return _folded(plan, views, turns, moments, method.compensates)
+        return _in_sequence(model, views, plan, bases, moments, method, evidence)
+    return _with_maps(plan, views, bases, moments, method.refits)
 
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
     """The scores that :func:`decide` goes by."""
-    evidence, _, turns = _turns(model, views, request.decided, request.evidence)
-    return _scores(model, views, turns, request.decided, request.rules, evidence)[1]
+    evidence, _, bases = _bases(model, views, request.decided, request.evidence)
+    return _scores(model, views, bases, request.decided, request.rules, evidence)[1]
 
 
-def _turns(
+def _bases(
     model: nn.Module, views: Sequence[AttentionView], method: Method, evidence: Evidence, needed: bool = False
-) -> tuple[Evidence, Mapping[str, LayerMoments], dict[str, Turn]]:
-    """The evidence, its data fit to be read again, moments and the bases that these give; none where nothing folds."""
+) -> tuple[Evidence, Mapping[str, LayerMoments], dict[str, HeadBases]]:
+    """The evidence, its data fit to be read again, moments and the bases that they give; none where none are needed."""
     data, calibration = evidence.data, evidence.calibration
-    if data is not None and method.folds and isinstance(data, Iterator):
+    if data is not None and method.needs_maps and isinstance(data, Iterator):
         data = list(data)  # it is read more than once
     moments: Mapping[str, LayerMoments] = {}
-    if method.folds or needed:
+    if method.needs_maps or needed:
         if calibration is not None:
-            check_calibration(calibration, views, method.compensates)
+            check_calibration(calibration, views, method.refits)
             moments = calibration
         elif data is not None:
-            moments = moments_of(model, views, data, evidence.loss_fn, method.compensates, evidence.progress)
+            moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress)
         else:
             moments = {view.name: white_moments(view) for view in views}
-    turns = {view.name: turn(view, moments[view.name], method.rotated) for view in views if moments}
-    return replace(evidence, data=data), moments, turns
+    bases = {view.name: head_bases(view, moments[view.name], method.rotated) for view in views if moments}
+    return replace(evidence, data=data), moments, bases
 
 
 def _scores(
     model: nn.Module,
     views: Sequence[AttentionView],
-    turns: Mapping[str, Turn],
+    bases: Mapping[str, HeadBases],
     method: Method,
     rules: Rules,
     evidence: Evidence,
 ) -> tuple[str, dict[str, Scores]]:
-    """The scorer's name and its scores, in the coordinates of the turns."""
+    """The scorer's name and its scores, in the coordinates of these bases."""
     data, loss_fn, progress = evidence.data, evidence.loss_fn, evidence.progress
-    if not method.named and method.folds and data is None:
-        return "energy", {view.name: energy_scores(turns[view.name]) for view in views}
-    if not method.named and method.folds:
-        chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, turns=turns)
+    if not method.named and method.needs_maps and data is None:
+        return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
+    if not method.named and method.needs_maps:
+        chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
         return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
     chosen = resolve(method.scorer, has_data=data is not None, seed=method.seed)
     if not method.named and loss_fn is None:
         loss_fn = loss_with_or_without_labels(method.seed)
-    with turned(model, views, turns) if method.rotated else nullcontext():
+    with in_bases(model, views, bases) if method.rotated else nullcontext():
         return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
 
 
 @contextmanager
-def turned(model: nn.Module, views: Sequence[AttentionView], turns: Mapping[str, Turn]) -> Iterator[None]:
+def in_bases(model: nn.Module, views: Sequence[AttentionView], bases: Mapping[str, HeadBases]) -> Iterator[None]:
     """Inside the block every head runs in another basis, at full rank: the same function, other channels."""
-    with masked_views(model, views, Plan(tuple(turns[view.name].layer(_fold_dtype(view)) for view in views))):
+    with masked_views(model, views, Plan(tuple(bases[view.name].layer(_maps_dtype(view)) for view in views))):
         yield
 
 
-def energy_scores(turn: Turn) -> Scores:
+def energy_scores(bases: HeadBases) -> Scores:
     """The share of a layer's energy that a direction carries; heads sum theirs over qk and vo."""
     found: dict[Kind, torch.Tensor] = {}
     for kind in KINDS:
-        rows = [basis.energy for basis in turn.bases[kind]]
+        rows = [basis.energy for basis in bases.by_kind[kind]]
         total = float(sum(float(row.sum()) for row in rows)) or 1.0
         found[kind] = nn.utils.rnn.pad_sequence([row / total for row in rows], batch_first=True)
     return Scores(found["qk"], found["vo"], found["qk"].sum(1) + found["vo"].sum(1))
 
 
-def _folded(
+def _with_maps(
     plan: Plan,
     views: Sequence[AttentionView],
-    turns: Mapping[str, Turn],
+    bases: Mapping[str, HeadBases],
     moments: Mapping[str, LayerMoments],
     refit: bool,
 ) -> Plan:
-    dtypes = {view.name: _fold_dtype(view) for view in views}
+    dtypes = {view.name: _maps_dtype(view) for view in views}
     layers = [
-        layer if layer.empty else with_fold(layer, turns[name], moments[name], refit, dtypes[name])
+        layer if layer.empty else with_maps(layer, bases[name], moments[name], refit, dtypes[name])
         for layer in plan
         for name in [layer.spec.name]
     ]
     return replace(plan, layers=tuple(layers))
 
 
-def _fold_dtype(view: AttentionView) -> torch.dtype:
+def _maps_dtype(view: AttentionView) -> torch.dtype:
     return torch.float64 if view.weight("q").dtype == torch.float64 else torch.float32
 
 
@@ -157,7 +156,7 @@ def _in_sequence(
     model: nn.Module,
     views: Sequence[AttentionView],
     plan: Plan,
-    turns: Mapping[str, Turn],
+    bases: Mapping[str, HeadBases],
     moments: Mapping[str, LayerMoments],
     method: Method,
     evidence: Evidence,
@@ -167,8 +166,8 @@ def _in_sequence(
     How many directions every head keeps stays as decided; which ones they are follows from the new moments.
     """
     assert evidence.data is not None, "a request that is sequential has data"
-    refit = method.compensates
-    done = _folded(plan, views, turns, moments, refit)
+    refit = method.refits
+    done = _with_maps(plan, views, bases, moments, refit)
     layers = list(done.layers)
     for i, view in enumerate(views):
         if plan.layers[i].empty:
@@ -176,6 +175,6 @@ def _in_sequence(
         before = Plan(tuple(layers[:i]))
         with masked_views(model, views[:i], before):
             new = moments_of(model, [view], evidence.data, evidence.loss_fn, refit, evidence.progress)
-        fresh = turn(view, new[view.name], method.rotated)
-        layers[i] = with_fold(plan.layers[i], fresh, new[view.name], refit, _fold_dtype(view))
+        fresh = head_bases(view, new[view.name], method.rotated)
+        layers[i] = with_maps(plan.layers[i], fresh, new[view.name], refit, _maps_dtype(view))
     return replace(done, layers=tuple(layers))

@@ -40,7 +40,7 @@ def score_attention(
         data: an iterable of batches, for scorers and bases that need them.
         include: glob patterns of names; only these attention modules are scored.
         exclude: glob patterns of names to leave out.
-        options: of :class:`attnprune.values.options.ScoreOptions`: ``basis`` (where heads are turned, channels are
+        options: of :class:`attnprune.values.options.ScoreOptions`: ``basis`` (where heads are rotated, channels are
             directions, the one with the most energy first), ``split`` (with ``"auto"``, gates look at all data instead
             of 32 samples), ``calibration``, ``loss_fn``, ``seed`` and ``progress``.
 

@@ -31,7 +31,7 @@ def removed_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[
 def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Iterator[None]:
     """Rows of Q, K, V and columns of O that the plan removes are zero inside the block, and as before after it.
 
-    Where a plan turns heads, directions that stay take the places of channels of the same numbers.
+    Where a plan rotates heads, directions that stay take the places of channels of the same numbers.
     """
     check_fit(model, views, plan)
     by_name = {view.name: view for view in views}
@@ -58,9 +58,9 @@ def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Ten
     bias = view.owner("o")._parameters.get("bias")
     if layer.fold is not None and layer.fold.shift is not None and bias is not None:
         gained = mean_output(view, layer.fold.shift)  # before O changes
-        yield bias.detach(), (bias.detach().double() + gained).to(bias.dtype)
+        yield bias.data, (bias.detach().double() + gained).to(bias.dtype)
     for key, slot in view.slots.items():
-        channels = slot.cut(slot.parameter.detach())
+        channels = slot.cut(slot.parameter.data)  # a graph that is still to be differentiated does not notice
         if layer.fold is None:
             values = channels.clone()
             rows = removed_channels(view, layer, view.kinds[key])
@@ -71,7 +71,7 @@ def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Ten
 
 
 def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
-    """Raises if a parameter that is turned serves two projections: it would be turned twice."""
+    """Raises if a parameter that is rotated serves two projections: it would be rotated twice."""
     users: dict[int, str] = {}
     for view, layer in work:
         for key, slot in view.slots.items():
@@ -82,7 +82,7 @@ def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
             if other != f"{view.name}: {key}":
                 raise TiedWeightsError(
                     f"{view.name}: {key}",
-                    "projections of their own to turn",
+                    "projections of their own to rotate",
                     f"a parameter that {other} uses too",
                     'untie the weights (assign a clone), or pass basis="channels" and compensate=False',
                 )

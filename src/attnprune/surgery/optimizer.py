@@ -53,7 +53,7 @@ class OptimizerPatch:
     """Puts new parameters in the place of old ones in an optimizer, with all that it knows about them.
 
     Running means of gradients (momentum, Adam's moments) are cut like their parameters, or carried over by the chain
-    rule where heads were turned; running means of squares by the squares of that map. Groups keep their settings and
+    rule where heads were rotated; running means of squares by the squares of that map. Groups keep their settings and
     order. State of another shape (Adafactor's factors, say) raises before anything changes.
 
     Args:

@@ -28,7 +28,7 @@ class ParamChange:
     """What became of a parameter: ``new = gain * map(old)``, along one axis.
 
     Channels that stay as they are were picked, ``new = gain * old.index_select(axis, index)``; those of a plan with
-    folds were mixed (:attr:`index` is then None), and O's bias gained a vector.
+    maps were mixed (:attr:`index` is then None), and O's bias gained a vector.
     """
 
     old: nn.Parameter
@@ -48,7 +48,7 @@ class ParamChange:
     def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
         """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
 
-        Exact where channels were picked, or turned at full rank: the chain rule.
+        Exact where channels were picked, or rotated at full rank: the chain rule.
 
         Args:
             tensor: shaped like the old parameter.
@@ -233,6 +233,30 @@ class _Operation(NamedTuple):
                 inherit(view, view.verdict)
 
 
+def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Operation], _Tensors]:
+    """What gives attention modules their new shapes, and every new tensor."""
+    tensors, operations = _Tensors(), []
+    for view, layer in work:
+        maps, way = channel_maps(view, layer), view.way(layer.after)
+        assert way is not None, "check_expressible found one"
+        if way == "expanded":
+            new = {
+                joint.keys[0]: tensors.cut(f"{view.name}: {joint.keys[0]}", joint.slot, joined(view, joint, maps))
+                for joint in joints(view)
+            }
+        else:
+            gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
+            new = {
+                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
+                for key, slot in view.slots.items()
+            }
+        bias = None
+        if layer.fold is not None and layer.fold.shift is not None:
+            bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
+        operations.append(_Operation(view, layer, way, new, bias))
+    return operations, tensors
+
+
 class Surgeon:
     """Applies a plan: :meth:`prepare` builds every new tensor and changes nothing, :meth:`commit` swaps them in."""
 
@@ -261,25 +285,8 @@ class Surgeon:
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
         check_views(model, [view for view, _ in work], blank=blank)
         check_expressible(views, plan)
-        tensors, operations = _Tensors(), []
-        for view, layer in work:
-            maps, way = channel_maps(view, layer), view.way(layer.after)
-            assert way is not None, "check_expressible found one"
-            if way == "expanded":
-                new = {
-                    joint.keys[0]: tensors.cut(f"{view.name}: {joint.keys[0]}", joint.slot, joined(view, joint, maps))
-                    for joint in joints(view)
-                }
-            else:
-                gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
-                new = {
-                    key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
-                    for key, slot in view.slots.items()
-                }
-            bias = None
-            if layer.fold is not None and layer.fold.shift is not None:
-                bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
-            operations.append(_Operation(view, layer, way, new, bias))
+        with torch.inference_mode(False), torch.no_grad():  # parameters are ordinary ones, whatever mode is on
+            operations, tensors = _built(work)
         tensors.check_ties(model)
         return cls(operations, tensors.map)
 

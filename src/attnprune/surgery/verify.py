@@ -79,7 +79,8 @@ class Verification:
                     "verify",
                     "the pruned model to compute what the masked one does",
                     f"outputs that differ by {share:.2g} of their size",
-                    "the model is as it was; exclude= layers, one after the other, to find which it is, and report it",
+                    "the model is as it was; is an adapter of yours wrong? else exclude= layers, one after another, "
+                    "to find which it is, and report it",
                 )
         self.found = Verified(error, self.samples)
         self.expected = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import fields
 from .budget import RESOURCES, Budget
 from .layout import PROJECTIONS
+from .method import Method
 from .ratios import Ratios
 
 _WORDS = ("granularity", "scope", "heads", "scorer", "split", "basis", "compensate")
@@ -35,13 +36,26 @@ class Asked:
     budget: Budget | None = None
     """What the whole model may cost, where that was asked for in place of ratios."""
 
+    @property
+    def refits(self) -> bool:
+        """Whether what stays was refitted, in any part of the plan."""
+        return self.compensate != "no"
+
+    def by(self, method: Method) -> Asked:
+        """The same request, carried out by a method whose ``"auto"`` is decided."""
+        return replace(
+            self,
+            basis="rotated" if method.rotated else "channels",
+            compensate="yes" if method.refits else "no",
+        )
+
     def then(self, other: Asked) -> Asked:
         """The sum of two requests; settings that differ are joined with a plus sign."""
         ratios = self.ratios.then(other.ratios)
         same = {
             name: "+".join(dict.fromkeys(f"{getattr(self, name)}+{getattr(other, name)}".split("+"))) for name in _WORDS
         }
-        errors = [one.target_error for one in (self, other) if one.target_error is not None]
+        errors = [asked.target_error for asked in (self, other) if asked.target_error is not None]
         return Asked(
             ratios,
             round_to=min(self.round_to, other.round_to),

@@ -1,4 +1,4 @@
-"""What the channels that stay are made of: :class:`Fold`, linear maps that surgery multiplies into Q, K, V and O."""
+"""What the channels that stay are made of: :class:`ChannelMaps`, which surgery multiplies into Q, K, V and O."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Fold:
+class ChannelMaps:
     """Linear maps from the channels of a module to those that stay in it.
 
     Of every kept head, in ascending order, Q, K and V become ``A Q``, ``A K``, ``A V`` (weight and bias; ``A`` is a
     head's matrix for that projection), O becomes ``O B``, and O's bias gains ``O s``. Removing channels as they stand
     is the case in which every ``A`` picks rows of the identity, ``B`` the same columns, and ``s`` is zero.
 
-    Two folds are equal if all their numbers are.
+    Two of them are equal if all their numbers are.
 
     >>> eye = torch.eye(4, dtype=torch.float64)
-    >>> fold = Fold(q=(eye[:2],), k=(eye[:2],), v=(eye[1:],), o=eye[:, 1:])
-    >>> fold.shapes
+    >>> maps = ChannelMaps(q=(eye[:2],), k=(eye[:2],), v=(eye[1:],), o=eye[:, 1:])
+    >>> maps.shapes
     ((2, 4), (2, 4), (3, 4), (4, 3))
     """
 
@@ -51,7 +51,7 @@ class Fold:
     def __post_init__(self) -> None:
         dtype = self.o.dtype if self.o.dtype in _DTYPES.values() else torch.float64
         for key, value in (("q", self.q), ("k", self.k), ("v", self.v)):
-            object.__setattr__(self, key, tuple(_plain(one, dtype) for one in value))
+            object.__setattr__(self, key, tuple(_plain(matrix, dtype) for matrix in value))
         object.__setattr__(self, "o", _plain(self.o, dtype))
         if self.shift is not None:
             object.__setattr__(self, "shift", _plain(self.shift, dtype))
@@ -66,7 +66,7 @@ class Fold:
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes of all maps."""
-        return tuple(tuple(one.shape) for one in self.tensors)
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     def check(self, where: str, shapes: Sequence[Shape]) -> None:
         """Raises unless the shapes are these and every number is finite."""
@@ -74,15 +74,15 @@ class Fold:
             raise PlanFormatError(
                 f"{where}: fold", f"maps of shapes {_brief(shapes)}", _brief(self.shapes), "make the plan anew"
             )
-        if not all(bool(one.isfinite().all()) for one in self.tensors):
+        if not all(bool(tensor.isfinite().all()) for tensor in self.tensors):
             raise NonFiniteError(f"{where}: fold", "finite maps", "NaN or infinite ones", "make the plan anew")
 
-    def then(self, other: Fold, heads: Sequence[int]) -> Fold:
-        """This fold and then another, made for what this one leaves.
+    def then(self, other: ChannelMaps, heads: Sequence[int]) -> ChannelMaps:
+        """These maps and then others, made for what these leave.
 
         Args:
-            other: the later fold.
-            heads: for every head that ``other`` keeps, its place among the heads that this fold keeps.
+            other: the later maps.
+            heads: for every head that ``other`` keeps, its place among the heads that these maps keep.
         """
         dtype = torch.promote_types(self.o.dtype, other.o.dtype)
 
@@ -97,11 +97,12 @@ class Fold:
         if other.shift is not None:
             moved = product(self.o, other.shift)
             shift = moved if shift is None else shift + moved
-        return Fold(q, k, v, product(self.o, other.o), shift)
+        return ChannelMaps(q, k, v, product(self.o, other.o), shift)
 
     @cached_property
     def _bytes(self) -> bytes:
-        return b"".join(one.numpy().astype(one.numpy().dtype.newbyteorder("<")).tobytes() for one in self.tensors)
+        arrays = (tensor.numpy() for tensor in self.tensors)
+        return b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
 
     @cached_property
     def digest(self) -> str:
@@ -109,21 +110,23 @@ class Fold:
         return hashlib.sha256(repr(self.shapes).encode() + self._bytes).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fold) and self.digest == other.digest
+        return isinstance(other, ChannelMaps) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Fold({_brief(self.shapes)}; digest {self.digest[:12]})"
+        return f"ChannelMaps({_brief(self.shapes)}; digest {self.digest[:12]})"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping: all numbers in one base64 text, little-endian, row by row; the plan knows shapes."""
-        dtype = next(name for name, one in _DTYPES.items() if one == self.o.dtype)
+        dtype = next(name for name, known in _DTYPES.items() if known == self.o.dtype)
         return {"dtype": dtype, "shift": self.shift is not None, "data": base64.b64encode(self._bytes).decode()}
 
     @classmethod
-    def from_dict(cls, raw: object, where: str, qk: Sequence[Shape], vo: Sequence[Shape], o: tuple[int, int]) -> Fold:
+    def from_dict(
+        cls, raw: object, where: str, qk: Sequence[Shape], vo: Sequence[Shape], o: tuple[int, int]
+    ) -> ChannelMaps:
         """Reads :meth:`to_dict`'s mapping, trusting nothing; shapes are per kept head (kept channels, channels)."""
         found = fields.mapping(where, raw, {"dtype", "shift", "data"})
         name = fields.string(f"{where}.dtype", found["dtype"])

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import PlanMismatchError, UnknownUnitError
 from . import fields
-from .channel_maps import Fold, Shape
+from .channel_maps import ChannelMaps, Shape
 from .layout import KINDS, Kind, Projection
 from .spec import AttentionSpec
 
@@ -30,9 +30,9 @@ class LayerPlan:
     """Per head, the qk channels removed from it, ascending (empty for heads that go whole)."""
     vo: Channels = ()
     """Per head, the vo channels removed from it, ascending."""
-    fold: Fold | None = None
-    """Maps that turn and refit what stays; None where channels go as they stand. With a fold, the numbers above count
-    the directions of its basis, the one with the most energy first."""
+    fold: ChannelMaps | None = None
+    """Maps that rotate and refit what stays; None where channels go as they stand. With maps, the numbers above count
+    the directions of their basis, the one with the most energy first."""
 
     def __post_init__(self) -> None:
         none: Channels = ((),) * self.spec.heads
@@ -52,7 +52,7 @@ class LayerPlan:
             for head, (channels, dim) in enumerate(zip(removed, self.spec.dims(kind), strict=True)):
                 self._check(f"{kind} channel of head {head}", channels, dim, gone=head in self.heads)
         if self.fold is not None:
-            qk, vo, o = self.fold_shapes
+            qk, vo, o = self.map_shapes
             self.fold.check(self.spec.name, [*qk, *qk, *vo, o, *([(o[0],)] if self.fold.shift is not None else [])])
 
     def _check(self, what: str, removed: tuple[int, ...], count: int, gone: bool = False) -> None:
@@ -91,20 +91,20 @@ class LayerPlan:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing goes and nothing is turned."""
+        """Whether nothing goes and nothing is rotated."""
         return not (self.heads or any(self.qk) or any(self.vo) or self.fold)
 
     @property
-    def fold_shapes(self) -> tuple[list[Shape], list[Shape], tuple[int, int]]:
-        """The shapes of a fold's maps: per kept head those of Q and K, per kept head that of V, and that of O."""
+    def map_shapes(self) -> tuple[list[Shape], list[Shape], tuple[int, int]]:
+        """The shapes of the maps: per kept head those of Q and K, per kept head that of V, and that of O."""
         qk, vo = (
             [(len(self.kept(kind, head)), self.spec.dims(kind)[head]) for head in self.kept_heads] for kind in KINDS
         )
         return list(qk), list(vo), (sum(self.spec.vo_dims), sum(self.after.vo_dims))
 
     @cached_property
-    def maps(self) -> Fold:
-        """The fold, or for channels removed as they stand the one that picks those that stay."""
+    def maps(self) -> ChannelMaps:
+        """Those of :attr:`fold`, or for channels removed as they stand those that pick what stays."""
         if self.fold is not None:
             return self.fold
         picks = {
@@ -117,7 +117,7 @@ class LayerPlan:
         starts = [sum(self.spec.vo_dims[:head]) for head in range(self.spec.heads)]
         rows = [starts[head] + channel for head in self.kept_heads for channel in self.kept("vo", head)]
         o = torch.eye(sum(self.spec.vo_dims), device="cpu")[:, rows]
-        return Fold(tuple(picks["qk"]), tuple(picks["qk"]), tuple(picks["vo"]), o)
+        return ChannelMaps(tuple(picks["qk"]), tuple(picks["qk"]), tuple(picks["vo"]), o)
 
     @cached_property
     def after(self) -> AttentionSpec:
@@ -144,8 +144,8 @@ class LayerPlan:
                 kept = self.kept(kind, back[head])
                 removed[back[head]] |= {kept[channel] for channel in gone}
             channels[kind] = tuple(() if head in heads else tuple(sorted(these)) for head, these in enumerate(removed))
-        fold = self.maps.then(other.maps, other.kept_heads) if self.fold or other.fold else None
-        return LayerPlan(self.spec, tuple(heads), channels["qk"], channels["vo"], fold)
+        maps = self.maps.then(other.maps, other.kept_heads) if self.fold or other.fold else None
+        return LayerPlan(self.spec, tuple(heads), channels["qk"], channels["vo"], maps)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
@@ -164,15 +164,15 @@ class LayerPlan:
         spec = AttentionSpec.from_dict(found["spec"], f"{where}.spec")
         channels = {
             kind: tuple(
-                fields.integers(f"{where}.{kind}[{head}]", one)
-                for head, one in enumerate(fields.array(f"{where}.{kind}", found[kind], spec.heads))
+                fields.integers(f"{where}.{kind}[{head}]", listed)
+                for head, listed in enumerate(fields.array(f"{where}.{kind}", found[kind], spec.heads))
             )
             for kind in KINDS
         }
         plain = cls(spec, fields.integers(f"{where}.heads", found["heads"]), channels["qk"], channels["vo"])
         if found["fold"] is None:
             return plain
-        return replace(plain, fold=Fold.from_dict(found["fold"], f"{where}.fold", *plain.fold_shapes))
+        return replace(plain, fold=ChannelMaps.from_dict(found["fold"], f"{where}.fold", *plain.map_shapes))
 
 
 def difference(expected: AttentionSpec, found: AttentionSpec) -> None:

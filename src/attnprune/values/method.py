@@ -71,23 +71,18 @@ class Method:
 
     @property
     def rotated(self) -> bool:
-        """Whether heads are turned into another basis."""
+        """Whether heads are rotated into another basis."""
         return self.basis == "rotated"
 
     @property
-    def compensates(self) -> bool:
+    def refits(self) -> bool:
         """Whether what stays is refitted."""
         return self.compensate is True
 
     @property
-    def folds(self) -> bool:
-        """Whether anything is turned or refitted."""
-        return self.rotated or self.compensates
-
-    @property
-    def words(self) -> tuple[str, str]:
-        """Basis and compensation as a plan's file says them."""
-        return "rotated" if self.rotated else "channels", "yes" if self.compensates else "no"
+    def needs_maps(self) -> bool:
+        """Whether the plan holds maps: something is rotated or refitted."""
+        return self.rotated or self.refits
 
 
 def check_one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:

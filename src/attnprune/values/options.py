@@ -43,8 +43,8 @@ class _Scoring(TypedDict, total=False):
     """``"fixed"`` (the default): every projection loses its own ratio. ``"auto"``: the ratios' total is one budget of
     attention weights, and the method finds who bears it: qk or vo, which layer, which head."""
     basis: Basis
-    """``"channels"`` removes channels as they stand. ``"rotated"`` turns every head into the basis in which the fewest
-    directions carry the most, and removes directions; the result is plain Linears all the same. ``"auto"`` (the
+    """``"channels"`` removes channels as they stand. ``"rotated"`` rotates every head into the basis in which the
+    fewest directions carry the most, and removes directions; the result is plain Linears all the same. ``"auto"`` (the
     default): rotated if there are ``data`` (or a ``calibration``), channels are to go and no scorer is named."""
     loss_fn: LossFn | None
     """``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy (integer

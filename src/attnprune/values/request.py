@@ -164,12 +164,13 @@ class Request:
         if ratios is None:
             assert isinstance(amount, Ratios), "ratios of the plan are needed where none were asked for"
             ratios = amount
-        return Asked(
-            ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split, *self.decided.words,
+        asked = Asked(
+            ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split,
             round_to=rules.step, match_dims=rules.match_dims,
             target_error=amount.share if isinstance(amount, MaxError) else None,
             budget=amount if isinstance(amount, Budget) else None,
         )  # fmt: skip
+        return asked.by(self.decided)
 
 
 def _fields_of(

@@ -28,19 +28,19 @@ class AttentionSpec:
 
     name: str
     """Fully qualified name in the model."""
-    d_model: int
+    d_model: fields.Size
     """Width of what O writes."""
-    qk_dims: tuple[int, ...]
+    qk_dims: tuple[fields.Size, ...]
     """Channels of the dot product per head."""
-    vo_dims: tuple[int, ...]
+    vo_dims: tuple[fields.Size, ...]
     """Channels carried out per head."""
-    scale: float
+    scale: fields.Positive
     """What the logits are multiplied with before the softmax; data, never recomputed from a pruned dim."""
-    q_in: int
+    q_in: fields.Size
     """Width of what Q reads."""
-    k_in: int
+    k_in: fields.Size
     """Width of what K reads."""
-    v_in: int
+    v_in: fields.Size
     """Width of what V reads."""
     bias: tuple[bool, bool, bool, bool] = (True, True, True, True)
     """Whether Q, K, V, O have a bias."""
@@ -142,19 +142,7 @@ class AttentionSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
-        return {
-            "name": self.name,
-            "d_model": self.d_model,
-            "qk_dims": list(self.qk_dims),
-            "vo_dims": list(self.vo_dims),
-            "scale": self.scale,
-            "q_in": self.q_in,
-            "k_in": self.k_in,
-            "v_in": self.v_in,
-            "bias": list(self.bias),
-            "bias_kv": self.bias_kv,
-            "fused": self.fused,
-        }
+        return fields.to_dict(self)
 
     @classmethod
     def from_dict(cls, raw: object, where: str = "spec") -> AttentionSpec:
@@ -163,26 +151,9 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        keys = {"name", "d_model", "qk_dims", "vo_dims", "scale", "q_in", "k_in", "v_in", "bias", "bias_kv", "fused"}
-        found = fields.mapping(where, raw, keys)
-        q, k, v, o = (fields.boolean(f"{where}.bias", b) for b in fields.array(f"{where}.bias", found["bias"], 4))
-        qk_dims, vo_dims = (fields.integers(f"{where}.{key}", found[key], low=1) for key in ("qk_dims", "vo_dims"))
-        for key, dims in (("qk_dims", qk_dims), ("vo_dims", vo_dims)):
-            fields.integer(f"sum of {where}.{key}", sum(dims), low=1)
-        fields.integer(f"{where}: heads by vo_dims", len(vo_dims), low=len(qk_dims), high=len(qk_dims))
-        d_model, q_in, k_in, v_in = (
-            fields.integer(f"{where}.{key}", found[key], low=1) for key in ("d_model", "q_in", "k_in", "v_in")
-        )
-        return cls(
-            name=fields.string(f"{where}.name", found["name"]),
-            scale=fields.positive(f"{where}.scale", found["scale"]),
-            bias=(q, k, v, o),
-            bias_kv=fields.boolean(f"{where}.bias_kv", found["bias_kv"]),
-            fused=fields.boolean(f"{where}.fused", found["fused"]),
-            qk_dims=qk_dims,
-            vo_dims=vo_dims,
-            d_model=d_model,
-            q_in=q_in,
-            k_in=k_in,
-            v_in=v_in,
-        )
+        found = fields.checked(cls, raw, where)
+        heads = len(found["qk_dims"])
+        fields.integer(f"{where}: heads by vo_dims", len(found["vo_dims"]), low=heads, high=heads)
+        for key in ("qk_dims", "vo_dims"):
+            fields.integer(f"sum of {where}.{key}", sum(found[key]), low=1)
+        return cls(**found)

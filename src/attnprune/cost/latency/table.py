@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import fsum
 
 from ...errors import AttnPruneError, LatencyError
@@ -21,11 +21,11 @@ FORMAT, VERSION = "attnprune.latency", 1
 class Grid:
     """One kind of attention of a model in several shapes: every combination of heads, qk and vo channels."""
 
-    heads: tuple[int, ...]
+    heads: tuple[fields.Size, ...]
     """Numbers of heads, ascending, the dense one last."""
-    qk: tuple[int, ...]
-    vo: tuple[int, ...]
-    shares: tuple[float, ...]
+    qk: tuple[fields.Size, ...]
+    vo: tuple[fields.Size, ...]
+    shares: tuple[fields.From0, ...]
     """Time of one layer in every shape, as a share of the dense model's forward pass; vo varies fastest."""
 
     def dims(self, kind: Kind) -> tuple[int, ...]:
@@ -78,16 +78,16 @@ class LatencyTable:
 
     machine: Mapping[str, str]
     """What the figures hold for: device, processor, threads, versions, model and inputs."""
-    seconds: float
+    seconds: fields.Positive
     """Median seconds of a forward pass of the dense model."""
-    rest: float
+    rest: fields.From0
     """Share of everything but attention."""
     layers: tuple[tuple[str, int], ...]
     """By name, the number of the layer's grid."""
     grids: tuple[Grid, ...]
-    step: int
+    step: fields.Size
     """Channels of measured shapes are multiples of this."""
-    rounds: int
+    rounds: fields.Size
     """How many rounds were measured."""
 
     def grid(self, name: str) -> Grid:
@@ -128,7 +128,8 @@ class LatencyTable:
 
     def to_json(self) -> str:
         """JSON, keys sorted."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True, allow_nan=False)
+        whole = {"format": FORMAT, "version": VERSION, **fields.to_dict(self)}
+        return json.dumps(whole, sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> LatencyTable:
@@ -145,37 +146,19 @@ class LatencyTable:
 
     @classmethod
     def _read(cls, raw: object) -> LatencyTable:
-        keys = {"machine", "seconds", "rest", "layers", "grids", "step", "rounds"}
-        found = fields.mapping("file", raw, {"format", "version", *keys})
-        if found["format"] != FORMAT or fields.integer("version", found["version"]) != VERSION:
-            fields.fail("format", f"{FORMAT} of version {VERSION}", (found["format"], found["version"]))
-        if not isinstance(found["machine"], dict):
-            fields.fail("machine", "a mapping", found["machine"])
-        machine = {key: fields.string(f"machine.{key}", value) for key, value in found["machine"].items()}
-        grids = []
-        for i, one in enumerate(fields.array("grids", found["grids"])):
-            grid = fields.mapping(f"grids[{i}]", one, {"heads", "qk", "vo", "shares"})
-            axes = [fields.integers(f"grids[{i}].{axis}", grid[axis], low=1) for axis in ("heads", "qk", "vo")]
-            for axis in axes:
+        found = dict(raw) if isinstance(raw, dict) else {}
+        said = found.pop("format", None), found.pop("version", None)
+        if said != (FORMAT, VERSION) or isinstance(said[1], bool):
+            fields.fail("format", f"{FORMAT} of version {VERSION}", said)
+        table = fields.read(cls, found)
+        for i, grid in enumerate(table.grids):
+            for axis in (grid.heads, grid.qk, grid.vo):
                 if not axis or list(axis) != sorted(set(axis)):
                     fields.fail(f"grids[{i}]", "ascending levels", axis)
-            size = len(axes[0]) * len(axes[1]) * len(axes[2])
-            each = fields.array(f"grids[{i}].shares", grid["shares"], size)
-            shares = tuple(fields.number(f"grids[{i}].shares", value) for value in each)
-            if min(shares) < 0:
-                fields.fail(f"grids[{i}].shares", "numbers from 0", min(shares))
-            grids.append(Grid(axes[0], axes[1], axes[2], shares))
-        layers = []
-        for one in fields.array("layers", found["layers"]):
-            name, number = fields.array("layers[...]", one, 2)
-            number = fields.integer("layers[...]", number, high=len(grids) - 1)
-            layers.append((fields.string("layers[...]", name), number))
-        if len({name for name, _ in layers}) != len(layers):
-            fields.fail("layers", "each layer once", len(layers))
-        if found["rest"] != abs(fields.number("rest", found["rest"])):
-            fields.fail("rest", "a number from 0", found["rest"])
-        return cls(
-            machine, fields.positive("seconds", found["seconds"]), float(found["rest"]),
-            tuple(layers), tuple(grids), fields.integer("step", found["step"], low=1),
-            fields.integer("rounds", found["rounds"], low=1),
-        )  # fmt: skip
+            if (size := len(grid.heads) * len(grid.qk) * len(grid.vo)) != len(grid.shares):
+                fields.fail(f"grids[{i}].shares", f"a list of {size}", len(grid.shares))
+        for i, (_, number) in enumerate(table.layers):
+            fields.integer(f"layers[{i}]", number, high=len(table.grids) - 1)
+        if len({name for name, _ in table.layers}) != len(table.layers):
+            fields.fail("layers", "each layer once", len(table.layers))
+        return table

@@ -17,6 +17,7 @@ from ..base import Adapter, AttentionView
 from ..linears import is_linear
 from ..names import HEAD_DIM, HEADS, SCALE, K, Q, V, first, output_of, part_of
 from .forward import (
+    HFClosedSelfAttention,
     HFCrossAttention,
     HFEagerSelfAttention,
     HFLegacySelfAttention,
@@ -49,7 +50,7 @@ class HFEncoderAdapter(Adapter):
             return (HFEagerSelfAttention,)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
-        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention,)
+        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention)
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if _scale(view.module) is not None or not self.expresses(view, spec):
@@ -82,9 +83,9 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
     @staticmethod
     def _halves(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """The module that splits heads and its sibling's ``dense``."""
-        children = list(module.children())
-        if len(children) > 4 or len(children) < 2:
+        if not 2 <= len(module._modules) <= 4:
             return None
+        children = list(module.children())
         inner = [child for child in children if _splits(child) and output_of(child) is None]
         outer = [child.dense for child in children if is_linear(getattr(child, "dense", None))]
         if len(inner) != 1 or len(outer) != 1:
@@ -94,8 +95,9 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
 
 def _splits(module: nn.Module) -> bool:
     """Whether a module has projections for queries, keys and values, and a number of heads."""
-    parts = [part_of(module, names) for names in (Q, K, V)]
-    return None not in parts and first(HEADS + HEAD_DIM, module.__dict__) is not None
+    if any(part_of(module, names) is None for names in (Q, K, V)):
+        return False
+    return first(HEADS + HEAD_DIM, module.__dict__) is not None
 
 
 def _heads(module: nn.Module, q: nn.Module) -> int:

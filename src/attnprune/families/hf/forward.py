@@ -184,6 +184,15 @@ class HFSelfAttention(HFAttention):
         return self._attend(heads, attention_mask, **kwargs)
 
 
+class HFClosedSelfAttention(HFSelfAttention):
+    """The same where the host takes further arguments and does not hand them on: SigLIP's encoder in transformers 5."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(hidden_states, attention_mask, self._cache(args, kwargs))
+
+
 class HFCrossAttention(HFAttention):
     """Cross-attention: the decoder halves of BERT and RoBERTa in transformers 5."""
 

@@ -170,7 +170,7 @@ def _calls(view: AttentionView) -> Iterator[Call]:
 
         return mask
 
-    yield call("plain", need_weights=False)
+    yield call("plain inputs", need_weights=False)
     yield call("attention weights", need_weights=True)
     yield call("attention weights of every head", need_weights=True, average_attn_weights=False)
     yield call("large inputs", 1e4, 30.0, need_weights=False)

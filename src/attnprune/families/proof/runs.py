@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..calls import Call, fresh
+from ..calls import Call, fresh, positional
 
 
 def short(error: Exception) -> str:
@@ -91,6 +91,7 @@ def run(
         args = [_leaf(value, leaves, grads) for value in _taken(call.recorded, dtype)]
         if heads is not None and call.by_head is not None:
             arguments[call.by_head] = arguments[call.by_head].index_select(1, torch.tensor(heads))
+        args += [_leaf(value, leaves, grads) for value in positional(arguments)]
         kwargs = {name: _leaf(value, leaves, grads) for name, value in arguments.items()}
         with torch.set_grad_enabled(grads):
             outputs.append(host(*args, **kwargs))

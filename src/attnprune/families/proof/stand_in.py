@@ -15,6 +15,8 @@ from ..base import AttentionView
 from ..slots import Slot
 
 _PLAIN = (bool, int, float, str, type(None))
+_NAMES = ("training", "layer_idx", "_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
+"""Attributes that say where something is from, or have a place of their own."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -76,7 +78,7 @@ def _code(kind: type) -> Iterator[Any]:
 
 def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in attributes.items():
-        if type(value) in _PLAIN and key not in ("training", "layer_idx"):
+        if type(value) in _PLAIN and key not in _NAMES:
             yield key, repr(value)
 
 

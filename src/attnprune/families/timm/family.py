@@ -13,7 +13,7 @@ from ...nn import Decoupled, host_class
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import check_linear, is_linear, linear_of, may_attend, size_of, transposed
-from ..names import HEADS, first, output_of
+from ..names import HEADS, first, output_of, part_of
 from ..slots import Slot
 from .forward import DecoupledFusedAttention, calls_kernel
 
@@ -59,8 +59,7 @@ class FusedQKVAdapter(Adapter):
             return not self.classes or any(host.forward is one.forward for one in self.classes)
         if self.classes:
             return any(host.forward is one.forward for one in self.classes)
-        fused, output = _parts(module)
-        return fused is not None and output is not None and first(HEADS, module.__dict__) is not None
+        return None not in _parts(module) and first(HEADS, module.__dict__) is not None
 
     def view(self, name: str, module: Any) -> AttentionView:
         if isinstance(module, DecoupledFusedAttention):
@@ -130,5 +129,5 @@ class FusedQKVAdapter(Adapter):
 
 def _parts(module: nn.Module) -> tuple[Any, Any]:
     """The fused projection and O, as far as the module has them."""
-    fused = [module._modules[name] for name in FUSED if is_linear(module._modules.get(name))]
-    return (fused[0] if len(fused) == 1 else None), output_of(module)
+    fused = part_of(module, FUSED)
+    return (fused, output_of(module)) if is_linear(fused) else (None, None)

@@ -24,7 +24,7 @@ from .gradient import check_finite, listen, sample_gradients
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ...calibration.bases import Turn
+    from ...calibration.bases import HeadBases
 
 
 class Gate(Scorer):
@@ -43,8 +43,8 @@ class Gate(Scorer):
         metric: ``"output"``, ``"kl"`` or ``"auto"``, see :func:`attnprune.scorers.projection_loss`.
         seed: for the projections.
         centred: whether vo gates act on deviations from the mean, which O's bias keeps; where O has none they do not.
-        turns: by name, a basis for every head (:class:`attnprune.calibration.bases.Turn`) whose directions to score
-            instead of the channels.
+        bases: by name, a basis for every head (:class:`attnprune.calibration.bases.HeadBases`) whose directions to
+            score instead of the channels.
     """
 
     needs_data = True
@@ -55,12 +55,12 @@ class Gate(Scorer):
         metric: str = "auto",
         seed: int = 0,
         centred: bool = True,
-        turns: Mapping[str, Turn] | None = None,
+        bases: Mapping[str, HeadBases] | None = None,
     ) -> None:
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise OptionError("Gate: samples", "a whole number of at least 1, or None", repr(samples), "use None")
         projection_loss(seed, metric)  # checks the metric
-        self.samples, self.metric, self.seed, self.centred, self.turns = samples, metric, seed, centred, turns or {}
+        self.samples, self.metric, self.seed, self.centred, self.bases = samples, metric, seed, centred, bases or {}
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Gate(Scorer):
         evidence = {**evidence, "data": self._some(evidence.get("data")), "loss_fn": loss_fn}
         with as_called(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
             switch = torch.zeros((), device=device_of(model), requires_grad=True)
-            taps = [_Gates(view, switch, self.turns.get(view.name)) for view in tapped]
+            taps = [_Gates(view, switch, self.bases.get(view.name)) for view in tapped]
             for tap in taps:
                 tap.listen(hooks)
             count = sample_gradients(model, taps, switch, self.name, **evidence)
@@ -130,9 +130,9 @@ _SUMS = (
 class _Gates:
     """The gates of one attention: listens to Q's output and O's input."""
 
-    def __init__(self, view: AttentionView, switch: Tensor, turn: Turn | None) -> None:
+    def __init__(self, view: AttentionView, switch: Tensor, bases: HeadBases | None) -> None:
         self.view, self.switch = view, switch
-        self.maps: dict[Kind, list[tuple[Tensor, Tensor]]] = {} if turn is None else _maps(turn, switch.device)
+        self.maps: dict[Kind, list[tuple[Tensor, Tensor]]] = {} if bases is None else _maps(bases, switch.device)
         spec = view.spec
         self.qk = torch.zeros(sum(spec.qk_dims), device="cpu", dtype=torch.float64)
         vo, heads = sum(spec.vo_dims), spec.heads
@@ -164,17 +164,17 @@ class _Gates:
 
     def _queries(self, x: Tensor, grad: Tensor) -> None:
         exact = torch.promote_types(x.dtype, torch.float32)
-        x, grad = self._turned("qk", x.to(exact), grad.to(exact))
+        x, grad = self._rotated("qk", x.to(exact), grad.to(exact))
         self.q.append((x * grad).reshape(len(x), -1, x.shape[-1]).sum(1).double().cpu())
 
     def _contexts(self, x: Tensor, grad: Tensor) -> None:
         exact = torch.promote_types(x.dtype, torch.float32)
-        x, grad = self._turned("vo", x.to(exact), grad.to(exact))
-        x, grad = (one.reshape(len(one), -1, one.shape[-1]) for one in (x, grad))
+        x, grad = self._rotated("vo", x.to(exact), grad.to(exact))
+        x, grad = (part.reshape(len(part), -1, part.shape[-1]) for part in (x, grad))
         self.c.append(((x * grad).sum(1).double().cpu(), grad.sum(1).double().cpu()))
 
-    def _turned(self, kind: Kind, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Channels (last dimension) and their gradients in the basis of the turns: ``x' = A x``, ``g' = A^-T g``."""
+    def _rotated(self, kind: Kind, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Channels (last dimension) and their gradients in the basis of every head: ``x' = A x``, ``g' = A^-T g``."""
         if kind not in self.maps:
             return x, grad
         return _by_head(x, self.maps[kind], 0), _by_head(grad, self.maps[kind], 1)
@@ -209,7 +209,7 @@ class _Gates:
     def scores(self, count: int, centred: bool) -> Scores:
         kept = centred and self.view.spec.bias[3]  # without a bias of O, the mean goes with the channel
         m = self.total / max(self.tokens, 1) if kept else torch.zeros_like(self.total)
-        m, _ = self._turned("vo", m, m)
+        m, _ = self._rotated("vo", m, m)
         vo = (self.products - 2 * m * self.crossed + m * m * self.plain).clamp_min(0) / count
         heads = []
         for head, span in enumerate(self.view.spans("vo")):
@@ -220,12 +220,12 @@ class _Gates:
         return Scores(of["qk"], of["vo"], torch.stack(heads).clamp_min(0) / count)
 
 
-def _maps(turn: Turn, device: torch.device) -> dict[Kind, list[tuple[Tensor, Tensor]]]:
+def _maps(bases: HeadBases, device: torch.device) -> dict[Kind, list[tuple[Tensor, Tensor]]]:
     """Per kind the two maps of every head, in stored order."""
-    order = turn.spec.layout.order
+    order = bases.spec.layout.order
     return {
-        kind: [(bases[head].first.to(device), bases[head].second.to(device)) for head in order]
-        for kind, bases in turn.bases.items()
+        kind: [(by_head[head].first.to(device), by_head[head].second.to(device)) for head in order]
+        for kind, by_head in bases.by_kind.items()
     }
 
 

@@ -1,0 +1,62 @@
+"""What a report says beside the plan: how attention runs, notes, measured latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from warnings import warn
+
+from torch import nn
+
+from ..errors import AttnPruneWarning
+from ..families.base import AttentionView
+from ..surgery import Surgeon
+from ..values.plan import Plan
+from ..values.spec import AttentionSpec
+from .report import Measured
+
+
+def ways_of(views: Sequence[AttentionView], plan: Plan) -> dict[str, str]:
+    """By name, how every attention that changes will run."""
+    return {view.name: _way(view, plan[view.name].after) for view in views if not plan[view.name].empty}
+
+
+def _way(view: AttentionView, after: AttentionSpec) -> str:
+    """How an attention will run, and for the expanded way why."""
+    way = view.way(after)
+    if way != "expanded" or view.verdict is None:
+        return str(way)
+    why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
+    return f"expanded: {why or 'no forward of ours is known for it'}"
+
+
+def missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
+    """A note where measured latency is more than 3 % above what was asked for."""
+    budget = None if plan.asked is None else plan.asked.budget
+    if budget is None or budget.resource != "latency" or latency is None or latency.ratio <= 1.03 * budget.share:
+        return ()
+    return (
+        f"measured latency x {latency.ratio:.3f} is above the target x {budget.share:.3f}; on a quieter machine, or "
+        "with attnprune.latency.measure(..., seconds=) of more, predictions are better",
+    )
+
+
+def measured(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any) -> Measured:
+    """Measured latency, and a warning where it rose."""
+    from ..cost.latency import measure_plan, slower_because
+
+    found = Measured(*measure_plan(model, surgeon, example_inputs))
+    if found.ratio > 1 and not plan.empty:
+        why = "; ".join(slower_because(plan, found.seconds[0]))
+        warn(
+            f"The pruned model takes {found.ratio:.3f} of the dense one's time: {why}.", AttnPruneWarning, stacklevel=3
+        )
+    return found
+
+
+def notes_of(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
+    """Where a rotated basis was asked for and a family keeps some channels as they stand."""
+    if plan.asked is None or "rotated" not in plan.asked.basis:
+        return ()
+    reasons = dict.fromkeys((kind, why) for view in views for kind, why in view.fixed.items())
+    return tuple(f"{kind} keeps its own channels instead of a rotated basis: {why}" for kind, why in reasons)
