@@ -423,7 +423,7 @@ class TimmAttention(Timm):
     )
 
     def build(self, heads: int, mask: str, fused: bool, **config: Any) -> nn.Module:
-        attention = timm_module("timm.layers").Attention
+        attention = timm_module("timm.models.vision_transformer").Attention
         layers = [attention(24, heads, **config) for _ in range(2)]
         for layer in layers:
             layer.fused_attn = fused

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import attnprune
 from attnprune import apply_plan, make_plan, prune_attention
+from attnprune.families.registry import all_views
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 4}
 PLANS: dict[str, dict[str, Any]] = {
@@ -50,11 +51,12 @@ def test_classes_stay_where_the_host_can_run_the_result() -> None:
     for kind, stock in (("stock", True), ("heads", True), ("decoupled", False), ("ragged", False)):
         model = vit()
         before = [type(m) for m in model.modules()]
-        host = type(model.layers[0].attention)
+        hosts = [type(view.module) for view in all_views(model)]
         apply_plan(model, plan_for(model, kind))
         assert ([type(m) for m in model.modules()] == before) == stock
-        assert all(isinstance(layer.attention, host) for layer in model.layers)
-        assert all(type(layer.attention.q_proj) is nn.Linear for layer in model.layers)
+        views = all_views(model)
+        assert all(isinstance(view.module, host) for view, host in zip(views, hosts, strict=True))
+        assert all(type(view.owner("q")) is nn.Linear for view in views)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without:UserWarning")
@@ -66,7 +68,7 @@ def test_kernels_agree(kind: str) -> None:
     with torch.no_grad():
         expected = model(image()).last_hidden_state
         for kernel in ("sdpa", "flex_attention"):
-            model.set_attn_implementation(kernel)
+            model.config._attn_implementation = kernel
             with torch.compiler.set_stance("force_eager"):  # flex would be compiled for minutes
                 found = model(image())
             assert (found.last_hidden_state - expected).abs().max() < 1e-5
@@ -171,10 +173,11 @@ def test_pruning_a_bfloat16_model() -> None:
 def test_prune_heads_as_in_transformers_4() -> None:
     """Layer numbers or names, on any model."""
     model = vit()
-    report = attnprune.prune_heads(model, {0: [1, 3], "layers.1.attention": [0]})
+    first, second = all_views(model)
+    report = attnprune.prune_heads(model, {0: [1, 3], second.name: [0]})
     assert [layer.after.heads for layer in report.layers] == [2, 3]
-    assert model.layers[0].attention.num_attention_heads == 2
-    assert model.layers[0].attention.q_proj.weight.shape == (16, 32)
+    assert first.module.num_attention_heads == 2
+    assert first.owner("q").weight.shape == (16, 32)
 
 
 def test_training_goes_on() -> None:
