@@ -274,7 +274,7 @@ def budgets(plan: Plan, ratios: Ratios, rule: Rules) -> list[tuple[float, int, i
     return found
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=150)
 @given(spec_lists(), rules, shares, shares, seeds, st.booleans())
 def test_asked_is_kept(
     specs: list[AttentionSpec], rule: Rules, qk: float, vo: float, seed: int, negative: bool
@@ -341,7 +341,7 @@ def reachable(specs: Sequence[AttentionSpec], ratios: Ratios, rule: Rules) -> bo
     )
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(spec_lists(ragged=False), rules, shares, shares, seeds, st.randoms(use_true_random=False))
 def test_order(specs: list[AttentionSpec], rule: Rules, qk: float, vo: float, seed: int, shuffle: Any) -> None:
     """A permutation of heads, or of channels inside a head, permutes the plan and nothing else."""
@@ -377,7 +377,7 @@ def permuted(spec: AttentionSpec, scores: Scores, shuffle: Any) -> tuple[Scores,
     return Scores(moved["qk"], moved["vo"], scores.head[heads]), heads, inner
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(spec_lists(ragged=False), shares, seeds)
 def test_lower_scores_go_first(specs: list[AttentionSpec], share: float, seed: int) -> None:
     """In every head what goes scores lower than what stays; with ragged heads, in all heads of one size together."""

@@ -45,7 +45,7 @@ def groups_of(costs: st.SearchStrategy[Any]) -> st.SearchStrategy[list[list[Choi
     return st.lists(st.lists(st.builds(Choice, losses, costs), min_size=1, max_size=5), min_size=1, max_size=4)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(groups_of(st.integers(0, 40)), st.integers(0, 120))
 def test_whole_costs_give_the_optimum(groups: list[list[Choice]], budget: int) -> None:
     best, chosen = brute(groups, budget), choose(groups, budget)
@@ -55,7 +55,7 @@ def test_whole_costs_give_the_optimum(groups: list[list[Choice]], budget: int) -
         assert (loss, -cost) == best
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(groups_of(st.floats(0, 1)), st.floats(0, 4))
 def test_other_costs_keep_the_budget_and_lose_no_more_than_with_a_little_less(
     groups: list[list[Choice]], budget: float
@@ -169,7 +169,7 @@ def table_for(specs: list[AttentionSpec], seed: int, rest: float = 0.4) -> Laten
     return LatencyTable({}, 1.0, rest, tuple((one.name, i) for i, one in enumerate(specs)), tuple(grids), 1, 3)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(
     st.integers(0, 999),
     st.sampled_from(["params", "macs", "latency"]),
@@ -237,7 +237,7 @@ def test_prices_are_what_specs_hold(bias: Any, bias_kv: bool) -> None:
     assert one.parameters - after.parameters == freed
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.integers(0, 999), st.floats(0.55, 0.95), st.sampled_from(["channel", "head", "joint"]), st.sampled_from([1, 2]),
     st.booleans(),

@@ -46,7 +46,7 @@ def same(one: Calibration, other: Calibration, tolerance: float = 1e-9) -> None:
                 torch.testing.assert_close(a.scatter, b.scatter, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 9), min_size=1, max_size=5))
 def test_moments_of_parts_merge_to_those_of_the_whole(seed: int, sizes: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)

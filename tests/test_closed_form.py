@@ -142,7 +142,7 @@ def random_covariance(generator: torch.Generator, dim: int, rank: int | None = N
     return factor @ factor.T / factor.shape[1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 9))
 def test_best_basis_loses_the_discarded_energy_and_nothing_loses_less(seed: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -262,7 +262,7 @@ def test_a_constant_added_to_all_keys_changes_no_softmax_and_no_basis() -> None:
         torch.testing.assert_close(mine.energy, other.energy, rtol=1e-9, atol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_refits_are_least_squares(seed: int) -> None:
     """No other map fits better, by a margin that the ridge explains."""

@@ -33,7 +33,7 @@ from .families import FAMILIES
 
 attend_module = importlib.import_module("attnprune.nn.attend")  # the package has a function of this name
 MODES = list(itertools.product(("head", "channel", "joint"), ("local", "global"), ("uniform", "ragged")))
-CASES = int(os.environ.get("ATTNPRUNE_CASES", "8"))  # for every family and mode
+CASES = int(os.environ.get("ATTNPRUNE_CASES", "5"))  # for every family and mode
 seeds = st.integers(0, 10_000)
 ratios = st.sampled_from([0.0, 0.2, 0.4, 0.5, 0.6, 0.75, 0.8])
 
@@ -64,7 +64,7 @@ def test_exact(name: str, mode: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exact_in_float32(name: str) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(seed=seeds, ratio=ratios, mode=st.sampled_from(MODES), case=st.integers(0, len(family(name).cases()) - 1))
     def check(seed: int, ratio: float, mode: tuple[str, str, str], case: int) -> None:
         granularity, scope, heads = mode
@@ -121,7 +121,7 @@ def head_by_head(
     return torch.cat(contexts, dim=-1)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(
     seed=seeds, dims=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
     batch=st.integers(1, 3), queries=st.integers(1, 7), keys=st.integers(1, 7), alike=st.integers(1, 3),
@@ -173,7 +173,7 @@ def test_gradients_where_a_query_attends_to_nothing() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     dims=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=6), pairs=st.integers(1, 50),
     call=st.integers(0, 2000), multiple=st.sampled_from([1, 4, 8]),
@@ -284,8 +284,7 @@ def test_places_found_in_inference_mode_serve_training() -> None:
     def kernel(q: Tensor, k: Tensor, v: Tensor, _: object) -> tuple[Tensor, None]:
         return F.scaled_dot_product_attention(q, k, v), None
 
-    layout = HeadLayout(qk=(5, 2), vo=(3, 4))
-    attend_module._places.cache_clear()
+    layout = HeadLayout(qk=(5, 2), vo=(3, 4))  # dims that no other test has, so that nothing is kept of them
     with torch.inference_mode():
         attend(*torch.randn(3, 1, 4, 7), layout, kernel)
     x = torch.randn(1, 4, 7, requires_grad=True)

@@ -48,7 +48,7 @@ def test_measured_shapes_are_as_measured_and_others_between_them() -> None:
     assert table().predict([spec("a", 2, 4, 8)]) == pytest.approx(1 - (0.1 - 0.02)), "layers without a spec stay dense"
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.data())
 def test_interpolation_stays_between_the_neighbours(data: st.DataObject) -> None:
     axes = [tuple(sorted(data.draw(st.sets(st.integers(1, 12), min_size=1, max_size=4)))) for _ in range(3)]

@@ -181,7 +181,7 @@ def test_golden_has_every_kind_of_removal() -> None:
 # round trip
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(plans())
 def test_round_trip(plan: Plan) -> None:
     text = plan.to_json()
@@ -441,7 +441,7 @@ def test_bit_flips() -> None:
 # then
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(chains())
 def test_then_is_associative(chain: list[Plan]) -> None:
     a, b, c = chain
@@ -450,7 +450,7 @@ def test_then_is_associative(chain: list[Plan]) -> None:
     assert left.layers == right.layers
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(chains())
 def test_then_removes_what_both_remove(chain: list[Plan]) -> None:
     first, second = chain[:2]
@@ -470,7 +470,7 @@ def test_then_removes_what_both_remove(chain: list[Plan]) -> None:
             assert {head: list(both[name].kept(kind, head)) for head in both[name].kept_heads} == left
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(plans())
 def test_an_empty_plan_is_neutral(plan: Plan) -> None:
     nothing = Plan(())

@@ -45,6 +45,8 @@ CHANGES = {
     "a residual": ("out", "out = out + hidden_states"),
     "the output negated": ("out", "out = -out"),
 }
+REFUSED = {"values of the next head": "its heads do not lie one after the other"}
+"""What has no heads of its own to remove."""
 TEMPLATE = """
 def forward(self, hidden_states, attention_mask=None, **kwargs):
     B, T, _ = hidden_states.shape
@@ -160,7 +162,11 @@ def test_no_forward_is_silently_another(changes: list[str], ratios: Any, heads: 
 @pytest.mark.parametrize("name", sorted(CHANGES))
 def test_every_change_is_seen(name: str) -> None:
     """A forward of ours takes the place of none of them; each has its reason."""
-    (view, *_) = Survey(host_of([name])()).views
+    survey = Survey(host_of([name])())
+    if name in REFUSED:
+        assert REFUSED[name] in survey.why[""]
+        return
+    (view,) = survey.views
     verdict = view.verdict
     assert verdict is not None
     assert verdict.decoupled is None, name
@@ -169,7 +175,7 @@ def test_every_change_is_seen(name: str) -> None:
 
 
 def test_what_may_turn_is_proven() -> None:
-    fixed = {name: set(Survey(host_of([name])()).views[0].fixed) for name in CHANGES}
+    fixed = {name: set(Survey(host_of([name])()).views[0].fixed) for name in CHANGES if name not in REFUSED}
     assert fixed["values doubled"] == set()
     assert fixed["a residual"] == set()
     assert fixed["queries rotated by place"] == {"qk"}

@@ -91,7 +91,7 @@ def test_other_words_are_refused() -> None:
 # matched dims
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.integers(0, 99),
     st.lists(st.sampled_from([4, 6, 8]), min_size=1, max_size=3),
