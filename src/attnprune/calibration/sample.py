@@ -64,7 +64,7 @@ class Sample:
     @property
     def samples(self) -> int:
         """How many samples are run."""
-        return _size(self.example_inputs if self.example_inputs is not None else first_of(self._first))
+        return samples_in(self.example_inputs if self.example_inputs is not None else first_of(self._first))
 
     def run(self, model: nn.Module) -> Any:
         """The model's output, in evaluation mode and without gradients; the model is left as found."""
@@ -79,7 +79,7 @@ class Sample:
         """Runs the model, whatever it raises about the inputs: that is said where they are needed."""
         try:
             return self.run(model) if self.given else None
-        except Exception:
+        except Exception:  # the result is verified with the same inputs, and the report says why it could not be
             return None
 
 
@@ -110,26 +110,27 @@ def _called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, at any depth."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(batch, (tuple, list)):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
-def _size(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor."""
-    first = next(_tensors(batch), None)
+def samples_in(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor, at any depth; 1 if there is none."""
+    first = next(tensors_in(batch), None)
     return len(first) if first is not None and first.dim() else 1
 
 
 def first_of(batch: Any, most: int = MOST) -> Any:
     """The first samples of a batch whose tensors all have the samples first; others whole."""
-    tensors = list(_tensors(batch))
+    tensors = list(tensors_in(batch))
     if any(not x.dim() or len(x) != len(tensors[0]) or x.is_nested for x in tensors) or not tensors:
         return batch
     return _cut(batch, most)

@@ -13,6 +13,7 @@ from ...calibration.batches import device_of
 from ...calibration.losses import projection_loss
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
+from ...calibration.sample import samples_in
 from ...errors import OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
@@ -96,30 +97,13 @@ def _spread(data: Iterable[Any], samples: int) -> Iterator[Any]:
     seen = 0
     for i, batch in enumerate(data):
         if not i:
-            batches = min(max(count, 1), -(-samples // max(_size(batch), 1)))
+            batches = min(max(count, 1), -(-samples // max(samples_in(batch), 1)))
             wanted = {int((j + 0.5) * count / batches) for j in range(batches)}
         if not count or i in wanted:
             yield batch
-            seen += _size(batch)
+            seen += samples_in(batch)
         if (not count and seen >= samples) or (count and i >= max(wanted)):
             return
-
-
-def _size(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor, at any depth; 1 if there is none."""
-    found = next(_tensors(batch), None)
-    return len(found) if found is not None and found.dim() else 1
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from _tensors(value)
 
 
 _SUMS = (
