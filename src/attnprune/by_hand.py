@@ -80,7 +80,8 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
                 where, found = f"{view.name}: {kind}", repr(lists)[:60]
                 raise UnknownUnitError(where, "a list of channels for every head", found, "write [[0, 3], [], ...]")
             if len(lists) != view.spec.kv_heads:
-                expected = f"one list for each of {view.spec.kv_heads} (key) heads"
+                word = "key heads" if view.spec.heads > view.spec.kv_heads else "heads"
+                expected = f"one list for each of {view.spec.kv_heads} {word}"
                 raise UnknownUnitError(f"{view.name}: {kind}", expected, f"{len(lists)} lists", "give empty ones too")
             removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
         layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))

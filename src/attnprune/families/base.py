@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +11,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import DataError
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.decoupled import State
-from ..nn.rotary import pairs_of
-from ..values.layout import KIND_OF, KINDS, PROJECTIONS, Kind, Projection
+from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
 from .calls import Call, calls_of
 from .linears import Small
 from .slots import Port, Slot
+from .states import Numbers, next_state, numbers_known, telling
 from .ways import EVERY, Verdict, Way
-
-Numbers = Mapping[Kind, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,49 +254,27 @@ class AttentionView:
         module = self.module
         spec = self.spec if spec is None else spec
         state = self.next_state(spec, kept)._replace(packed=packed)
-        if mixin.tells_channels:
-            state = self._telling(state, spec, self.numbers if numbers is None else numbers)
+        if mixin.tells(host_class(module)):
+            state = telling(state, self.state, self.spec, spec, self.numbers if numbers is None else numbers)
         module.__class__ = decoupled_class(mixin, host_class(module))
         module.attnprune_state = state  # type: ignore[assignment]
 
     @property
     def numbers(self) -> Numbers:
         """Of each kind, per key head, the dense numbers of its channels, as far as the module tells them apart."""
-        state = self.state
-        if state is not None and state.expanded is not None:
-            found: Numbers = state.expanded.numbers
-            return found
-        if state is not None and state.numbers is not None:
-            known: Numbers = state.numbers
-            return known
-        return {kind: tuple(tuple(range(dim)) for dim in self.spec.dims(kind)) for kind in KINDS}
+        return numbers_known(self.state, self.spec)
 
     @property
     def tells_channels(self) -> bool:
         """Whether it matters for a file of the module which of the dense channels are left."""
         return self.runs_expanded or (self.state is not None and self.state.numbers is not None)
 
-    def _telling(self, state: State, spec: AttentionSpec, numbers: Numbers) -> State:
-        before = self.state
-        width = before.pairs.width if before and before.pairs else max(self.spec.rotary_dims)
-        pairs = None
-        if spec.rotary != "none":
-            pairs = pairs_of(spec.rotary, width, spec.rotary_dims, numbers["qk"])
-        dense = before.dense_qk if before and before.dense_qk else self.spec.qk_dim
-        return state._replace(numbers=dict(numbers), pairs=pairs, dense_qk=dense)
-
     def next_state(self, spec: AttentionSpec, kept: Sequence[int] | None = None) -> State:
         """What the module will know once it has this shape."""
         before = self.state
-        numbers = before.kept if before else tuple(range(self.spec.heads))
-        dense = before.dense_heads if before else self.spec.heads
-        shares = before.groups if before else self.spec.groups[0]
-        still = numbers if kept is None else tuple(numbers[head] for head in kept)
-        fixed = self.fixed
         stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
-        return State(
-            spec.layout, spec.scale, dense, still, stock=stock, fixed=fixed, heads=tuple(sorted(self.heads_may_go)),
-            groups=shares,
+        return next_state(
+            before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=sorted(self.heads_may_go)
         )  # fmt: skip
 
 
@@ -372,20 +346,7 @@ class Adapter(ABC):
             args: its positional arguments.
             kwargs: its keyword arguments.
         """
-        forward = inspect.signature(inspect.unwrap(host_class(view.module).forward))
-        bound = forward.bind_partial(view.module, *args, **kwargs).arguments
-        mask = bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask"))
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-            found = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise DataError(
-                f"{view.name}: attention_mask",
-                "a tensor (batch, keys) or (batch, heads, queries, keys)",
-                found,
-                'calibrate with the "sdpa" or "eager" attention implementation',
-            )
-        return linears.may_attend(mask)
+        return linears.attended(view.name, view.module, args, kwargs)
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""

@@ -13,8 +13,9 @@ from ..nn.expanded import Expanded, expand
 from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
-from .base import Adapter, AttentionView, Numbers
+from .base import Adapter, AttentionView
 from .slots import Slot
+from .states import Numbers
 
 
 class Expansion(NamedTuple):

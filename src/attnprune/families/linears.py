@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, WrappedModelError
-from ..nn.decoupled import State
+from ..errors import AdapterError, DataError, WrappedModelError
+from ..nn.decoupled import State, host_class
 from ..nn.rotary import Pairs
 from ..values.layout import PROJECTIONS, HeadLayout, Projection
 from ..values.spec import AttentionSpec
@@ -146,6 +147,24 @@ def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear.weight = weight
     linear.bias = bias  # type: ignore[assignment]
     return linear
+
+
+def attended(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Which keys each query may attend to in a call of a module, by its ``attention_mask``."""
+    forward = inspect.signature(inspect.unwrap(host_class(module).forward))
+    bound = forward.bind_partial(module, *args, **kwargs).arguments
+    mask = bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask"))
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        found = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise DataError(
+            f"{name}: attention_mask",
+            "a tensor (batch, keys) or (batch, heads, queries, keys)",
+            found,
+            'calibrate with the "sdpa" or "eager" attention implementation',
+        )
+    return may_attend(mask)
 
 
 def may_attend(mask: Tensor) -> Tensor:

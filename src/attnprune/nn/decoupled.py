@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -49,8 +49,10 @@ class Decoupled(nn.Module):
 
     attnprune_state: State
 
-    tells_channels: ClassVar[bool] = False
-    """Whether the forward needs to know which of the dense model's channels are left."""
+    @classmethod
+    def tells(cls, host: type[Any]) -> bool:
+        """Whether the forward needs to know which of the dense model's channels are left."""
+        return False
 
     @classmethod
     def facts(cls, host: type[Any]) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def _best(
     targets: Sequence[float],
     rules: Rules,
 ) -> list[LayerPlan]:
-    layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
+    layers = [Layer(spec, scores[spec.name], rules, costs.prices.get(spec.name)) for spec in specs]
     for group, target in zip(groups_of(specs, rules.scope), targets, strict=True):
         options = [(i, found) for i in group for found in _options(layers[i], costs, rules)]
         now = fsum(found[0].choice.cost for _, found in options)  # the first option is what the layer has now

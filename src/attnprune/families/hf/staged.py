@@ -48,6 +48,8 @@ class Roles(NamedTuple):
     """Attributes with the norms of queries and keys."""
     passed: tuple[tuple[str, str], ...]
     """Keywords of the attention function, and the attributes with their values."""
+    hands_on: bool
+    """Whether the attention function is told whether weights are asked for, and its answer is handed on."""
 
 
 def roles_of(host: type[Any]) -> Roles:
@@ -64,6 +66,7 @@ def roles_of(host: type[Any]) -> Roles:
         first(CACHES, names),
         next((pair for pair in NORMS if pair[0] in code.co_names and pair[1] in code.co_names), None),
         tuple((key, name) for key, name in passed if name is not None),
+        "output_attentions" in words,
     )
 
 
@@ -77,12 +80,17 @@ class HFStaged(HFAttention):
 
     norm_first: ClassVar[bool] = True
     """Whether queries and keys are normalised before they are rotated."""
-    tells_channels: ClassVar[bool] = True
     _roles: ClassVar[Roles]
 
     @classmethod
     def facts(cls, host: type[Any]) -> dict[str, Any]:
-        return {"_parts": describe(host), "_roles": roles_of(host)}
+        parts, roles = describe(host), roles_of(host)
+        return {"_parts": parts._replace(asks=parts.asks and not roles.hands_on), "_roles": roles}
+
+    @classmethod
+    def tells(cls, host: type[Any]) -> bool:
+        roles = roles_of(host)
+        return roles.angles is not None or roles.norms is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         roles = self._roles

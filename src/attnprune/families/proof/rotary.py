@@ -1,4 +1,4 @@
-"""Which channels a rotary embedding rotates together, found by rotating them: :func:`rotary_of`."""
+"""Whether channels of a head may be mixed, and which a rotary embedding rotates together: found by doing it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...values.layout import Kind
 from ...values.spec import Rotary
 from ..calls import ANGLES, Arguments, Call
 from .stand_in import StandIn
@@ -102,6 +103,26 @@ def _rotate(stand_in: StandIn, style: Rotary, turned: int) -> None:
                 channels = slot.cut(slot.parameter.detach())[start:stop]
                 flat = channels.reshape(dim, prod(channels.shape[1:]))
                 channels.copy_((matrix.to(flat.dtype) @ flat).view_as(channels))
+
+
+def mix(stand_in: StandIn, kind: Kind) -> None:
+    """Mixes the channels of a key head, and of its query heads, by a random invertible map that changes no product."""
+    view, layout = stand_in.view, stand_in.view.spec.layout
+    key = min(1, view.spec.kv_heads - 1)
+    dim = layout.dims(kind)[key]
+    dtype = next(iter(view.slots.values())).parameter.dtype
+    noise = torch.randn(dim, dim, generator=torch.Generator("cpu").manual_seed(9), dtype=dtype)
+    matrix = 0.3 * noise + torch.eye(dim, dtype=dtype)
+    dual = torch.linalg.inv(matrix).mT
+    for name, slot in view.slots.items():
+        side = name.split(".")[0]
+        if side not in tuple(kind):
+            continue
+        for head in [key] if side in ("k", "v") else layout.queries(key):
+            start, stop = layout.span(view.side(name), head)
+            channels = slot.cut(slot.parameter.detach())[start:stop]
+            mixed = (matrix if side == kind[0] else dual) @ channels.reshape(dim, -1)
+            channels.copy_(mixed.view_as(channels))
 
 
 def _pairs(style: Rotary, turned: int) -> Iterator[tuple[int, int]]:

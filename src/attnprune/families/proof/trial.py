@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn import Decoupled
+from ...nn import Decoupled, host_class
 from ...values.layout import KINDS, Kind
 from ...values.spec import AttentionSpec, Rotary
-from ..calls import PLACE, Call, Signature
+from ..calls import CACHES, PLACE, Call, Signature
 from ..expansion import expand_view, joints, numbers_left
 from ..ways import Verdict
 from .removal import Removal
-from .rotary import rotary_of
+from .rotary import mix, rotary_of
 from .runs import Result, Softmax, run, short, tensors, with_dropout, without_dropout
 from .stand_in import StandIn
 
@@ -59,6 +59,8 @@ class Trial:
         names = Signature(self.stand_in.host).names
         if PLACE in names and PLACE not in seen:  # a wrapper that hands on all it gets, whatever its family gives
             return []
+        if self.view.module.__dict__.get("layer_idx", 0) is None:  # no place in a cache: it takes none
+            seen |= {*CACHES}
         return [name for name in names if name not in seen]
 
     def verdict(self) -> Verdict:
@@ -91,7 +93,8 @@ class Trial:
             self.reasons["expanded"] = "its projections are not modules of their own"
         if "expanded" in ways and decoupled is None and "stock" not in ways and not self._heads_lie():
             ways.pop("expanded")
-        fixed = {} if decoupled is not None and not decoupled.tells_channels else self._fixed()
+        plain = decoupled is not None and not decoupled.tells(host_class(self.view.module))
+        fixed = {} if plain else self._fixed()
         heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
         return Verdict(
             "stock" in ways, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons),
@@ -388,7 +391,7 @@ class Trial:
         found: dict[Kind, str] = {}
         for kind in KINDS:
             with torch.no_grad():
-                self._rotate(kind)
+                mix(self.stand_in, kind)
             turned = self._outputs(calls)
             pairs = zip(calls, turned, expected, strict=True)
             if not all(self._alike("rotate", replace(c, rounding=1e3 * c.rounding), a, b) for c, a, b in pairs):
@@ -396,21 +399,3 @@ class Trial:
             expected = turned
         self.reasons.pop("rotate", None)
         return found
-
-    def _rotate(self, kind: Kind) -> None:
-        """Turns a head that is left by a random invertible map."""
-        layout = self.view.spec.layout
-        head = min(1, self.view.spec.kv_heads - 1)
-        dim = layout.dims(kind)[head]
-        noise = torch.randn(dim, dim, generator=torch.Generator("cpu").manual_seed(9), dtype=self.dtype)
-        matrix = 0.3 * noise + torch.eye(dim, dtype=self.dtype)
-        dual = torch.linalg.inv(matrix).mT
-        first, second = kind  # its two projections
-        for key in self.view.slots:
-            side = key.split(".")[0]
-            if side not in (first, second):
-                continue
-            for own in [head] if side in "kv" else layout.queries(head):
-                channels = self._channels(key, own)
-                turned = (matrix if side == first else dual) @ channels.reshape(dim, -1)
-                channels.copy_(turned.view_as(channels))
