@@ -25,7 +25,7 @@ from .forward import (
     describe,
     parameters_of,
 )
-from .staged import HFStaged, HFStagedNormLast, roles_of, shares_keys
+from .staged import HFStaged, HFStagedByPair, HFStagedNormLast, roles_of, shares_keys
 
 
 class HFEncoderAdapter(Adapter):
@@ -51,7 +51,8 @@ class HFEncoderAdapter(Adapter):
             return (HFEagerSelfAttention,)
         roles = roles_of(host)
         if roles.angles or roles.norms or roles.source == "key_value_states" or view.spec.layout.grouped:
-            return (HFStaged, HFStagedNormLast) if roles.norms else (HFStaged,)
+            last, pairs = (HFStagedNormLast,) * bool(roles.norms), (HFStagedByPair,) * bool(roles.angles)
+            return (HFStaged, *last, *pairs)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
         return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention)

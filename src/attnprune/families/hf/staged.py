@@ -93,6 +93,8 @@ class HFStaged(HFAttention):
 
     norm_first: ClassVar[bool] = True
     """Whether queries and keys are normalised before they are rotated."""
+    by_pair: ClassVar[bool] = False
+    """Whether rotary tables have an angle for each pair of neighbours in their first half."""
     _roles: ClassVar[Roles]
 
     @classmethod
@@ -161,6 +163,7 @@ class HFStaged(HFAttention):
         if angles is not None:
             cos, sin = angles
             pairs = self.attnprune_state.pairs
+            pairs = pairs._replace(by_pair=True) if self.by_pair else pairs
             q, k = (x.float() if self._roles.upcasts else x for x in (heads.q, heads.k))
             q, k = (x.to(heads.q.dtype) for x in rotated(q, k, cos, sin, heads.layout, pairs))
             heads = heads._replace(q=q, k=k) if keys else heads._replace(q=q)
@@ -212,6 +215,12 @@ class HFStagedNormLast(HFStaged):
     """The same where queries and keys are rotated first, then normalised."""
 
     norm_first = False
+
+
+class HFStagedByPair(HFStaged):
+    """The same where neighbours are rotated by tables that have an angle for each pair: GLM."""
+
+    by_pair = True
 
 
 def _of_queries(x: Tensor, layout: HeadLayout, side: Projection) -> Tensor:
