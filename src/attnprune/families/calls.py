@@ -103,16 +103,16 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
         return []
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
     # what an argument that may be missing may still have to be
-    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), MASKS):
-        inputs = _Inputs(signature, spec, more)
-        if more and not inputs.optional:
-            continue
-        try:
-            found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
-            host(*positional(found), **found)
-        except Exception:  # the next one, then
-            continue
-        return list(_variants(signature, spec, inputs))
+    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS):
+        for inputs in (_Inputs(signature, spec, more), _Inputs(signature, spec, more, by_pair=True)):
+            if (more and not inputs.optional) or (inputs.by_pair and inputs.angles is None):
+                continue
+            try:
+                found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
+                host(*positional(found), **found)
+            except Exception:  # the next one, then
+                continue
+            return list(_variants(signature, spec, inputs))
     return [Call("plain inputs", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
 
 
@@ -144,10 +144,13 @@ class _Inputs:
         signature: what the host takes.
         spec: the attention.
         more: names of arguments to give although they may be missing.
+        by_pair: whether rotary tables have one angle for each pair of channels.
     """
 
-    def __init__(self, signature: Signature, spec: AttentionSpec, more: Sequence[str]) -> None:
-        self.width = rotary_width(signature.host, spec)
+    def __init__(
+        self, signature: Signature, spec: AttentionSpec, more: Sequence[str], *, by_pair: bool = False
+    ) -> None:
+        self.by_pair, self.width = by_pair, rotary_width(signature.host, spec) // (2 if by_pair else 1)
         self.spec, self.hidden, self.required = spec, signature.names[0], signature.required
         self.key, self.value = (
             name if name in signature.required else None for name in (signature.first(KEYS), signature.first(VALUES))
@@ -160,6 +163,7 @@ class _Inputs:
             self.source = signature.first(SOURCES)
         self.angles = next((name for name in (*signature.required, *wanted) if name in ANGLES), None)
         self.places = next((name for name in wanted if name in PLACES), None)
+        self.positions = next((name for name in wanted if name in POSITIONS), None)
 
     def __call__(
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
@@ -181,6 +185,8 @@ class _Inputs:
             found[self.angles] = (turn.cos(), turn.sin())
         if self.places is not None:
             found[self.places] = torch.arange(tokens, device="cpu")
+        if self.positions is not None:
+            found[self.positions] = _positions(found[self.hidden])
         if self.padding is not None:
             found[self.padding] = torch.ones(batch, self.keys(found), dtype=torch.long, device="cpu")
         return {**dict.fromkeys(self.required), **found}

@@ -40,7 +40,7 @@ def rotary_of(stand_in: StandIn, call: Call, same: Callable[[Call, Sequence[Call
                 structured, width = _structured(call, style)
                 if same(structured, [lambda: _rotate(stand_in, "none", 0)]):
                     return "none", 0
-                for turned in dict.fromkeys([width or dim, dim, dim // 2, dim // 4, 3 * dim // 4]):
+                for turned in dict.fromkeys([width or dim, 2 * width, dim, dim // 2, dim // 4, 3 * dim // 4]):
                     rotate = lambda style=style, turned=turned: _rotate(stand_in, style, turned)  # noqa: E731
                     if turned and turned % 2 == 0 and turned <= dim and same(structured, [rotate]):
                         return style, turned
