@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...nn.attend import Kernel
@@ -85,7 +86,7 @@ def _rotary_code(forward: Any) -> Iterator[tuple[str, ...]]:
 
 def shares_keys(layout: HeadLayout) -> bool:
     """Whether an attention function can share keys among query heads by itself: equal heads in groups of one size."""
-    return layout.uniform and len(set(layout.groups)) == 1 and layout.qk[0] == layout.vo[0]
+    return layout.uniform and len(set(layout.groups)) == 1
 
 
 class HFStaged(HFAttention):
@@ -191,13 +192,15 @@ class HFStaged(HFAttention):
         layout = heads.layout
         if not layout.grouped:
             return super()._finish(heads, kernel, plain)
+        qk, vo = layout.qk[0], layout.vo[0]
+        wide = max(qk, vo)  # fused kernels want equal dims: zeros change no product
         q, k, v = (
-            x.view(*x.shape[:-1], -1, dim).transpose(1, 2)
-            for x, dim in ((heads.q, layout.qk[0]), (heads.k, layout.qk[0]), (heads.v, layout.vo[0]))
+            F.pad(x.view(*x.shape[:-1], -1, dim), (0, wide - dim)).transpose(1, 2)
+            for x, dim in ((heads.q, qk), (heads.k, qk), (heads.v, vo))
         )
         context, weights = kernel(q, k, v, layout.buckets[0])
         o = self._parts.o
-        context = context.transpose(1, 2).flatten(2)
+        context = context[..., :vo].transpose(1, 2).flatten(2)
         return context if o is None else getattr(self, o)(context), weights
 
     def _repeated(self, heads: Projected) -> Projected:
