@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from attnprune.errors import CheckpointError, OptionError, StateDictError, Wrapp
 
 from .conformance import close, family, fresh, inputs
 from .families import FAMILIES
+from .selection import examples, spread
 
 DATA = Path(__file__).parent / "data" / "model_v1"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, for the same sums to the last bit
@@ -68,7 +68,7 @@ def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
     dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
     sizes = st.sampled_from(["5GB", 3000, "1KB"])
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=examples(10), deadline=None)
     @given(st.integers(0, cases - 1), st.sampled_from(sorted(WAYS)), dtypes, sizes, st.booleans(), st.integers(0, 99))
     def check(case: int, way: str, dtype: torch.dtype, size: Any, meta: bool, seed: int) -> None:
         model, folder = pruned(name, case, way, dtype, seed), tmp_path_factory.mktemp("saved")
@@ -95,9 +95,9 @@ def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
 
 def test_a_fresh_process_loads_every_family_and_way(tmp_path: Path) -> None:
     """Into dense models with other weights, built there; equal in all bits, and in what they give."""
-    names, kinds = list(FAMILIES), [torch.float64, torch.float32, torch.bfloat16]
+    kinds = [torch.float64, torch.float32, torch.bfloat16]
     expected, jobs = {}, []
-    for i, (name, way) in enumerate(itertools.product(names, WAYS)):
+    for i, (name, way) in enumerate(spread(FAMILIES, WAYS)):
         case = i % len(family(name).cases())
         model = pruned(name, case, way, kinds[i % 3], i)
         save_pruned(model, tmp_path / f"{name}-{way}", max_shard_size=("5GB", 3000)[i % 2])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +30,10 @@ from attnprune.errors import (
     WrappedModelError,
 )
 from attnprune.integrations.accelerate import AcceleratedPruner
+
+from .processes import in_two_processes, together
+
+pytestmark = together
 
 
 def build() -> nn.TransformerEncoder:
@@ -257,7 +261,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: Any) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    in_two_processes(worker, str(folder))
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 

@@ -204,11 +204,11 @@ def test_all_or_nothing(name: str, mapped: bool) -> None:
         data = [{k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs(name, 0).items()}]
         plan = make_plan(model, 0.5, data=data, heads="ragged", progress=False)
     before = snapshot(model)
-    at, step = 1, 7
+    at, step = 1, 7 if ALL else 37
     while commit_with_fault(Surgeon.prepare(model, views, plan), at):
         assert same(before, snapshot(model)), f"fault at line {at}"
         at += step
-    assert at > 10 * step, "too few steps to be a test"
+    assert at > 10 * step, "too few lines to be a test"
     assert not same(before, snapshot(model))
 
 
