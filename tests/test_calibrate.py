@@ -28,7 +28,7 @@ from attnprune.errors import CalibrationError, DataError, NonFiniteError
 
 from .conformance import fresh, inputs
 from .families import FAMILIES
-from .processes import in_two_processes, together
+from .processes import forked, in_processes
 
 
 def batches(name: str, case: int, seeds: range) -> list[dict[str, Any]]:
@@ -260,7 +260,6 @@ def test_kinds_that_must_not_be_mixed_keep_their_channels_and_the_report_says_so
 
 
 def _one_of_two(rank: int, meet: str, out: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
     model = fresh("ViT", 0)
     found = calibrate(model, batches("ViT", 0, range(rank * 2, rank * 2 + 2)), progress=False).reduce()
@@ -268,9 +267,9 @@ def _one_of_two(rank: int, meet: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@together
+@forked
 def test_two_processes_know_together_what_one_knows_alone(tmp_path: Path) -> None:
-    in_two_processes(_one_of_two, str(tmp_path / "meet"), str(tmp_path / "out"))
+    in_processes(2, _one_of_two, str(tmp_path / "meet"), str(tmp_path / "out"))
     whole = calibrate(fresh("ViT", 0), batches("ViT", 0, range(4)), progress=False)
     for rank in range(2):
         same(Calibration.from_state_dict(torch.load(tmp_path / f"out{rank}")), whole, 1e-8)

@@ -31,9 +31,9 @@ from attnprune.errors import (
 )
 from attnprune.integrations.accelerate import AcceleratedPruner
 
-from .processes import in_two_processes, together
+from .processes import forked, in_processes
 
-pytestmark = together
+pytestmark = forked
 
 
 def build() -> nn.TransformerEncoder:
@@ -249,7 +249,6 @@ PARTS = (ddp, own_gradients, one_saw_nothing, shared_data, shared_scores, with_p
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {part.__name__: part(rank) for part in PARTS}
     found["accelerated"] = accelerated(rank, folder)
@@ -261,7 +260,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: Any) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("two")
-    in_two_processes(worker, str(folder))
+    in_processes(2, worker, str(folder))
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 

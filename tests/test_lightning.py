@@ -22,7 +22,7 @@ from attnprune import AttentionPruner, find_attention
 from attnprune.errors import CheckpointError, OptionError, WrappedModelError
 from attnprune.integrations.lightning import PruningCallback, _check_strategy, restore_shapes
 
-from .processes import in_two_processes, together
+from .processes import forked, in_processes
 
 EMAWeightAveraging: Any = getattr(callbacks, "EMAWeightAveraging", None)  # since Lightning 2.6
 pytestmark = [
@@ -209,7 +209,6 @@ def test_training_is_that_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
 
 
 def one_of_two(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     trainer, module, pruner = build(Path(folder), strategy="ddp", devices=2, num_sanity_val_steps=0)
     trainer.fit(module, Batches(batches()[rank::2]), batches(1))
@@ -226,12 +225,12 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
-@together
+@forked
 def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = Net()
     pruner = by_hand(expected)
-    in_two_processes(one_of_two, str(tmp_path), find_free_network_port())
+    in_processes(2, one_of_two, str(tmp_path), find_free_network_port())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert first["done"]
