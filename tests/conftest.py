@@ -43,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
 
 
+def pytest_itemcollected(item: Any) -> None:
+    """All that is tried on one family of models runs in one process: there it is built, and proven, once."""
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    if isinstance(name, str):
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.hookimpl(trylast=True)  # of what -k left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what only ``make test-all`` runs."""

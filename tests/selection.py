@@ -17,15 +17,15 @@ def examples(number: int) -> int:
     return number if ALL else -(-number // 3)
 
 
-def spread(*axes: Iterable[Case]) -> list[tuple[Case, ...]]:
-    """Combinations of one value of each axis: every value at least once, or all of them.
+def spread(*axes: Iterable[Case], strength: int = 1) -> list[tuple[Case, ...]]:
+    """Combinations of one value of each axis: every value at least once (or every pair of values), or all of them.
 
     >>> found = spread("abc", "xy")
     >>> ALL or found == [("a", "x"), ("b", "y"), ("c", "x")]
     True
     """
     product = list(itertools.product(*axes))
-    return product if ALL else covering({case: dict(enumerate(case)) for case in product}, 1)
+    return product if ALL else covering({case: dict(enumerate(case)) for case in product}, strength)
 
 
 def covering(cases: Mapping[Case, Mapping[object, Hashable]], strength: int) -> list[Case]:

@@ -286,8 +286,8 @@ def test_what_does_not_fit_is_refused() -> None:
     assert make_plan(model, 0.5, calibration=by_heads, compensate=False)
     with pytest.raises(CalibrationError, match="Merge"):
         by_heads.merge(calibrate(model, data, progress=False))
-    other = calibrate(fresh("ViT", 2), batches("ViT", 2, range(1)), progress=False)
-    with pytest.raises(CalibrationError, match="3 heads"):
+    other = calibrate(fresh("ViT", 1), batches("ViT", 1, range(1)), progress=False)
+    with pytest.raises(CalibrationError, match="[23] heads"):
         make_plan(model, 0.5, calibration=other)
     with pytest.raises(DataError, match="none"):
         calibrate(model, [], progress=False)
