@@ -5,12 +5,13 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures test-exact fuzz bench bench-streaming
+.PHONY: help demo test lint types unit docs pictures test-all test-exact fuzz bench bench-streaming
 .PHONY: test-compat test-latest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
-	@echo "make test         lint, types, tests, doctests, documentation"
+	@echo "make test         lint, types, tests, doctests, documentation; of long products of cases a covering part"
+	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
@@ -30,7 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-test: lint types docs unit
+test: lint
+	$(MAKE) -j 2 unit types docs  # types, then documentation, beside the tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,8 +51,12 @@ pictures: $(STAMP)
 	$(BIN)/python examples/pictures.py
 	$(BIN)/python docs/house.py
 
+# All of what tests/selection.py and the markers in tests/conftest.py leave out of make test.
+test-all test-exact test-compat test-latest test-oldest: export ATTNPRUNE_ALL = 1
+test-all: unit
+
 test-exact: $(STAMP)
-	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS)
+	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS) --dist loadgroup
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_files
@@ -93,7 +99,7 @@ test-latest:
 	.venv-latest/bin/pip install -q -U --upgrade-strategy eager $(TORCH) -e ".[dev]"
 	.venv-latest/bin/pip install -q -U --no-deps timm
 	.venv-latest/bin/pip list
-	.venv-latest/bin/pytest -n $(JOBS)
+	.venv-latest/bin/pytest -n $(JOBS) --dist loadgroup
 
 # The oldest that pyproject.toml allows, or TORCH=torch==2.13.0 where that torch cannot be had.
 OLDEST = tests/test_compat.py tests/test_recognised.py tests/test_hosts.py tests/test_mha.py tests/test_hf.py \

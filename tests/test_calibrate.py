@@ -287,7 +287,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(CalibrationError, match="Merge"):
         by_heads.merge(calibrate(model, data, progress=False))
     other = calibrate(fresh("ViT", 1), batches("ViT", 1, range(1)), progress=False)
-    with pytest.raises(CalibrationError, match="[23] heads"):
+    with pytest.raises(CalibrationError, match=r"[23] heads"):
         make_plan(model, 0.5, calibration=other)
     with pytest.raises(DataError, match="none"):
         calibrate(model, [], progress=False)
