@@ -43,6 +43,21 @@ def encoder() -> Built:
     return model, {"src": torch.randn(2, 6, 24)}, frozenset({"src"})
 
 
+class SelfAttention(nn.Module):
+    """Attention and nothing else: the least to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(24, 4, batch_first=True)
+
+    def forward(self, src: Tensor) -> Tensor:
+        return self.inner(src, src, src, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+def attention() -> Built:
+    return SelfAttention(), {"src": torch.randn(2, 6, 24)}, frozenset({"src"})
+
+
 def bert() -> Built:
     config = transformers.BertConfig(**SMALL, vocab_size=20, max_position_embeddings=32)
     mask = torch.ones(2, 6, dtype=torch.long)
@@ -51,7 +66,9 @@ def bert() -> Built:
     return transformers.BertModel(config, add_pooling_layer=False), inputs, frozenset(inputs)
 
 
-MODELS: dict[str, Callable[[], Built]] = {"AST": ast, "ViT": vit, "TransformerEncoder": encoder, "BERT": bert}
+MODELS: dict[str, Callable[[], Built]] = {
+    "AST": ast, "ViT": vit, "TransformerEncoder": encoder, "BERT": bert, "attention": attention,
+}  # fmt: skip
 PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "uniform": (0.5, {"scope": "local"}),
     "decoupled": ({"qk": 2 / 3, "vo": 1 / 3}, {"scope": "local"}),
@@ -163,9 +180,10 @@ def test_compile_without_a_graph_break(name: str, plan: str) -> None:
     assert counter.frame_count == 1  # other sizes do not compile again
 
 
-@few
 @pytest.mark.parametrize("how", get_args(Execution))
-@pytest.mark.parametrize("name", ["AST", "TransformerEncoder"])
+@pytest.mark.parametrize(
+    "name", ["attention", *(pytest.param(name, marks=pytest.mark.long) for name in ("AST", "TransformerEncoder"))]
+)
 def test_every_layout_compiles_without_a_graph_break(name: str, how: Any) -> None:
     model, inputs, _ = pruned(name, "ragged")
     expected = run(model, inputs)
