@@ -255,10 +255,9 @@ def test_the_operator_holds_what_operators_promise() -> None:
     torch.library.opcheck(torch.ops.attnprune.attention, (q, k, v, [5, 3, 5, 3, 5, 6], mask, False, 0.5))
 
 
-def test_compile_more_layers_of_other_shapes_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_more_layers_of_other_shapes_than_the_limit() -> None:
     """One graph for a whole model; one for each layer where layers are compiled one by one and the limit allows it."""
     number = 4
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", number - 1)
     layer = nn.TransformerEncoderLayer(64, 4, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, number, enable_nested_tensor=False).eval()
     prune_attention(model, 0.5, heads="ragged", scorer="random")
@@ -266,7 +265,7 @@ def test_compile_more_layers_of_other_shapes_than_the_limit(monkeypatch: pytest.
     assert len(shapes) == number
     x, counter = torch.randn(2, 5, 64), CompileCounter()
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch._dynamo.config.patch(recompile_limit=number - 1), torch.no_grad():
         expected = model(x)
         close(torch.compile(model, fullgraph=True, backend=counter)(x), expected)
         assert counter.frame_count == 1
