@@ -344,7 +344,6 @@ def test_check_family_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Decoupled, "head_rows", lambda self, mask, bucket: mask * 0.5)
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).double()
     mask = torch.randn(5, 5, dtype=torch.float64)
-    attnprune.families.proof.verdict._KNOWN.clear()
+    monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})
     with pytest.raises((AssertionError, AttnPruneError)):
         attnprune.testing.check_family(model, (torch.randn(2, 5, 16, dtype=torch.float64), mask), plans=2)
-    attnprune.families.proof.verdict._KNOWN.clear()
