@@ -91,10 +91,13 @@ def test_shapes(name: str) -> None:
                 continue
             linears = view.linears
             assert linears is not None
-            qk, vo = sum(layer.after.qk_dims), sum(layer.after.vo_dims)
-            shapes = {"q": (qk, view.spec.q_in), "k": (qk, view.spec.k_in), "v": (vo, view.spec.v_in)}
+            after = layer.after
+            key_of = [key for key, count in enumerate(after.groups) for _ in range(count)]
+            q, o = (sum(dims[key] for key in key_of) for dims in (after.qk_dims, after.vo_dims))
+            k, v = sum(after.qk_dims), sum(after.vo_dims)
+            shapes = {"q": (q, view.spec.q_in), "k": (k, view.spec.k_in), "v": (v, view.spec.v_in)}
             for p, linear in linears.items():
-                out_features, in_features = shapes.get(p, (view.spec.d_model, vo))
+                out_features, in_features = shapes.get(p, (view.spec.d_model, o))
                 assert linear.weight.shape == (out_features, in_features)
                 assert (linear.out_features, linear.in_features) == (out_features, in_features)
                 for tensor in (linear.weight, linear.bias):
