@@ -140,7 +140,7 @@ class Survey:
 
 
 def _judged(view: AttentionView, verdict: Verdict) -> AttentionView:
-    return replace(view, verdict=verdict, spec=verdict.told(view.spec))
+    return replace(view.lying(verdict.order), verdict=verdict, spec=verdict.told(view.spec))
 
 
 def _plain(view: AttentionView) -> bool:
