@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -157,6 +158,26 @@ def check_linear(where: str, module: Any) -> None:
 def is_linear(module: Any) -> bool:
     """Whether a module may be a projection: an nn.Linear, or what stands in for one."""
     return isinstance(module, nn.Module) and (hasattr(module, "out_features") or transposed(module))
+
+
+def computes_linear(module: nn.Linear) -> bool:
+    """Whether an nn.Linear's forward, or a subclass's, makes of weight and bias alone what nn.Linear does."""
+    kind = host_class(module)
+    if kind.forward is nn.Linear.forward:
+        return True
+    own = {key for key in module._buffers if not key.startswith("attnprune")}
+    if own or module._modules or not {*module._parameters} <= {"weight", "bias"}:
+        return False
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=()):
+        usual = nn.Linear(3, 2, bias=module.bias is not None, dtype=torch.float64)
+        x, probe = torch.randn(2, 4, 3, dtype=torch.float64), copy.copy(usual)
+        object.__setattr__(probe, "__class__", kind)
+        probe.__dict__.update({key: value for key, value in module.__dict__.items() if key not in usual.__dict__})
+        try:
+            found = [probe.train(mode)(x) for mode in (True, False)]
+            return all(torch.allclose(one, usual(x), rtol=1e-10, atol=1e-12) for one in found)
+        except Exception:  # whatever a class raises that is more than a Linear
+            return False
 
 
 def transposed(module: Any) -> bool:
