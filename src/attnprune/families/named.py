@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, TypedDict
 
 from torch import nn
@@ -68,13 +67,11 @@ class NamedAdapter(Adapter):
         if letters not in WHOLE:
             faults.append(f"parts {', '.join(sorted(letters)) or 'none'}")
         faults += [f"{key}={given[key]!r}" for key in sorted(letters) if not isinstance(given[key], str)]
-        faults += [] if "heads" in given else ["no heads"]
-        for key, types in (("heads", (str, int)), ("kv_heads", (str, int)), ("scale", (str, int, float))):
+        faults += ["no heads"] if given.get("heads") is None else []
+        for key, number in (("heads", int), ("kv_heads", int), ("scale", float)):
             value = given.get(key)
-            wrong = (
-                not isinstance(value, types) or isinstance(value, bool) or (not isinstance(value, str) and value <= 0)
-            )
-            faults += [f"{key}={value!r}"] if value is not None and wrong else []
+            if value is not None and type(value) is not str and not (type(value) in (int, number) and value > 0):
+                faults.append(f"{key}={value!r}")
         fused = next((key for key in sorted(letters) if len(key) > 1), None)
         if given.get("order") is not None:
             try:
@@ -95,12 +92,15 @@ class NamedAdapter(Adapter):
         return issubclass(host_class(module), self.kind)
 
     def view(self, name: str, module: nn.Module) -> AttentionView:
-        numbers = {"heads": self.heads, "kv_heads": self.kv_heads, "scale": self.scale}
-        found = {key: self._found(name, module, one) if isinstance(one, str) else one for key, one in numbers.items()}
+        heads, kv_heads, scale = (self._found(name, module, one) for one in (self.heads, self.kv_heads, self.scale))
         parts = {letters: self._found(name, module, path) for letters, path in self.projections}
-        return self.of_linears(name, module, **found, order=self.order, **parts)
+        return self.of_linears(
+            name, module, heads=heads, kv_heads=kv_heads, scale=scale, order=self.order, **parts
+        )  # fmt: skip
 
-    def _found(self, name: str, module: nn.Module, path: str) -> Any:
+    def _found(self, name: str, module: nn.Module, path: str | float | None) -> Any:
+        if not isinstance(path, str):
+            return path
         holder: Any = module
         for word in path.split("."):
             inside, holder = holder, getattr(holder, word, None)
@@ -128,7 +128,7 @@ class NamedAdapter(Adapter):
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if self.scale is not None or not self.expresses(view, spec):
             return 1.0
-        return view.spec.scale * spec.qk_dim**0.5
+        return float(view.spec.scale * spec.qk_dim**0.5)
 
 
 def _holder(module: nn.Module, path: str | int | None) -> nn.Module | None:
@@ -136,5 +136,7 @@ def _holder(module: nn.Module, path: str | int | None) -> nn.Module | None:
     if not isinstance(path, str):
         return None
     *words, last = path.split(".")
-    holder = reduce(lambda one, word: getattr(one, word, None), words, module)
+    holder: Any = module
+    for word in words:
+        holder = getattr(holder, word, None)
     return holder if isinstance(holder, nn.Module) and last in holder.__dict__ else None

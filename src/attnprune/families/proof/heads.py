@@ -42,42 +42,46 @@ class Heads:
         free = not self._matters("k", zero[0]) or not self._matters("v", zero[0])
         return free and all(self._read_alone(key) for key in keys if key not in zero)
 
-    def in_order(self) -> bool:
+    def in_order(self, strictly: bool) -> bool:
         """Whether queries, keys and values are what the view says, head by head, and none is another.
 
-        Keys of a head without queries matter to nobody, nor do values that O does not read (a norm over all heads
-        couples one of the two), but values of a head without queries do; keys and values of a head that O reads alone
-        matter; and a query changes its own token only, which a key does not.
+        A query changes its own token only, keys and values others too. Keys of a head without queries matter to nobody,
+        values do. Values that O does not read matter to nobody. Keys and values of a head that O reads alone matter.
+
+        Args:
+            strictly: both of the sentences about nobody hold; else one does, as a norm may couple what the other keeps
+                apart.
         """
         keys = self.view.spec.kv_heads
         some = {0, 1, keys // 2 - 1, keys // 2, keys - 2, keys - 1}
-        return all(self._apart(key) for key in sorted(some) if 0 <= key < keys) and self._queries_first()
+        return all(self._apart(key, strictly) for key in sorted(some) if 0 <= key < keys)
 
-    def _apart(self, key: int) -> bool:
-        with self._zeroed("q", self.layout.queries(key)):
+    def _apart(self, key: int, strictly: bool) -> bool:
+        own = self.layout.queries(key)
+        tokens = [self._tokens(p, head) for p, head in (("q", own[0]), ("k", key), ("v", key))]  # type: ignore[arg-type]
+        if any(tokens) and tokens[0] >= min(tokens[1:]):
+            return False
+        with self._zeroed("q", own):
             if not self._matters("v", key):
                 return False
-            free = not self._matters("k", key)
-        if not free:
-            with self._zeroed("o", self.layout.queries(key)):
+            with self._zeroed("o", self._others(key)):
+                free = not self._matters("k", key)
+        if free == strictly:
+            with self._zeroed("o", own):
                 free = not self._matters("v", key)
         return free and self._read_alone(key)
 
-    def _queries_first(self) -> bool:
-        """Whether queries of one token change what O reads for fewer tokens than keys do, or for as many."""
+    def _tokens(self, projection: Projection, head: int) -> int:
+        """For how many tokens O reads something else where a head of the first token is another; 0 if none is seen."""
         if not self.view.called:
-            return True
-        return self._tokens("q") <= self._tokens("k")
-
-    def _tokens(self, projection: Projection) -> int:
-        """For how many tokens O reads something else where the first token's queries, or keys, are others."""
+            return 0
         read: list[Tensor] = []
-        first, last = self.layout.span(projection, 0)
+        first, last = self.layout.span(projection, head)
 
         def other(module: object, inputs: object, channels: Tensor) -> Tensor:
             new = channels.clone()
-            token = new[(0,) * (new.dim() - 1)]
-            token[first:last] = torch.linspace(1, 2, last - first, dtype=new.dtype)
+            token = new[(0,) * (new.dim() - 1)][first:last]
+            token += torch.linspace(1, 2, last - first, dtype=new.dtype)
             return new
 
         handles = [self.view.port("o").listen(lambda module, inputs, channels: read.append(channels.detach()))]
@@ -88,14 +92,15 @@ class Heads:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(read) != 2:
-            return 0
-        return int((read[0] != read[1]).any(-1).sum())
+        return int((read[0] != read[1]).any(-1).sum()) if len(read) == 2 else 0
+
+    def _others(self, key: int) -> list[int]:
+        """Query heads of the other key heads."""
+        return [head for head, own in enumerate(self.layout.key_of) if own != key]
 
     def _read_alone(self, key: int) -> bool:
         """Whether keys, and values, of a key head change the output where O reads no other heads than its own."""
-        others = [head for head, own in enumerate(self.layout.key_of) if own != key]
-        with self._zeroed("o", others):
+        with self._zeroed("o", self._others(key)):
             return self._matters("k", key) and self._matters("v", key)
 
     def _matters(self, projection: Projection, head: int) -> bool:

@@ -134,10 +134,9 @@ class Trial:
 
     def _find_order(self) -> None:
         """Takes the first order of the view's in which its heads lie; without one that of the view."""
-        for order in self.view.orders:
-            if self._heads(self.view.lying(order)).in_order():
-                self.order = order
-                break
+        tries = [(order, strictly) for strictly in (True, False) for order in self.view.orders]
+        found = (o for o, strictly in tries if self._heads(self.view.lying(o)).in_order(strictly))
+        self.order = next(found, "")
         self._told(self.view.spec)
 
     def _heads(self, view: AttentionView) -> Heads:
