@@ -259,7 +259,7 @@ class AttentionView:
         """
         module, spec = self.module, self.spec if spec is None else spec
         state = self.next_state(spec, kept)._replace(packed=packed)
-        if mixin.tells(host_class(module)):
+        if mixin.tells_channels(host_class(module)):
             state = telling(state, self.state, self.spec, spec, self.numbers if numbers is None else numbers)
         module.__class__ = decoupled_class(mixin, host_class(module))
         module.attnprune_state = state  # type: ignore[assignment]

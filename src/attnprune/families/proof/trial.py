@@ -99,7 +99,7 @@ class Trial:
         if "expanded" in ways and decoupled is None and "stock" not in ways and not self._heads(self.view).lie():
             self.reasons["expanded"] = "its heads do not lie one after the other in its projections"
             ways.pop("expanded")
-        plain = decoupled is not None and not decoupled.tells(host_class(self.view.module))
+        plain = decoupled is not None and not decoupled.tells_channels(host_class(self.view.module))
         fixed = {} if plain else self._fixed()
         heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
         return Verdict(
