@@ -66,7 +66,7 @@ class Heads:
                 return False
             with self._zeroed("o", self._others(key)):
                 free = not self._matters("k", key)
-        if free == strictly:
+        if free == strictly:  # the other sentence has to hold too, or instead
             with self._zeroed("o", own):
                 free = not self._matters("v", key)
         return free and self._read_alone(key)
