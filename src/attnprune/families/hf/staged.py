@@ -104,7 +104,7 @@ class HFStaged(HFAttention):
         return {"_parts": parts._replace(asks=parts.asks and not roles.hands_on), "_roles": roles}
 
     @classmethod
-    def tells(cls, host: type[Any]) -> bool:
+    def tells_channels(cls, host: type[Any]) -> bool:
         roles = roles_of(host)
         return roles.angles is not None or roles.norms is not None
 

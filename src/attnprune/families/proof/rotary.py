@@ -102,7 +102,7 @@ def _rotate(stand_in: StandIn, style: Rotary, turned: int) -> None:
                 start, stop = layout.span(view.side(name), head)
                 channels = slot.cut(slot.parameter.detach())[start:stop]
                 flat = channels.reshape(dim, prod(channels.shape[1:]))
-                channels.copy_((matrix.to(flat.dtype) @ flat).view_as(channels))
+                slot.write((matrix.to(flat.dtype) @ flat).view_as(channels), start)
 
 
 def mix(stand_in: StandIn, kind: Kind) -> None:
@@ -122,7 +122,7 @@ def mix(stand_in: StandIn, kind: Kind) -> None:
             start, stop = layout.span(view.side(name), head)
             channels = slot.cut(slot.parameter.detach())[start:stop]
             mixed = (matrix if side == kind[0] else dual) @ channels.reshape(dim, -1)
-            channels.copy_(mixed.view_as(channels))
+            slot.write(mixed.view_as(channels), start)
 
 
 def _pairs(style: Rotary, turned: int) -> Iterator[tuple[int, int]]:
