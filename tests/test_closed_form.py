@@ -57,22 +57,30 @@ def project(name: str, oracle: nn.Module, plan: Plan) -> None:
             parts = family(name).dense(oracle, layer.spec.name)
             qk, vo = layer.spec.qk_dims[0], layer.spec.vo_dims[0]
             maps, o = layer.maps, parts["o"][0].clone()
-            values = torch.zeros(sum(layer.after.vo_dims), sum(layer.spec.vo_dims), dtype=torch.float64)
-            row = 0
+            values = torch.zeros(maps.o.shape[1], maps.o.shape[0], dtype=torch.float64)
+            row, share = 0, layer.spec.heads // layer.spec.kv_heads
+            keys = sorted({head // share for head in layer.kept_heads})
             for i, head in enumerate(layer.kept_heads):
-                rows = slice(head * qk, (head + 1) * qk)
-                product = maps.k[i].T.double() @ maps.q[i].double()
-                weight, bias = parts["q"]
-                weight[rows] = product @ weight[rows]
-                if bias is not None:
-                    bias[rows] = product @ bias[rows]
-                values[row : row + len(maps.v[i]), head * vo : (head + 1) * vo] = maps.v[i]
-                row += len(maps.v[i])
+                key = keys.index(head // share)
+                times(parts["q"], head * qk, maps.k[key].T.double() @ maps.q[i].double())
+                values[row : row + len(maps.v[key]), head * vo : (head + 1) * vo] = maps.v[key]
+                row += len(maps.v[key])
+            for key, picks in zip(keys, maps.k, strict=True):  # a norm of keys must not see what goes as it stands
+                if bool(((picks == 0) | (picks == 1)).all()):
+                    times(parts["k"], key * qk, picks.T.double() @ picks.double())
             weight, bias = parts["o"]
             weight.copy_(o @ maps.o.double() @ values)
             if maps.shift is not None:
                 assert bias is not None
                 bias += o @ maps.shift
+
+
+def times(part: Any, start: int, product: Tensor) -> None:
+    """Multiplies rows of a weight and its bias, from ``start``."""
+    rows = slice(start, start + len(product))
+    for tensor in part:
+        if tensor is not None:
+            tensor[rows] = product @ tensor[rows]
 
 
 @pytest.mark.parametrize("way", WAYS)

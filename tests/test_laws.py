@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attnprune
-from attnprune import Plan, Surgeon, apply_plan, find_attention, make_plan, masked
+from attnprune import AttentionSpec, Plan, Surgeon, apply_plan, find_attention, make_plan, masked
 from attnprune.families.registry import all_views
+from attnprune.values.layer_plan import make_layer
+from attnprune.values.layout import KINDS
 
 from .conformance import check_exact, close, family, forward_backward, fresh, inputs, random_plan
 from .families import FAMILIES
@@ -281,11 +283,12 @@ def test_order(name: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         orders = {}
         for view in all_views(model):
-            orders[view.name] = permute(name, model, view.name, view.spec.heads, view.spec.qk_dim, generator)
+            orders[view.name] = permute(name, model, view.name, view.spec, generator)
         permuted = make_plan(model, 0.5, granularity=granularity, scope=scope, heads=heads)
         for layer, other in zip(plan, permuted, strict=True):
             head_order, channel_order = orders[layer.spec.name]
-            assert {head_order[h] for h in other.heads} == set(layer.heads)
+            share = layer.spec.heads // layer.spec.kv_heads
+            assert {head_order[h // share] * share + h % share for h in other.heads} == set(layer.heads)
             for kind in ("qk", "vo"):
                 for new, channels in enumerate(other.removed(kind)):
                     old = head_order[new]
@@ -295,16 +298,21 @@ def test_order(name: str) -> None:
     check()
 
 
-def permute(name: str, model: nn.Module, layer: str, heads: int, dim: int, generator: torch.Generator) -> Any:
-    """Shuffles heads, and qk and vo channels inside each; returns which old one stands where."""
+def permute(name: str, model: nn.Module, layer: str, spec: AttentionSpec, generator: torch.Generator) -> Any:
+    """Shuffles key heads, and qk and vo channels inside each; returns which old one stands where. Channels that are
+    rotated have places of their own."""
+    heads, dim, share = spec.kv_heads, spec.qk_dim, spec.heads // spec.kv_heads
     head_order = torch.randperm(heads, generator=generator).tolist()
     channels = {k: [torch.randperm(dim, generator=generator).tolist() for _ in range(heads)] for k in ("qk", "vo")}
-    rows = {
-        kind: [old * dim + c for new, old in enumerate(head_order) for c in channels[kind][new]] for kind in channels
-    }
+    if spec.rotary != "none":
+        channels["qk"] = [list(range(dim))] * heads
     with torch.no_grad():
         for p, (weight, bias) in family(name).dense(model, layer).items():
-            index = rows["qk" if p in "qk" else "vo"]
+            own = channels["qk" if p in "qk" else "vo"]
+            of = 1 if p in "kv" else share
+            index = [
+                (old * of + i) * dim + c for new, old in enumerate(head_order) for i in range(of) for c in own[new]
+            ]
             if p == "o":
                 weight.copy_(weight[:, index].clone())
             else:
@@ -365,16 +373,12 @@ def test_any_plan(name: str) -> None:
         for layer in make_plan(model, 0.0):
             spec = layer.spec
             heads = data.draw(st.sets(st.integers(0, spec.heads - 1), max_size=spec.heads - 1))
-            removed = {
-                kind: tuple(
-                    ()
-                    if head in heads
-                    else tuple(sorted(data.draw(st.sets(st.integers(0, dim - 1), max_size=dim - 1))))
-                    for head, dim in enumerate(spec.dims(kind))
-                )
-                for kind in ("qk", "vo")
-            }
-            layers.append(type(layer)(spec, tuple(sorted(heads)), removed["qk"], removed["vo"]))
+            removed = {}
+            for kind in KINDS:
+                units = [spec.units(kind, key) for key in range(spec.kv_heads)]
+                some = [data.draw(st.sets(st.sampled_from(own), max_size=len(own) - 1)) for own in units]
+                removed[kind] = tuple(tuple(channel for unit in own for channel in unit) for own in some)
+            layers.append(make_layer(spec, heads, removed))
         check_exact(name, model, inputs(name, case), Plan(tuple(layers)), 1e-10)
 
     check()

@@ -37,6 +37,8 @@ class State(NamedTuple):
     """Of every kind, per key head, the dense numbers of its channels, where a forward of ours tells them apart."""
     pairs: Any = None
     """What a rotary embedding rotates (:class:`attnprune.nn.rotary.Pairs`)."""
+    dense: bool = False
+    """Whether it was never pruned, so that its host's own forward runs it too."""
     dense_qk: int = 0
     """Channels of the dot product in a head before any pruning, where a forward of ours needs to know."""
 
