@@ -104,11 +104,8 @@ class AttentionView:
         if projection in "kv" or not layout.grouped:
             return values
         spans = layout.spans(projection)
-        parts = [
-            torch.stack([values[..., slice(*spans[head])] for head in layout.queries(key)]).sum(0)
-            for key in layout.key_order
-        ]
-        return torch.cat(parts, dim=-1)
+        groups = ([values[..., slice(*spans[head])] for head in layout.queries(key)] for key in layout.key_order)
+        return torch.cat([torch.stack(group).sum(0) for group in groups], dim=-1)
 
     def by_head(self, values: Tensor, kind: Kind) -> Tensor:
         """``(key heads, dim)`` from ``(channels of K or V,)`` in stored order; places that ragged heads lack hold
@@ -247,6 +244,7 @@ class AttentionView:
         *,
         numbers: Numbers | None = None,
         packed: bool = False,
+        dense: bool = False,
     ) -> None:
         """Gives the module a subclass of its own class with a forward of ours.
 
@@ -256,9 +254,10 @@ class AttentionView:
             kept: heads that are left; None: all.
             numbers: of each kind, per key head that is left, the dense numbers of its channels; None: those it has.
             packed: whether the weights of Q, K and V lie side by side.
+            dense: whether it was never pruned.
         """
         module, spec = self.module, self.spec if spec is None else spec
-        state = self.next_state(spec, kept)._replace(packed=packed)
+        state = self.next_state(spec, kept)._replace(packed=packed, dense=dense)
         if mixin.tells_channels(host_class(module)):
             state = telling(state, self.state, self.spec, spec, self.numbers if numbers is None else numbers)
         module.__class__ = decoupled_class(mixin, host_class(module))

@@ -52,9 +52,7 @@ def pack_qkv(
             part.data = value
     for view in views:
         assert view.mixin is not None, "what cannot run by a forward of ours is left out"
-        dense = view.state is None or view.state.dense
-        view.decouple(view.mixin, packed=True)
-        view.module.attnprune_state = view.module.attnprune_state._replace(dense=dense)
+        view.decouple(view.mixin, packed=True, dense=view.state is None or view.state.dense)
     return tuple(view.name for view in views)
 
 
@@ -69,7 +67,7 @@ def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
         for parts in _parts(view):
             for part in parts:
                 part.data = part.detach().clone()
-        if view.module.attnprune_state.dense or view.way(view.spec) == "stock":
+        if (view.state is not None and view.state.dense) or view.way(view.spec) == "stock":
             view.recast()
         else:
             assert view.mixin is not None
