@@ -17,7 +17,7 @@ from .errors import DataError, OptionError
 from .families.base import AttentionView
 from .families.looks import Skipped
 from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
-from .report.making import measured, missed, notes_of, ways_of
+from .report.making import cache_of, measured, missed, notes_of, ways_of
 from .report.report import Report
 from .surgery import (
     OptimizerPatch,
@@ -230,7 +230,7 @@ def prepare_plan(
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = measured(model, surgeon, plan, example_inputs) if measure else None
     notes += missed(plan, latency)
-    ways = ways_of(views, plan)
+    ways, cache = ways_of(views, plan), cache_of(views, plan)
     skipped = survey.skipped() if skipped is None else skipped
     check = _verification(model, views, plan, sample, verify)
 
@@ -240,7 +240,7 @@ def prepare_plan(
         said = notes if check is None or not check.why_not else (*notes, f"not verified: {check.why_not}")
         verified = None if check is None else check.found
         parameters = before, count_parameters(model)
-        return Report(plan, parameters, counts, said, latency, tuple(skipped), ways, verified)
+        return Report(plan, parameters, counts, said, latency, tuple(skipped), ways, cache, verified)
 
     return commit
 
@@ -262,8 +262,9 @@ def planned_report(model: nn.Module, made: Decided) -> Report:
     plan = made.plan
     before = count_parameters(model)
     removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
-    ways = ways_of(all_views(plain(model), _names(plan)), plan)
-    return Report(plan, (before, before - removed), skipped=made.skipped, ways=ways)
+    views = all_views(plain(model), _names(plan))
+    ways, cache = ways_of(views, plan), cache_of(views, plan)
+    return Report(plan, (before, before - removed), skipped=made.skipped, ways=ways, cache_bytes=cache)
 
 
 def _averaged(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 from warnings import warn
@@ -10,6 +11,8 @@ from torch import nn
 
 from ..errors import AttnPruneWarning
 from ..families.base import AttentionView
+from ..families.calls import CACHES
+from ..nn import host_class
 from ..surgery import Surgeon
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
@@ -28,6 +31,27 @@ def _way(view: AttentionView, after: AttentionSpec) -> str:
         return str(way)
     why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
     return f"expanded: {why or 'no forward of ours is known for it'}"
+
+
+def cache_of(views: Sequence[AttentionView], plan: Plan) -> tuple[int, int] | None:
+    """Bytes of keys and values that caches keep for every token, before and after; None where nothing is cached.
+
+    A host that runs expanded keeps its dense dims there.
+    """
+    before = after = 0
+    for view in views:
+        names = inspect.signature(host_class(view.module).forward).parameters
+        if not any(name in names for name in CACHES) or type(view.module.__dict__.get("layer_idx")) is not int:
+            continue
+        spec, then = view.spec, plan[view.name].after
+        size = view.weight("k").element_size()
+        now, left = (size * (sum(one.qk_dims) + sum(one.vo_dims)) for one in (spec, then))
+        if view.way(then) == "expanded":
+            now = left = size * sum(
+                getattr(view.owner(p), "attnprune_width", view.spec.layout.channels(p)) for p in "kv"
+            )
+        before, after = before + now, after + left
+    return (before, after) if before else None
 
 
 def missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:

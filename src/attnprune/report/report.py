@@ -56,6 +56,8 @@ class Report:
     """By name, how each attention runs now: ``"stock"`` by the host's own forward, ``"decoupled"`` by one of ours,
     ``"expanded"`` by the host's on dense dims (parameters and projections shrink, its kernel and cache do not), with
     the reason."""
+    cache_bytes: tuple[int, int] | None = None
+    """Bytes of keys and values that a cache keeps for every token, before and after; None where nothing is cached."""
     verified: Verified | None = None
     """How far the model is from the masked dense model; None where nothing was run."""
 
@@ -97,6 +99,7 @@ class Report:
             "model_parameters": list(self.model_parameters),
             "macs": None if self.macs is None else list(self.macs),
             "latency": self._latency(),
+            "cache_bytes": None if self.cache_bytes is None else list(self.cache_bytes),
             "notes": list(self.notes),
             "skipped": [one._asdict() for one in self.skipped],
             "ways": dict(self.ways),
@@ -162,6 +165,9 @@ class Report:
         if self.macs is not None:
             totals["multiply-adds"] = self.macs
         lines = [f"{name}: {a:,} -> {b:,} (x {b / a if a else 1:.3f})" for name, (a, b) in totals.items()]
+        if self.cache_bytes is not None:
+            a, b = self.cache_bytes
+            lines.append(f"cache: {a:,} -> {b:,} bytes a token (x {b / a:.3f})")
         if self.latency is not None:
             a, b = (seconds * 1000 for seconds in self.latency.seconds)
             lines.append(f"latency, measured: {a:,.1f} ms -> {b:,.1f} ms (x {self.latency.ratio:.3f})")
