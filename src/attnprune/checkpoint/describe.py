@@ -182,10 +182,11 @@ def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:
         notes = tuple(str(note) for note in saved["notes"])
         skipped = tuple(Skipped(*(str(one[key]) for key in Skipped._fields)) for one in saved.get("skipped", ()))
         ways = {str(name): str(way) for name, way in saved.get("ways", {}).items()}
-        seen = saved.get("verified")
+        cache, seen = saved.get("cache_bytes"), saved.get("verified")
         verified = None if seen is None else Verified(float(seen["error"]), int(seen["samples"]))
         return Report(
-            Plan(tuple(layers), asked), whole.model_parameters, macs, notes, None, skipped, ways, verified
+            Plan(tuple(layers), asked), whole.model_parameters, macs, notes, None, skipped, ways,
+            None if cache is None else (int(cache[0]), int(cache[1])), verified,
         )  # fmt: skip
     except (AttnPruneError, LookupError, TypeError, ValueError, AttributeError):  # a report of another version
         return None

@@ -12,8 +12,11 @@ from torch import nn
 from ..errors import AttnPruneWarning
 from ..families.base import AttentionView
 from ..families.calls import CACHES
+from ..families.expansion import KEYS
 from ..nn import host_class
+from ..nn.expanded import Expanded
 from ..surgery import Surgeon
+from ..values.layout import Projection
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
 from .report import Measured
@@ -41,17 +44,22 @@ def cache_of(views: Sequence[AttentionView], plan: Plan) -> tuple[int, int] | No
     before = after = 0
     for view in views:
         names = inspect.signature(host_class(view.module).forward).parameters
-        if not any(name in names for name in CACHES) or type(view.module.__dict__.get("layer_idx")) is not int:
+        place, decodes = (view.module.__dict__.get(key) for key in ("layer_idx", "is_decoder"))
+        if not any(name in names for name in CACHES) or type(place) is not int or decodes is False:
             continue
         spec, then = view.spec, plan[view.name].after
         size = view.weight("k").element_size()
         now, left = (size * (sum(one.qk_dims) + sum(one.vo_dims)) for one in (spec, then))
         if view.way(then) == "expanded":
-            now = left = size * sum(
-                getattr(view.owner(p), "attnprune_width", view.spec.layout.channels(p)) for p in "kv"
-            )
+            now = left = size * sum(_dense_width(view, p) for p in KEYS)
         before, after = before + now, after + left
     return (before, after) if before else None
+
+
+def _dense_width(view: AttentionView, projection: Projection) -> int:
+    """Channels that a host which runs expanded sees."""
+    owner = view.owner(projection)
+    return owner.attnprune_width if isinstance(owner, Expanded) else view.spec.layout.channels(projection)
 
 
 def missed(plan: Plan, latency: Measured | None) -> tuple[str, ...]:
