@@ -166,8 +166,8 @@ class Report:
             totals["multiply-adds"] = self.macs
         lines = [f"{name}: {a:,} -> {b:,} (x {b / a if a else 1:.3f})" for name, (a, b) in totals.items()]
         if self.cache_bytes is not None:
-            a, b = self.cache_bytes
-            lines.append(f"cache: {a:,} -> {b:,} bytes a token (x {b / a:.3f})")
+            old, new = self.cache_bytes
+            lines.append(f"cache: {old:,} -> {new:,} bytes a token (x {new / old:.3f})")
         if self.latency is not None:
             a, b = (seconds * 1000 for seconds in self.latency.seconds)
             lines.append(f"latency, measured: {a:,.1f} ms -> {b:,.1f} ms (x {self.latency.ratio:.3f})")
