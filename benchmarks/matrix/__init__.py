@@ -1,0 +1,1 @@
+"""The matrix: what holds of which model family, found by running (``make matrix``)."""
