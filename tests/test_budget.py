@@ -185,9 +185,9 @@ def test_uniform_plans_are_the_best_of_all(
     if resource == "latency":
         costs = Costs(Budget(resource, share), 1.0, {}, table_for(specs, seed))
     else:
-        made_up = {"a": {"qk": 7, "vo": 9}, "b": {"qk": 2, "vo": 1}}
+        made_up = {"a": {"qk": (3, 4), "vo": (5, 4)}, "b": {"qk": (1, 1), "vo": (0, 1)}}
         prices = made_up if resource == "macs" else {one.name: parameter_prices(one) for one in specs}
-        total = 20 + sum(sum(one.dims(kind)) * prices[one.name][kind] for one in specs for kind in ("qk", "vo"))
+        total = 20 + sum(sum(one.dims(kind)) * sum(prices[one.name][kind]) for one in specs for kind in ("qk", "vo"))
         costs = Costs(Budget(resource, share), total, prices)
     rules = Rules(granularity, match_dims=match)
 
@@ -233,7 +233,7 @@ def test_prices_are_what_specs_hold(bias: Any, bias_kv: bool) -> None:
     one = spec("a", heads=3, dim=4, k_in=5, v_in=6, bias=bias, bias_kv=bias_kv)
     prices = parameter_prices(one)
     after = one.keep([0, 2], [1, 3], [4, 2])
-    freed = (12 - 4) * prices["qk"] + (12 - 6) * prices["vo"]
+    freed = (12 - 4) * sum(prices["qk"]) + (12 - 6) * sum(prices["vo"])
     assert one.parameters - after.parameters == freed
 
 
@@ -247,8 +247,8 @@ def test_ragged_plans_are_within_one_unit_below_the_budget(
 ) -> None:
     specs = [spec("a", dim=4), spec("b", heads=4, dim=6)]
     scores = {one.name: scores_of(one, seed + i) for i, one in enumerate(specs)}
-    prices = {"a": {"qk": 10, "vo": 20}, "b": {"qk": 7, "vo": 9}}
-    total = 100 + sum(sum(one.dims(kind)) * prices[one.name][kind] for one in specs for kind in ("qk", "vo"))
+    prices = {"a": {"qk": (4, 6), "vo": (15, 5)}, "b": {"qk": (3, 4), "vo": (5, 4)}}
+    total = 100 + sum(sum(one.dims(kind)) * sum(prices[one.name][kind]) for one in specs for kind in ("qk", "vo"))
     costs = Costs(Budget("macs", share), total, prices)
     rules = Rules(granularity, heads="ragged", round_to=step, match_dims=match)
     try:
@@ -267,7 +267,7 @@ def test_a_head_does_not_go_for_want_of_a_channel() -> None:
     one = spec("a", heads=2, dim=4)
     cheap = Scores(torch.tensor([[0.0] * 4, [9.0] * 4]), torch.tensor([[0.0] * 4, [9.0] * 4]), torch.tensor([0.0, 9.0]))
     for share, channels in ((0.99, 1), (0.9, 2), (0.7, 5), (0.5625, 7), (0.5, 8)):
-        costs = Costs(Budget("macs", share), 160, {"a": {"qk": 10, "vo": 10}})
+        costs = Costs(Budget("macs", share), 160, {"a": {"qk": (5, 5), "vo": (5, 5)}})
         plan = allocate_budget([one], {"a": cheap}, costs, Rules("joint", heads="ragged"))
         assert 16 - sum(plan["a"].after.qk_dims) - sum(plan["a"].after.vo_dims) == channels
 
@@ -275,7 +275,7 @@ def test_a_head_does_not_go_for_want_of_a_channel() -> None:
 def test_local_scope_takes_the_same_fraction_of_every_layer() -> None:
     specs = [spec("a", dim=8), spec("b", heads=4, dim=8)]
     scores = {"a": scores_of(specs[0], 0), "b": Scores(torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(4))}
-    prices = {one.name: {"qk": 10, "vo": 10} for one in specs}
+    prices = {one.name: {"qk": (5, 5), "vo": (5, 5)} for one in specs}
     plan = allocate_budget(specs, scores, Costs(Budget("macs", 0.5), 960, prices), Rules(scope="local"))
     assert [sum(layer.after.qk_dims) + sum(layer.after.vo_dims) for layer in plan] == [16, 32]
 
@@ -283,7 +283,7 @@ def test_local_scope_takes_the_same_fraction_of_every_layer() -> None:
 def test_of_choices_that_lose_nothing_the_dearest_is_taken() -> None:
     one = spec("a", heads=1, dim=8)
     blank = {"a": Scores(torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1))}
-    plan = allocate_budget([one], blank, Costs(Budget("macs", 0.75), 160, {"a": {"qk": 10, "vo": 10}}))
+    plan = allocate_budget([one], blank, Costs(Budget("macs", 0.75), 160, {"a": {"qk": (5, 5), "vo": (5, 5)}}))
     assert sum(plan["a"].after.qk_dims) + sum(plan["a"].after.vo_dims) == 12
 
 
@@ -392,7 +392,7 @@ def test_ragged_modules_reach_their_floors(granularity: Any, least: float) -> No
     scores.vo[2] += 2
     if granularity == "head":
         scores.head[2] = 9.0
-    rules, prices = Rules(granularity, heads="ragged"), {"a": {"qk": 10, "vo": 10}}
+    rules, prices = Rules(granularity, heads="ragged"), {"a": {"qk": (5, 5), "vo": (5, 5)}}
     plan = allocate_budget([one], {"a": scores}, Costs(Budget("macs", least), 400, prices), rules)
     assert plan.asked is not None
     assert plan.asked.budget is not None

@@ -102,7 +102,7 @@ def test_siblings_do_not_import_one_another() -> None:
     """In a room of like things, only the shared file is imported."""
     for room, shared in {
         "planning.scorers": {"base", "gradient"},
-        "families.hf": {"forward"},
+        "families.hf": {"forward", "staged"},
         "families.mha": {"forward"},
         "families.timm": {"forward"},
     }.items():

@@ -41,7 +41,7 @@ def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> R
     layers = []
     for view in views:
         gone = _numbers(f"{view.name}: heads", named.get(view.name, ()))
-        nothing: Channels = ((),) * view.spec.heads
+        nothing: Channels = ((),) * view.spec.kv_heads
         _refuse_all(view.name, gone, view.spec.heads)
         layers.append(make_layer(view.spec, gone, {"qk": nothing, "vo": nothing}))
     return apply_plan(model, Plan(tuple(layers)))
@@ -53,7 +53,7 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
     Args:
         model: any module with attention of a known family.
         channels: by layer number or name, a mapping with ``"qk"`` and ``"vo"`` (either may be missing), each one list
-            per head of the channels to remove from it.
+            per head (with grouped queries per key head) of the channels to remove from it.
 
     Raises:
         UnknownUnitError: no such layer, head or channel, or all channels of a head.
@@ -75,12 +75,13 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
             )
         removed: dict[Kind, Channels] = {}
         for kind in KINDS:
-            lists: Any = wanted.get(kind, ((),) * view.spec.heads)
+            lists: Any = wanted.get(kind, ((),) * view.spec.kv_heads)
             if not isinstance(lists, Sequence) or isinstance(lists, (str, bytes)):
                 where, found = f"{view.name}: {kind}", repr(lists)[:60]
                 raise UnknownUnitError(where, "a list of channels for every head", found, "write [[0, 3], [], ...]")
-            if len(lists) != view.spec.heads:
-                expected = f"one list for each of {view.spec.heads} heads"
+            if len(lists) != view.spec.kv_heads:
+                word = "key heads" if view.spec.heads > view.spec.kv_heads else "heads"
+                expected = f"one list for each of {view.spec.kv_heads} {word}"
                 raise UnknownUnitError(f"{view.name}: {kind}", expected, f"{len(lists)} lists", "give empty ones too")
             removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
         layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))

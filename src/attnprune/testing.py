@@ -21,7 +21,7 @@ from .families.base import AttentionView
 from .families.registry import all_views, plain, skipped_attention
 from .surgery import Surgeon
 from .values.layer_plan import LayerPlan
-from .values.layout import KINDS, Kind
+from .values.layout import KINDS, Projection
 from .values.plan import Plan
 
 MODES = tuple(itertools.product(("channel", "head", "joint"), ("local", "global"), ("uniform", "ragged")))
@@ -161,17 +161,21 @@ def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
         for view in all_views(oracle):
             layer = plan[view.name]
             for key, slot in view.slots.items():
-                rows = _gone(layer, view.kinds[key], view)
+                rows = _gone(layer, view.side(key), view)
                 slot.cut(slot.parameter.detach())[rows] = 0
     return oracle
 
 
-def _gone(layer: LayerPlan, kind: Kind, view: AttentionView) -> list[int]:
+def _gone(layer: LayerPlan, side: Projection, view: AttentionView) -> list[int]:
     rows: list[int] = []
-    for head in range(layer.spec.heads):
-        start, stop = view.spec.layout.span(kind, head)
-        whole = range(stop - start) if head in layer.heads else layer.removed(kind)[head]
-        rows += [start + channel for channel in whole]
+    key_of = [key for key, count in enumerate(layer.spec.groups) for _ in range(count)]
+    for head, (start, stop) in enumerate(view.spec.layout.spans(side)):
+        if side in "kv":
+            key, gone = head, all(one in layer.heads for one, other in enumerate(key_of) if other == head)
+        else:
+            key, gone = key_of[head], head in layer.heads
+        removed = (layer.qk if side in "qk" else layer.vo)[key]
+        rows += range(start, stop) if gone else [start + channel for channel in removed]
     return rows
 
 
@@ -190,7 +194,7 @@ def _exact(module: nn.Module, example: Any, plan: Plan, tolerance: float, traini
     report = apply_plan(pruned, plan)
     assert before - sum(p.numel() for p in pruned.parameters()) == report.removed_parameters, "law 2: counts"
     for spec, expected in zip(find_attention(pruned), plan.after, strict=True):
-        assert (spec.qk_dims, spec.vo_dims) == (expected.qk_dims, expected.vo_dims), f"law 2: {spec.name}"
+        assert spec.layout == expected.layout, f"law 2: {spec.name}"
     assert torch.equal(random, torch.get_rng_state()), "law 3: random state"
     now = {name: part.training for name, part in pruned.named_modules() if name in modes}
     assert all(modes[name] == mode for name, mode in now.items()), "law 3: modes"
@@ -289,7 +293,7 @@ def _order(module: nn.Module) -> None:
     with torch.no_grad():
         for view in all_views(reordered):
             for key, slot in view.slots.items():
-                spans = list(view.spans(view.kinds[key]))
+                spans = view.spans(view.side(key))
                 rows = [row for span in reversed(spans) for row in range(*span)]
                 channels = slot.cut(slot.parameter.detach())
                 channels.copy_(channels[rows].clone())

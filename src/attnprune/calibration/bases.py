@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ..families.base import AttentionView
@@ -39,19 +38,20 @@ class Basis(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadBases:
-    """A basis for every head of an attention."""
+    """A basis for every key head of an attention; query heads that share one have one basis."""
 
     spec: AttentionSpec
     by_kind: Mapping[Kind, tuple[Basis, ...]]
-    """Per head, in logical order."""
+    """Per key head, in logical order."""
     fixed: frozenset[Kind] = frozenset()
     """Kinds whose channels must not be mixed."""
 
     def layer(self, dtype: torch.dtype = torch.float64) -> LayerPlan:
         """The plan that rotates every head and removes nothing; its maps in float32 or float64."""
         qk, vo = (self.by_kind[kind] for kind in KINDS)
-        o: Tensor = torch.block_diag(*(basis.second.T for basis in vo))  # type: ignore[no-untyped-call]
-        q, k, v = ([basis[i] for basis in bases] for bases, i in ((qk, 0), (qk, 1), (vo, 0)))
+        key_of = self.spec.layout.key_of
+        o: Tensor = torch.block_diag(*(vo[key].second.T for key in key_of))  # type: ignore[no-untyped-call]
+        q, k, v = [qk[key].first for key in key_of], [one.second for one in qk], [one.first for one in vo]
         return LayerPlan(self.spec, fold=ChannelMaps(tuple(q), tuple(k), tuple(v), o.to(dtype)))
 
 
@@ -96,18 +96,22 @@ def standing(left: Tensor, right: Tensor) -> Basis:
 
 
 def output_gram(view: AttentionView) -> list[Tensor]:
-    """Per head ``(vo_dim, vo_dim)``: ``W_O^T W_O`` of its columns of O."""
-    return [weight @ weight.T for weight in (weight.double().cpu() for weight in view.heads("o"))]
+    """Per key head ``(vo_dim, vo_dim)``: ``W_O^T W_O`` of its columns of O; the mean over query heads that share it."""
+    grams = [weight @ weight.T for weight in (weight.double().cpu() for weight in view.heads("o"))]
+    return [torch.stack(group).mean(0) for group in view.spec.layout.over_groups(grams, "o")]
 
 
 def head_bases(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> HeadBases:
     """The best basis of every head; not rotated, or of kinds that the adapter fixes, the channels as they stand."""
     spec, fixed = view.spec, frozenset(view.fixed)
     centred = spec.bias[3]
+    queries, contexts = (
+        [torch.stack(group).sum(0) for group in spec.layout.over_groups(parts, "q")]
+        for parts in (moments.queries(), moments.contexts(centred))
+    )
     pairs = {
-        "qk": zip(moments.queries(), moments.keys(), strict=True),
-        "vo": zip(moments.contexts(centred), output_gram(view), strict=True),
-    }
+        "qk": zip(queries, moments.keys(), strict=True), "vo": zip(contexts, output_gram(view), strict=True)
+    }  # fmt: skip
     by_kind: dict[Kind, tuple[Basis, ...]] = {
         kind: _gathered([(best_basis if rotated and kind not in fixed else standing)(*pair) for pair in pairs[kind]])
         for kind in KINDS
@@ -134,17 +138,20 @@ def white_moments(view: AttentionView) -> LayerMoments:
     """
     spec = view.spec
 
-    def of(kind: Kind, projection: Projection) -> tuple[Moments, ...]:
+    def of(projection: Projection) -> tuple[Moments, ...]:
         moments = []
         slot = view.slots.get(f"{projection}.bias")
         weight = view.weight(projection).double().cpu()
         bias = torch.zeros(len(weight), device="cpu").double() if slot is None else slot.cut(slot.values).double().cpu()
-        for b in spec.layout.buckets:
-            rows = slice(b.qk_start, b.qk_stop) if kind == "qk" else slice(b.vo_start, b.vo_stop)
-            weights = rearrange(weight[rows], "(h d) e -> h d e", h=len(b.heads))
-            mean = rearrange(bias[rows], "(h d) -> h d", h=len(b.heads))
+        layout = spec.layout
+        for b in layout.buckets:
+            # contexts are of query heads, which have the values of their key heads
+            heads = {"q": b.heads, "k": b.keys, "v": [layout.key_of[head] for head in b.heads]}[projection]
+            spans = [slice(*layout.span(projection, head)) for head in heads]
+            weights = torch.stack([weight[span] for span in spans])
+            mean = torch.stack([bias[span] for span in spans])
             mean = 0 * mean if projection == "k" else mean
             moments.append(Moments.full(1.0, mean, weights @ weights.transpose(1, 2)))
         return tuple(moments)
 
-    return LayerMoments(spec, of("qk", "q"), of("qk", "k"), of("vo", "v"))
+    return LayerMoments(spec, of("q"), of("k"), of("v"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..values.layout import Kind
+from ..values.layout import Kind, Projection
 from ..values.spec import AttentionSpec
 from .processes import add_up, pooled, sharing
 
@@ -134,25 +134,31 @@ class LayerMoments:
 
     spec: AttentionSpec
     q: tuple[Moments, ...]
-    """Queries: one for every bucket of like heads, groups are heads."""
+    """Queries: one for every bucket of like heads, groups are query heads."""
     k: tuple[Moments, ...]
-    """Keys, as deviations from the mean of their own sequence: a constant added to all keys changes no softmax."""
+    """Keys, groups are key heads: as deviations from the mean of their own sequence, as a constant added to all keys
+    changes no softmax."""
     c: tuple[Moments, ...]
     """Contexts (what O reads): for every bucket, or one for all heads together."""
 
     @classmethod
     def zero(cls, spec: AttentionSpec, across_heads: bool) -> LayerMoments:
         """Of nothing."""
-        qk, vo = (
-            tuple(Moments.zero(len(b.heads), b.qk_dim if kind == "qk" else b.vo_dim) for b in spec.layout.buckets)
-            for kind in ("qk", "vo")
+        buckets = spec.layout.buckets
+        q, k, c = (
+            tuple(Moments.zero(len(heads), dim) for heads, dim in sizes)
+            for sizes in (
+                [(b.heads, b.qk_dim) for b in buckets],
+                [(b.keys, b.qk_dim) for b in buckets],
+                [(b.heads, b.vo_dim) for b in buckets],
+            )
         )
-        return cls(spec, qk, qk, (Moments.zero(1, sum(spec.vo_dims)),) if across_heads else vo)
+        return cls(spec, q, k, (Moments.zero(1, spec.layout.channels("o")),) if across_heads else c)
 
     @property
     def across_heads(self) -> bool:
         """Whether contexts of different heads were compared, as a refit of O across heads needs."""
-        return len(self.c) == 1 and self.c[0].mean.shape[1] == sum(self.spec.vo_dims)
+        return len(self.c) == 1 and self.c[0].mean.shape[1] == self.spec.layout.channels("o")
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Of both samples together."""
@@ -171,40 +177,39 @@ class LayerMoments:
         return f"{self.spec.describe()}, contexts {'across' if self.across_heads else 'by'} heads"
 
     def queries(self) -> list[Tensor]:
-        """Per head ``(qk_dim, qk_dim)``: mean outer products of its queries."""
-        return self._by_head([one.second for one in self.q])
+        """Per query head ``(qk_dim, qk_dim)``: mean outer products of its queries."""
+        return self._by_head([one.second for one in self.q], "q")
 
     def keys(self) -> list[Tensor]:
-        """Per head ``(qk_dim, qk_dim)``: covariance of its keys within a sequence."""
-        return self._by_head([one.covariance for one in self.k])
+        """Per key head ``(qk_dim, qk_dim)``: covariance of its keys within a sequence."""
+        return self._by_head([one.covariance for one in self.k], "k")
 
     def contexts(self, centred: bool) -> list[Tensor]:
-        """Per head ``(vo_dim, vo_dim)``: covariance of its context, or (not centred) mean outer products."""
+        """Per query head ``(vo_dim, vo_dim)``: covariance of its context, or (not centred) mean outer products."""
         if not self.across_heads:
-            return self._by_head([one.covariance if centred else one.second for one in self.c])
+            return self._by_head([one.covariance if centred else one.second for one in self.c], "o")
         whole = (self.c[0].covariance if centred else self.c[0].second)[0]
-        spans = [self.spec.layout.span("vo", head) for head in range(self.spec.heads)]
-        return [whole[start:stop, start:stop] for start, stop in spans]
+        return [whole[start:stop, start:stop] for start, stop in self.spec.layout.spans("o")]
 
     def context_means(self) -> list[Tensor]:
-        """Per head ``(vo_dim,)``."""
+        """Per query head ``(vo_dim,)``."""
         if not self.across_heads:
-            return self._by_head([one.mean for one in self.c])
-        spans = [self.spec.layout.span("vo", head) for head in range(self.spec.heads)]
-        return [self.c[0].mean[0, start:stop] for start, stop in spans]
+            return self._by_head([one.mean for one in self.c], "o")
+        return [self.c[0].mean[0, start:stop] for start, stop in self.spec.layout.spans("o")]
 
     def context(self, centred: bool) -> Tensor:
         """``(channels, channels)`` over all heads, in logical order; zero between heads if they were not compared."""
         if not self.across_heads:
             apart: Tensor = torch.block_diag(*self.contexts(centred))  # type: ignore[no-untyped-call]
             return apart
-        order = [channel for head in range(self.spec.heads) for channel in range(*self.spec.layout.span("vo", head))]
+        order = [channel for span in self.spec.layout.spans("o") for channel in range(*span)]
         whole = (self.c[0].covariance if centred else self.c[0].second)[0]
         return whole[order][:, order]
 
-    def _by_head(self, parts: list[Tensor]) -> list[Tensor]:
+    def _by_head(self, parts: list[Tensor], projection: Projection) -> list[Tensor]:
         found = [row for part in parts for row in part]
-        return [found[place] for place in self.spec.layout.inverse]
+        stored = self.spec.layout.stored(projection)
+        return [row for _, row in sorted(zip(stored, found, strict=True), key=lambda pair: pair[0])]
 
     def map(self, change: Callable[[Moments], Moments]) -> LayerMoments:
         """With every part changed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,18 +36,18 @@ def with_maps(
         dtype: of the maps, float32 or float64.
     """
     spec = layer.spec
-    q, k, v, own = [], [], [], []
-    queries, keys = moments.queries(), moments.keys()
-    for head in layer.kept_heads:
-        first, second = _cut(bases.by_kind["qk"][head], layer.kept("qk", head))
+    q, k, v, own = {}, [], {}, {}
+    queries, keys = spec.layout.over_groups(moments.queries(), "q"), moments.keys()
+    for key in layer.kept_keys:
+        first, second = _cut(bases.by_kind["qk"][key], layer.kept("qk", key))
         if refit and len(first) < len(first.T) and "qk" not in bases.fixed:
-            first, second = refit_product(queries[head], keys[head], first, second)
-        q.append(first)
+            first, second = refit_product(torch.stack(queries[key]).sum(0), keys[key], first, second)
+        q[key] = first
         k.append(second)
-        first, second = _cut(bases.by_kind["vo"][head], layer.kept("vo", head))
-        v.append(first)
-        own.append(second.T)
-    values, o = _place(layer, v, own)
+        v[key], second = _cut(bases.by_kind["vo"][key], layer.kept("vo", key))
+        own[key] = second.T
+    key_of = [spec.layout.key_of[head] for head in layer.kept_heads]
+    values, o = _place(layer, [v[key] for key in key_of], [own[key] for key in key_of])
     centred = spec.bias[3]
     shift = None
     if len(values) < len(o):
@@ -55,7 +56,8 @@ def with_maps(
         if centred:
             mean = torch.cat(moments.context_means())
             shift = mean - o @ (values @ mean)
-    return replace(layer, fold=ChannelMaps(tuple(q), tuple(k), tuple(v), o.to(dtype), shift))
+    maps = ChannelMaps(tuple(q[key] for key in key_of), tuple(k), tuple(v.values()), o.to(dtype), shift)
+    return replace(layer, fold=maps)
 
 
 def _cut(basis: Basis, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -67,13 +69,13 @@ def _cut(basis: Basis, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _place(layer: LayerPlan, v: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The maps of V ``(kept, all)`` and O ``(all, kept)`` over all heads, heads that go whole among the latter."""
-    width, kept = sum(layer.spec.vo_dims), sum(layer.after.vo_dims)
+    """The maps of V ``(kept, all)`` and O ``(all, kept)`` over all query heads, the latter with those that go whole."""
+    width, kept = (spec.layout.channels("o") for spec in (layer.spec, layer.after))
     values, o = (torch.zeros(shape, device="cpu", dtype=torch.float64) for shape in ((kept, width), (width, kept)))
-    starts = [sum(layer.spec.vo_dims[:head]) for head in range(layer.spec.heads)]
+    starts = list(accumulate(layer.spec.layout.sizes("o"), initial=0))
     row = 0
     for head, first, second in zip(layer.kept_heads, v, own, strict=True):
-        rows, columns = slice(row, row + len(first)), slice(starts[head], starts[head] + layer.spec.vo_dims[head])
+        rows, columns = slice(row, row + len(first)), slice(starts[head], starts[head + 1])
         values[rows, columns], o[columns, rows] = first, second
         row += len(first)
     return values, o

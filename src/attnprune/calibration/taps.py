@@ -103,7 +103,7 @@ def check_calibration(calibration: Calibration, views: Sequence[AttentionView], 
         where = f"{view.name or 'the model itself'}: calibration"
         if layer is None:
             raise CalibrationError(where, "moments of this attention module", "none", "calibrate it too")
-        if (layer.spec.qk_dims, layer.spec.vo_dims) != (view.spec.qk_dims, view.spec.vo_dims):
+        if layer.spec.layout != view.spec.layout:
             raise CalibrationError(
                 where, f"moments of {view.spec.describe()}", layer.spec.describe(), "calibrate the model as it is now"
             )
@@ -123,10 +123,10 @@ class _Tap:
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         buckets = view.spec.layout.buckets
         self.q = [Running(len(b.heads), b.qk_dim) for b in buckets]
-        self.k = [Running(len(b.heads), b.qk_dim, centred=True) for b in buckets]
+        self.k = [Running(len(b.keys), b.qk_dim, centred=True) for b in buckets]
         self.c = [Running(len(b.heads), b.vo_dim) for b in buckets]
         if across_heads:
-            self.c = [Running(1, sum(view.spec.vo_dims))]
+            self.c = [Running(1, view.spec.layout.channels("o"))]
 
     def moments(self) -> LayerMoments:
         """What was heard."""
@@ -174,7 +174,8 @@ class _Tap:
         for i, b in enumerate(self.view.spec.layout.buckets):
             self.q[i].add(_tokens(queries[..., b.qk_start : b.qk_stop], len(b.heads), real_queries))
             if keys is not None:
-                self._add_keys(self.k[i], keys[..., b.qk_start : b.qk_stop], b.qk_start, len(b.heads), real_keys)
+                own = keys[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
+                self._add_keys(self.k[i], own, b.k_start, len(b.keys), real_keys)
             if not self.across_heads:
                 self.c[i].add(_tokens(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
         if self.across_heads:

@@ -127,7 +127,8 @@ def _as_saved(manifest: Manifest) -> Report:
         layers, count = [], 0
         for raw in fields.array(where, manifest.report["layers"]):
             saved = by_name[raw["name"]]
-            dims = {f"{kind}_dims": raw[f"{kind}_dims"][0] for kind in KINDS}
+            facts = ("qk_dims", "vo_dims", "groups", "rotary_dims")
+            dims = {fact: raw[fact][0] for fact in facts if fact in raw}
             spec = AttentionSpec.from_dict({**saved.spec.to_dict(), **dims}, where)
             count = fields.integer(f"{where}: channels of all layers", count + sum(spec.qk_dims) + sum(spec.vo_dims))
             layers.append(layer_between(spec, range(spec.heads), saved, MANIFEST))

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..families.base import AttentionView
-from ..families.expansion import numbers_of, rescale
+from ..families.expansion import rescale
 from ..families.registry import all_views, sound_views
 from ..values import fields
-from ..values.layer_plan import Channels, LayerPlan
+from ..values.layer_plan import Channels, LayerPlan, make_layer
 from ..values.layout import KINDS, Kind
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
@@ -31,10 +31,10 @@ class Saved(NamedTuple):
 
     spec: AttentionSpec
     kept: tuple[int, ...]
-    """For every head, its number before any pruning."""
+    """For every query head, its number before any pruning."""
     channels: Mapping[Kind, tuple[tuple[int, ...], ...]] | None = None
-    """Per head, the dense numbers of its channels, where the host's own forward tells them apart as it runs expanded;
-    None where it is of no matter which ones were kept."""
+    """Per key head, the dense numbers of its channels, where the host's own forward tells them apart as it runs
+    expanded; None where it is of no matter which ones were kept."""
 
 
 class _Written(NamedTuple):
@@ -59,7 +59,7 @@ class Record:
     @classmethod
     def of(cls, views: Sequence[AttentionView]) -> Record:
         return cls(
-            tuple(Saved(view.spec, _kept(view), numbers_of(view) if view.runs_expanded else None) for view in views)
+            tuple(Saved(view.spec, _kept(view), view.numbers if view.tells_channels else None) for view in views)
         )
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ class Record:
                 view.module.attnprune_state = state._replace(scale=scale)  # type: ignore[assignment]
         for view in all_views(model, by_name):
             saved = by_name[view.name]
-            if view.runs_expanded and saved.channels is None:
+            if view.tells_channels and saved.channels is None:
                 refuse(
                     f"{where}: {view.name}",
                     "a class whose heads run by themselves, as where it was saved",
@@ -149,7 +149,7 @@ def _channels(where: str, raw: object, spec: AttentionSpec) -> dict[Kind, tuple[
     found = fields.mapping(where, raw, set(KINDS))
     read: dict[Kind, tuple[tuple[int, ...], ...]] = {}
     for kind in KINDS:
-        rows = fields.array(f"{where}.{kind}", found[kind], spec.heads)
+        rows = fields.array(f"{where}.{kind}", found[kind], spec.kv_heads)
         read[kind] = tuple(fields.integers(f"{where}.{kind}[{head}]", row) for head, row in enumerate(rows))
         for head, (row, dim) in enumerate(zip(read[kind], spec.dims(kind), strict=True)):
             if len(row) != dim or list(row) != sorted(set(row)):
@@ -168,7 +168,7 @@ def _shrink(saved: Saved, views: Mapping[str, AttentionView], where: str) -> Lay
     if view is None:
         found = f"an attention module of this name (the model has {list(views)[:4]})"
         refuse(f"{where}: {saved.spec.name[:80]}", found, "none", _OTHER)
-    return layer_between(view.spec, _kept(view), saved, where, numbers_of(view))
+    return layer_between(view.spec, _kept(view), saved, where, view.numbers)
 
 
 def layer_between(
@@ -191,19 +191,23 @@ def layer_between(
         CheckpointError: it has fewer heads or channels than that.
     """
     where = f"{where}: {saved.spec.name[:80]}"
-    same = spec.qk_dims == saved.spec.qk_dims and spec.vo_dims == saved.spec.vo_dims
+    same = spec.layout == saved.spec.layout
     if same and (saved.channels is None or numbers is None or dict(saved.channels) == dict(numbers)):
         return LayerPlan(spec)
     if not set(saved.kept) <= set(present):
         refuse(where, f"heads of {list(present)[:16]}", str(list(saved.kept))[:80], _OTHER)
-    places = [present.index(number) for number in saved.kept]
-    channels: dict[str, Channels] = {}
+    heads = [present.index(number) for number in saved.kept]
+    places = spec.keys_of(heads)
+    if spec.keep(heads, saved.spec.qk_dims, saved.spec.vo_dims).groups != saved.spec.groups:
+        refuse(where, f"query heads in groups of {list(spec.groups)[:16]}", str(list(saved.spec.groups))[:80], _OTHER)
+    channels: dict[Kind, Channels] = {}
     for kind in KINDS:
-        removed: list[tuple[int, ...]] = [()] * spec.heads
+        removed: list[tuple[int, ...]] = [()] * spec.kv_heads
         for place, dim in zip(places, saved.spec.dims(kind), strict=True):
             if dim > spec.dims(kind)[place]:
                 refuse(where, f"at most {spec.dims(kind)[place]} {kind} channels", str(dim), _OTHER)
-            removed[place] = tuple(range(dim, spec.dims(kind)[place]))
+            flat = [channel for unit in spec.units(kind, place) for channel in unit]
+            removed[place] = tuple(sorted(flat[dim:]))
         if saved.channels is not None:
             for place, wanted in zip(places, saved.channels[kind], strict=True):
                 known = numbers[kind][place] if numbers is not None else range(spec.dims(kind)[place])
@@ -211,8 +215,7 @@ def layer_between(
                     refuse(where, f"{kind} channels of {list(known)[:16]}", str(list(wanted))[:80], _OTHER)
                 removed[place] = tuple(i for i, number in enumerate(known) if number not in set(wanted))
         channels[kind] = tuple(removed)
-    gone = tuple(sorted(set(range(spec.heads)) - set(places)))
-    return LayerPlan(spec, gone, channels["qk"], channels["vo"])
+    return make_layer(spec, set(range(spec.heads)) - set(heads), channels)
 
 
 # the same record as an entry of a Hugging Face config

@@ -72,9 +72,14 @@ def check_possible(model: nn.Module, views: Sequence[AttentionView], granularity
         _check_alike(view.spec, views[0].spec)
     half = []
     for spec in (view.spec for view in views):
-        heads, dim = spec.heads, spec.qk_dim
-        heads, dim = (max(heads // 2, 1), dim) if granularity == "head" else (heads, max(dim // 2, 1))
-        half.append(spec.keep(range(heads), [dim] * heads, [dim] * heads))
+        units, dim = spec.head_units, spec.qk_dim
+        if granularity == "head":
+            units = units[: max(len(units) // 2, 1)]
+        else:
+            dim = max(dim // 4 * 2, 1) if any(spec.rotary_dims) else max(dim // 2, 1)
+        heads = [head for unit in units for head in unit]
+        dims = [dim] * len(spec.keys_of(heads))
+        half.append(spec.keep(heads, dims, dims))
     check_stock(model, half)
 
 
@@ -93,7 +98,7 @@ def check_stock(model: nn.Module, after: Sequence[AttentionSpec]) -> dict[str, A
     theirs = {view.name: view.spec for view in all_views(stock)}
     for spec in after:
         other = theirs.get(spec.name)
-        if other is None or (other.qk_dims, other.vo_dims) != (spec.qk_dims, spec.vo_dims):
+        if other is None or other.layout != spec.layout:
             shown = "none" if other is None else other.describe()
             found, remedy = f"{shown}, all that its class can have", "use save_pruned"
             raise NotExpressibleError(spec.name, f"{spec.describe()}, from its config", found, remedy)
@@ -116,6 +121,8 @@ def stock_config(model: nn.Module, specs: Sequence[AttentionSpec]) -> Any:
         delattr(config, ENTRY)
     if specs:
         config.num_attention_heads, config.head_dim = specs[0].heads, specs[0].qk_dim
+        if getattr(config, "num_key_value_heads", None) is not None:
+            config.num_key_value_heads = specs[0].kv_heads
     config.architectures = [host_class(model).__name__]
     return config
 
@@ -127,8 +134,9 @@ def _check_alike(spec: AttentionSpec, first: AttentionSpec) -> None:
     elif spec.qk_dim != spec.vo_dim:
         expected = "as many qk as vo channels"
         option = 'equal ratios for qk and vo, scope="local", and a round_to that divides both'
-    elif (spec.heads, spec.qk_dim) != (first.heads, first.qk_dim):
-        expected = f"{first.heads} heads of {first.qk_dim}, as {first.name or 'the first layer'}"
+    elif spec.layout != first.layout or len(set(spec.groups)) > 1:
+        shared = f" on {first.kv_heads} key heads" if first.heads > first.kv_heads else ""
+        expected = f"{first.heads} heads{shared} of {first.qk_dim}, as {first.name or 'the first layer'}"
         option = 'scope="local", and a round_to that gives all layers the same'
     else:
         return

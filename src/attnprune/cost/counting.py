@@ -55,24 +55,31 @@ def _countable() -> Iterator[None]:
         yield
 
 
-Prices = Mapping[Kind, int]
+Prices = Mapping[Kind, tuple[int, int]]
+"""What one channel costs: for every query head that has it, and once for the key head."""
+
+
+def total(spec: AttentionSpec, prices: Prices) -> int:
+    """What all channels of an attention cost."""
+    sizes = {"qk": (spec.layout.channels("q"), sum(spec.qk_dims)), "vo": (spec.layout.channels("o"), sum(spec.vo_dims))}
+    return sum(sizes[kind][0] * outer + sizes[kind][1] * inner for kind, (outer, inner) in prices.items())
 
 
 def parameter_prices(spec: AttentionSpec) -> Prices:
-    """Parameters that one qk and one vo channel of one head hold, biases included.
+    """Parameters that one qk and one vo channel hold, biases included.
 
     >>> parameter_prices(AttentionSpec.of("attention", heads=4, head_dim=8, d_model=32))
-    {'qk': 66, 'vo': 65}
+    {'qk': (33, 33), 'vo': (32, 33)}
     """
     q, k, v, _ = spec.bias
     return {
-        "qk": spec.per_channel("qk") + q + k + spec.bias_kv,
-        "vo": spec.per_channel("vo") + v + spec.bias_kv,
+        "qk": (spec.q_in + q, spec.k_in + k + spec.bias_kv),
+        "vo": (spec.d_model, spec.v_in + v + spec.bias_kv),
     }
 
 
 def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs: Any) -> dict[str, Prices]:
-    """By name, the multiply-adds that one qk and one vo channel of one head take in a forward pass.
+    """By name, the multiply-adds that one qk and one vo channel take in a forward pass.
 
     Counted from the tokens that every attention sees, over all its calls; an attention that is not called costs 0.
     """
@@ -83,8 +90,8 @@ def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs:
         run(model, example_inputs)
     return {
         view.name: {
-            "qk": queries * view.spec.q_in + keys * view.spec.k_in + products,
-            "vo": keys * view.spec.v_in + queries * view.spec.d_model + products,
+            "qk": (queries * view.spec.q_in + products, keys * view.spec.k_in),
+            "vo": (queries * view.spec.d_model + products, keys * view.spec.v_in),
         }
         for view in views
         for queries, keys, pairs in [sizes[view.name]]

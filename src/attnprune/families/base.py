@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +11,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import DataError
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.decoupled import State
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
@@ -21,6 +19,7 @@ from . import linears
 from .calls import Call, calls_of
 from .linears import Small
 from .slots import Port, Slot
+from .states import Numbers, next_state, numbers_known, telling
 from .ways import EVERY, Verdict, Way
 
 
@@ -77,26 +76,47 @@ class AttentionView:
         return slot.cut(slot.values)
 
     def heads(self, projection: Projection) -> list[Tensor]:
-        """Per head ``(channel, in)``: the weights of a projection in logical order; views.
+        """Per head of a projection ``(channel, in)``: its weights in logical order; views.
 
-        For O the second dimension is what it writes. With equal heads, :meth:`stacked` gives one tensor.
+        Q and O have query heads, K and V key heads. For O the second dimension is what it writes. With equal heads,
+        :meth:`stacked` gives one tensor.
         """
-        return [self.weight(projection)[slice(*span)] for span in self.spans(KIND_OF[projection])]
+        return [self.weight(projection)[slice(*span)] for span in self.spans(projection)]
 
     def stacked(self, projection: Projection) -> Tensor:
         """``(head, channel, in)``: the weights of a projection with equal heads; a view."""
-        return rearrange(self.weight(projection), "(h d) e -> h d e", h=self.spec.heads)
+        return rearrange(self.weight(projection), "(h d) e -> h d e", h=len(self.spans(projection)))
 
-    def spans(self, kind: Kind) -> Iterator[tuple[int, int]]:
-        """Per logical head, its first and last-plus-one stored channel."""
-        return (self.spec.layout.span(kind, head) for head in range(self.spec.heads))
+    def spans(self, projection: Projection) -> tuple[tuple[int, int], ...]:
+        """Per logical head of a projection, its first and last-plus-one stored channel."""
+        return self.spec.layout.spans(projection)
+
+    def shared(self, values: Tensor, projection: Projection) -> Tensor:
+        """``(..., channels of K or V)`` from ``(..., channels of Q or O)``, in stored order: what heads of one key
+        head have is added up. Of K and V, and where no heads share, the values themselves."""
+        layout = self.spec.layout
+        if projection in "kv" or not layout.grouped:
+            return values
+        spans = layout.spans(projection)
+        parts = [
+            torch.stack([values[..., slice(*spans[head])] for head in layout.queries(key)]).sum(0)
+            for key in layout.key_order
+        ]
+        return torch.cat(parts, dim=-1)
 
     def by_head(self, values: Tensor, kind: Kind) -> Tensor:
-        """``(heads, dim)`` from ``(channels,)`` in stored order; places that ragged heads lack hold infinity."""
+        """``(key heads, dim)`` from ``(channels of K or V,)`` in stored order; places that ragged heads lack hold
+        infinity."""
         if not self.spec.ragged:
-            return rearrange(values, "(h d) -> h d", h=self.spec.heads)
-        rows = [values[slice(*span)] for span in self.spans(kind)]
+            return rearrange(values, "(h d) -> h d", h=self.spec.kv_heads)
+        rows = [values[slice(*span)] for span in self.spans("k" if kind == "qk" else "v")]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.inf)
+
+    def side(self, key: str) -> Projection:
+        """The projection whose channels a slot follows: its own; what lies along qk or vo channels besides follows K or
+        V."""
+        own: dict[str, Projection] = {p: p for p in PROJECTIONS}
+        return own.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
 
     # modules
 
@@ -219,6 +239,7 @@ class AttentionView:
         spec: AttentionSpec | None = None,
         kept: Sequence[int] | None = None,
         *,
+        numbers: Numbers | None = None,
         packed: bool = False,
     ) -> None:
         """Gives the module a subclass of its own class with a forward of ours.
@@ -227,24 +248,34 @@ class AttentionView:
             mixin: the class with that forward.
             spec: the shape; None: the one it has.
             kept: heads that are left; None: all.
+            numbers: of each kind, per key head that is left, the dense numbers of its channels; None: those it has.
             packed: whether the weights of Q, K and V lie side by side.
         """
         module = self.module
-        state = self.next_state(self.spec if spec is None else spec, kept)._replace(packed=packed)
+        spec = self.spec if spec is None else spec
+        state = self.next_state(spec, kept)._replace(packed=packed)
+        if mixin.tells(host_class(module)):
+            state = telling(state, self.state, self.spec, spec, self.numbers if numbers is None else numbers)
         module.__class__ = decoupled_class(mixin, host_class(module))
         module.attnprune_state = state  # type: ignore[assignment]
+
+    @property
+    def numbers(self) -> Numbers:
+        """Of each kind, per key head, the dense numbers of its channels, as far as the module tells them apart."""
+        return numbers_known(self.state, self.spec)
+
+    @property
+    def tells_channels(self) -> bool:
+        """Whether it matters for a file of the module which of the dense channels are left."""
+        return self.runs_expanded or (self.state is not None and self.state.numbers is not None)
 
     def next_state(self, spec: AttentionSpec, kept: Sequence[int] | None = None) -> State:
         """What the module will know once it has this shape."""
         before = self.state
-        numbers = before.kept if before else tuple(range(self.spec.heads))
-        dense = before.dense_heads if before else self.spec.heads
-        still = numbers if kept is None else tuple(numbers[head] for head in kept)
-        fixed = self.fixed
         stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
-        return State(
-            spec.layout, spec.scale, dense, still, stock=stock, fixed=fixed, heads=tuple(sorted(self.heads_may_go))
-        )
+        return next_state(
+            before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=sorted(self.heads_may_go)
+        )  # fmt: skip
 
 
 class Adapter(ABC):
@@ -282,10 +313,10 @@ class Adapter(ABC):
         self.reshape(view, spec)
 
     def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
-        """Whether the host's own forward can run this shape. The default: equal heads with qk_dim equal to vo_dim, and
-        no projection that shares its parameter with another."""
+        """Whether the host's own forward can run this shape. The default: equal heads with qk_dim equal to vo_dim, in
+        groups of one size, and no projection that shares its parameter with another."""
         alone = len({(id(slot.owner), slot.name) for slot in view.slots.values()}) == len(view.slots)
-        return alone and not spec.ragged and spec.qk_dim == spec.vo_dim
+        return alone and not spec.ragged and spec.qk_dim == spec.vo_dim and len(set(spec.groups)) == 1
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         """What Q is multiplied with where the host itself computes the softmax scale from the pruned head dim."""
@@ -315,20 +346,7 @@ class Adapter(ABC):
             args: its positional arguments.
             kwargs: its keyword arguments.
         """
-        forward = inspect.signature(inspect.unwrap(host_class(view.module).forward))
-        bound = forward.bind_partial(view.module, *args, **kwargs).arguments
-        mask = bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask"))
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-            found = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise DataError(
-                f"{view.name}: attention_mask",
-                "a tensor (batch, keys) or (batch, heads, queries, keys)",
-                found,
-                'calibrate with the "sdpa" or "eager" attention implementation',
-            )
-        return linears.may_attend(mask)
+        return linears.attended(view.name, view.module, args, kwargs)
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""

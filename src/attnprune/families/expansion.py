@@ -10,11 +10,12 @@ from typing import NamedTuple
 from torch import nn
 
 from ..nn.expanded import Expanded, expand
-from ..values.layout import KINDS, Kind
+from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
 from .base import Adapter, AttentionView
 from .slots import Slot
+from .states import Numbers
 
 
 class Expansion(NamedTuple):
@@ -24,8 +25,8 @@ class Expansion(NamedTuple):
     """Its shape."""
     slots: Mapping[str, Slot]
     """Where its compact channels lie."""
-    numbers: Mapping[Kind, tuple[tuple[int, ...], ...]]
-    """Of each kind, per head that is left, the dense numbers of its channels."""
+    numbers: Numbers
+    """Of each kind, per key head that is left, the dense numbers of its channels."""
 
 
 class Joint(NamedTuple):
@@ -47,19 +48,19 @@ class Joint(NamedTuple):
         """Whether channels are what the projection reads."""
         return self.keys[0][0] == "o"
 
-    def places(self, view: AttentionView, rows: Mapping[Kind, Sequence[int]]) -> dict[str, list[int]]:
+    def places(self, view: AttentionView, rows: Mapping[Projection, Sequence[int]]) -> dict[str, list[int]]:
         """For every slot (``""`` for what lies between them), the places along the axis that stay, in order.
 
         Args:
             view: the attention.
-            rows: of each kind, the stored channels that stay.
+            rows: of each projection, the stored channels that stay.
         """
         found: dict[str, list[int]] = {}
         end = 0
         for key in self.keys:
             slot = view.slots[key]
             found[f"before {key}"] = list(range(end, slot.start))
-            found[key] = [slot.start + row for row in rows[view.kinds[key]]]
+            found[key] = [slot.start + row for row in rows[view.side(key)]]
             end = slot.start + slot.size
         found[""] = list(range(end, self.slot.size))
         return found
@@ -83,7 +84,7 @@ def expand_view(
     parameters: Mapping[tuple[int, str], nn.Parameter],
     spec: AttentionSpec,
     kept: Sequence[int],
-    rows: Mapping[Kind, Sequence[int]],
+    rows: Mapping[Projection, Sequence[int]],
 ) -> None:
     """Puts compact parameters in place; the host's own forward runs them on its dense dims. Only assigns.
 
@@ -91,8 +92,8 @@ def expand_view(
         view: the attention as it was.
         parameters: by the id of the owner and name, what becomes of every parameter of :func:`joints`.
         spec: the new shape.
-        kept: heads that stay.
-        rows: of each kind, the stored channels that stay, in the order in which they will be stored.
+        kept: query heads that stay.
+        rows: of each projection, the stored channels that stay, in the order in which they will be stored.
     """
     slots: dict[str, Slot] = {}
     for joint in joints(view):
@@ -115,28 +116,27 @@ def expand_view(
             linears.put(owner, joint.name, parameter)
     state = view.next_state(spec, kept)
     ordered = {key: slots[key] for key in view.slots}
-    numbers = {kind: _numbers(view, spec, kept, rows[kind], kind) for kind in KINDS}
+    numbers = numbers_left(view, spec, kept, rows)
     view.module.attnprune_state = state._replace(expanded=Expansion(spec, ordered, numbers))  # type: ignore[assignment]
 
 
-def _numbers(
-    view: AttentionView, spec: AttentionSpec, kept: Sequence[int], rows: Sequence[int], kind: Kind
-) -> tuple[tuple[int, ...], ...]:
-    """Per head that stays, the dense numbers of its channels."""
-    known = numbers_of(view)[kind]
-    found = []
-    for place, head in enumerate(kept):
-        start, _ = view.spec.layout.span(kind, head)
-        found.append(tuple(known[head][row - start] for row in rows[slice(*spec.layout.span(kind, place))]))
-    return tuple(found)
+KEYS: tuple[Projection, Projection] = ("k", "v")
+"""Of every kind, the projection whose heads are key heads."""
 
 
-def numbers_of(view: AttentionView) -> Mapping[Kind, tuple[tuple[int, ...], ...]]:
-    """Of each kind, per head, the dense numbers of the channels that a host runs expanded with; of others all."""
-    if view.state is not None and view.state.expanded is not None:
-        found: Expansion = view.state.expanded
-        return found.numbers
-    return {kind: tuple(tuple(range(dim)) for dim in view.spec.dims(kind)) for kind in KINDS}
+def numbers_left(
+    view: AttentionView, spec: AttentionSpec, kept: Sequence[int], rows: Mapping[Projection, Sequence[int]]
+) -> Numbers:
+    """Of each kind, per key head that stays, the dense numbers of its channels; arguments as :func:`expand_view`'s."""
+    found: dict[Kind, tuple[tuple[int, ...], ...]] = {}
+    for kind, side in zip(KINDS, KEYS, strict=True):
+        known, heads = view.numbers[kind], []
+        for place, key in enumerate(view.spec.keys_of(kept)):
+            start, _ = view.spec.layout.span(side, key)
+            own = rows[side][slice(*spec.layout.span(side, place))]
+            heads.append(tuple(known[key][row - start] for row in own))
+        found[kind] = tuple(heads)
+    return found
 
 
 def rescale(view: AttentionView, scale: float) -> None:
@@ -154,18 +154,24 @@ def rescale(view: AttentionView, scale: float) -> None:
     known: Expansion = state.expanded
     spec, slots = known.spec, known.slots
     dim = round(scale**-2)
-    dims = (dim,) * state.dense_heads
-    host = replace(spec, qk_dims=dims, vo_dims=dims)
+    dims = (dim,) * (state.dense_heads // state.groups)
+    host = replace(spec, qk_dims=dims, vo_dims=dims, groups=(state.groups,) * len(dims))
     gain = view.adapter.query_gain(view, host)
     last = max(number for numbers in known.numbers.values() for row in numbers for number in row)
     if gain == 1 or not isclose(gain, spec.scale / scale) or last >= dim or not all(s.whole for s in slots.values()):
         return
     for key, slot in slots.items():
         if key.endswith(".weight"):
-            places, kind = [0] * slot.size, view.kinds[key]
-            for head, span, row in zip(state.kept, view.spans(kind), known.numbers[kind], strict=True):
+            places, side = [0] * slot.size, view.side(key)
+            rows = known.numbers[view.kinds[key]]
+            if side in "kv":
+                firsts = [view.spec.layout.queries(one)[0] for one in range(view.spec.kv_heads)]
+                dense = [state.kept[head] // state.groups for head in firsts]
+            else:
+                dense, rows = list(state.kept), tuple(rows[one] for one in view.spec.layout.key_of)
+            for head, span, row in zip(dense, view.spans(side), rows, strict=True):
                 places[slice(*span)] = [head * dim + number for number in row]
-            expand(slot.owner, places, sum(dims), columns=key[0] == "o")
+            expand(slot.owner, places, host.layout.channels(side), columns=key[0] == "o")
     view.adapter.reshape(view, host)
     expanded = known._replace(spec=replace(spec, scale=scale))
     view.module.attnprune_state = state._replace(scale=scale, expanded=expanded)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, WrappedModelError
-from ..nn.decoupled import State
-from ..values.layout import PROJECTIONS, Projection
+from ..errors import AdapterError, DataError, WrappedModelError
+from ..nn.decoupled import State, host_class
+from ..nn.rotary import Pairs
+from ..values.layout import PROJECTIONS, HeadLayout, Projection
 from ..values.spec import AttentionSpec
 from .slots import Slot
 
@@ -53,18 +55,13 @@ def described(
     sizes: dict[Projection, tuple[int, int]] = {p: size_of(linear) for p, linear in linears.items()}
     (qs, q_in), (ks, k_in), (vs, v_in), (d_model, os) = (sizes[p] for p in PROJECTIONS)
     if state is not None:
-        qk_dims, vo_dims, scale = state.layout.qk, state.layout.vo, state.scale
+        layout, scale = state.layout, state.scale
     else:
-        qk_dims, vo_dims = (qs // heads,) * heads, (vs // heads,) * heads
-    if ks < qs and qs % ks == 0 and ks == vs:
-        raise AdapterError(
-            name, "as many key heads as query heads", f"{qs} query and {ks} key channels: grouped queries",
-            "grouped queries are not supported yet; exclude this layer",
-        )  # fmt: skip
-    if not (sum(qk_dims) == qs == ks and sum(vo_dims) == vs == os):
+        layout = layout_of(heads, qs, ks, vs, os)
+    if [layout.channels(p) for p in PROJECTIONS] != [qs, ks, vs, os]:
         raise AdapterError(
             name,
-            f"Q and K, and V and O, of equal size, divisible by {heads} heads",
+            f"Q divisible by {heads} heads, K and V by a number of key heads that divides it, O as the heads of V",
             ", ".join(f"{p} {tuple(size)}" for p, size in sizes.items()),
             "write an adapter that tells how this module splits heads",
         )
@@ -72,22 +69,41 @@ def described(
     slots = {}
     for p in PROJECTIONS:
         turned = int(transposed(linears[p]))
-        axis, size = (1 - turned, sum(vo_dims)) if p == "o" else (turned, sum(qk_dims if p in "qk" else vo_dims))
-        slots[f"{p}.weight"] = Slot(linears[p], "weight", size, axis)
+        size = layout.channels(p)
+        slots[f"{p}.weight"] = Slot(linears[p], "weight", size, 1 - turned if p == "o" else turned)
         if p != "o" and linears[p].bias is not None:
             slots[f"{p}.bias"] = Slot(linears[p], "bias", size)
     spec = AttentionSpec(
         name,
         d_model,
-        qk_dims,
-        vo_dims,
-        qk_dims[0] ** -0.5 if scale is None else float(scale),
+        layout.qk,
+        layout.vo,
+        layout.qk[0] ** -0.5 if scale is None else float(scale),
         q_in,
         k_in,
         v_in,
         bias,  # type: ignore[arg-type]
+        groups=layout.groups,
+        **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
     return spec, slots
+
+
+def rotary_facts(pairs: Pairs) -> dict[str, Any]:
+    """What a spec says of rotary pairs."""
+    return {"rotary": pairs.style, "rotary_dims": pairs.turned}
+
+
+def layout_of(heads: int, q: int, k: int, v: int, o: int) -> HeadLayout:
+    """How equal heads lie in projections of so many channels; key heads are fewer where K has fewer channels than Q.
+
+    >>> layout_of(8, 64, 16, 16, 64).groups
+    (4, 4)
+    """
+    dim = max(q // heads, 1)
+    keys = max(k // dim, 1)
+    keys = keys if heads % keys == 0 else heads
+    return HeadLayout((dim,) * keys, (max(v // keys, 1),) * keys, (heads // keys,) * keys)
 
 
 def check_linear(where: str, module: Any) -> None:
@@ -131,6 +147,24 @@ def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear.weight = weight
     linear.bias = bias  # type: ignore[assignment]
     return linear
+
+
+def attended(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Which keys each query may attend to in a call of a module, by its ``attention_mask``."""
+    forward = inspect.signature(inspect.unwrap(host_class(module).forward))
+    bound = forward.bind_partial(module, *args, **kwargs).arguments
+    mask = bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask"))
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        found = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise DataError(
+            f"{name}: attention_mask",
+            "a tensor (batch, keys) or (batch, heads, queries, keys)",
+            found,
+            'calibrate with the "sdpa" or "eager" attention implementation',
+        )
+    return may_attend(mask)
 
 
 def may_attend(mask: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ Q, K, V, O = (
     ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj"),
 )
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads", "num_key_value_head")
+SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "n_kv_groups")
+"""Query heads per key head."""
 HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head")
 SCALE = ("scaling", "scale", "softmax_scale")
 

@@ -19,6 +19,7 @@ from .looks import Skipped, attending, looks_like
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
 from .table import adapter_of, registered
+from .ways import Verdict
 
 Run = Callable[[], object]
 """Runs the user's model once, on inputs of the user's, without a trace."""
@@ -92,7 +93,7 @@ class Survey:
                     view, masks_by_head=(view.state.dense_heads if view.state else view.spec.heads) in tables
                 )
                 if not (view.mixin_runs or view.runs_expanded) and _plain(view):
-                    view = replace(view, verdict=verdict_of(view))
+                    view = _judged(view, verdict_of(view))
                     pending.append(view)
                 self.views.append(view)
         self.views = list(self._settled(pending, trusted, run))
@@ -106,7 +107,7 @@ class Survey:
             verdict = view.verdict
             if verdict is not None and not verdict.ran and view.name in calls:
                 verdict = verdict_of(view, calls[view.name])
-                view = replace(view, verdict=verdict)
+                view = _judged(view, verdict)
             # what somebody says who knows the class, where running it says nothing
             said = view.name in trusted or registered(view.adapter)
             silent = verdict is not None and not (verdict.ran and verdict.attends)
@@ -136,6 +137,10 @@ class Survey:
                 found.setdefault(one.name, one)
         order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
         return tuple(sorted(found.values(), key=lambda one: order.get(one.name, 0)))
+
+
+def _judged(view: AttentionView, verdict: Verdict) -> AttentionView:
+    return replace(view, verdict=verdict, spec=verdict.told(view.spec))
 
 
 def _plain(view: AttentionView) -> bool:

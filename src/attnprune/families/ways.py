@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from ..nn import Decoupled
 from ..values.layout import Kind
+from ..values.spec import AttentionSpec, Rotary
 
 Way = Literal["stock", "decoupled", "expanded"]
 """How a pruned module runs: by the host's own forward, by one of ours, or by the host's on dense dims."""
@@ -36,6 +37,16 @@ class Verdict:
     """By way, why it is not allowed."""
     ran: bool = True
     """Whether the host could be run at all."""
+    rotary: Rotary = "none"
+    """Which channels a rotary embedding rotates together."""
+    rotary_dim: int = 0
+    """How many channels of every head it rotates."""
+
+    def told(self, spec: AttentionSpec) -> AttentionSpec:
+        """A spec that says so."""
+        if self.rotary == "none":
+            return spec
+        return replace(spec, rotary=self.rotary, rotary_dims=(self.rotary_dim,) * spec.kv_heads)
 
     @property
     def prunable(self) -> bool:

@@ -31,6 +31,14 @@ class State(NamedTuple):
     """Kinds whose channels may not be mixed, and why."""
     heads: tuple[str, ...] = ("decoupled", "expanded", "stock")
     """Ways to run in which whole heads may go."""
+    groups: int = 1
+    """Query heads per key head before any pruning."""
+    numbers: Any = None
+    """Of every kind, per key head, the dense numbers of its channels, where a forward of ours tells them apart."""
+    pairs: Any = None
+    """What a rotary embedding rotates (:class:`attnprune.nn.rotary.Pairs`)."""
+    dense_qk: int = 0
+    """Channels of the dot product in a head before any pruning, where a forward of ours needs to know."""
 
 
 class Decoupled(nn.Module):
@@ -40,6 +48,11 @@ class Decoupled(nn.Module):
     """
 
     attnprune_state: State
+
+    @classmethod
+    def tells(cls, host: type[Any]) -> bool:
+        """Whether the forward needs to know which of the dense model's channels are left."""
+        return False
 
     @classmethod
     def facts(cls, host: type[Any]) -> dict[str, Any]:

@@ -184,8 +184,8 @@ def _widened(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> HeadL
     dims: dict[int, tuple[int, int]] = {}
     for one in together(layout, busy, multiple, even):
         dims |= dict.fromkeys(one.bucket.heads, one.bucket[1:3])
-    qk, vo = zip(*(dims[head] for head in range(len(layout.qk))), strict=True)
-    return None if (qk, vo) == (layout.qk, layout.vo) else HeadLayout(qk, vo)
+    qk, vo = zip(*(dims[layout.queries(key)[0]] for key in range(len(layout.qk))), strict=True)
+    return None if (qk, vo) == (layout.qk, layout.vo) else HeadLayout(qk, vo, layout.groups)
 
 
 _together_once, _widened_once = lru_cache(maxsize=4096)(together), lru_cache(maxsize=4096)(_widened)

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..values.layout import HeadLayout, Kind
+from ..values.layout import HeadLayout, Projection
 from .decoupled import State
 from .kept import kept
 from .policy import widened
 
-KINDS_OF: tuple[Kind, Kind, Kind] = ("qk", "qk", "vo")
-"""Of Q, K and V."""
+QKV: tuple[Projection, ...] = ("q", "k", "v")
 
 
 class Projected(NamedTuple):
@@ -45,15 +44,15 @@ class Projected(NamedTuple):
         """O's columns, apart as the context's channels are."""
         if not torch.compiler.is_compiling():
             return weight.index_select(-1, _places(self.own, self.layout, weight.device)[2])
-        dims = self.layout.vo
-        spans = [(head, *self.own.span("vo", head)) for head in self.layout.order]
+        dims = self.layout.sizes("o")
+        spans = [(head, *self.own.span("o", head)) for head in self.layout.order]
         return torch.cat([F.pad(weight[:, a:b], (0, dims[head] - b + a)) for head, a, b in spans], -1)
 
     def _cut(self, context: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return context.index_select(-1, _places(self.own, self.layout, context.device)[1])
-        starts = [self.layout.span("vo", head)[0] for head in self.own.order]
-        dims = [self.own.vo[head] for head in self.own.order]
+        starts = [self.layout.span("o", head)[0] for head in self.own.order]
+        dims = [self.own.sizes("o")[head] for head in self.own.order]
         return torch.cat([context[..., a : a + dim] for a, dim in zip(starts, dims, strict=True)], -1)
 
 
@@ -70,7 +69,7 @@ def project(linears: Sequence[nn.Linear], x: Tensor, state: State, *, widen: boo
         parts = [[getattr(linear, key) for linear in linears] for key in ("weight", "bias")]
         weight, bias = (None if rows[0] is None else _padded(rows, layout, wide) for rows in parts)
         assert weight is not None
-        q, k, v = F.linear(x, weight, bias).split_with_sizes([sum(wide.dims(kind)) for kind in KINDS_OF], -1)
+        q, k, v = F.linear(x, weight, bias).split_with_sizes([wide.channels(p) for p in QKV], -1)
         return Projected(q, k, v, wide, layout)
     if state.packed and _calls_may_merge(linears, x):
         weight, bias = (side_by_side([getattr(linear, key) for linear in linears]) for key in ("weight", "bias"))
@@ -87,10 +86,10 @@ def _padded(parts: Sequence[Tensor], own: HeadLayout, wide: HeadLayout) -> Tenso
         zeros = _zeros(parts[0].shape[1:], parts[0].dtype, parts[0].device)
         return torch.cat([*parts, zeros]).index_select(0, _places(own, wide, zeros.device)[0])
     pieces = []  # one kernel is made of them; a list of places would be copied from the CPU
-    for part, kind in zip(parts, KINDS_OF, strict=True):
-        for head in wide.order:
-            start, stop = own.span(kind, head)
-            more = wide.dims(kind)[head] - (stop - start)
+    for part, p in zip(parts, QKV, strict=True):
+        for head in wide.stored(p):
+            start, stop = own.span(p, head)
+            more = wide.sizes(p)[head] - (stop - start)
             pieces.append(F.pad(part[start:stop], (*(0, 0) * (part.dim() - 1), 0, more)))
     return torch.cat(pieces)
 
@@ -105,16 +104,16 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 def _places(own: HeadLayout, wide: HeadLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of every padded row its place among Q's, K's, V's and a last row of zeros; of every own channel of a context its
     place among the padded ones; of every padded one its column of O, any where it is zero."""
-    zero = 2 * sum(own.qk) + sum(own.vo)
+    zero = sum(own.channels(p) for p in QKV)
     rows: list[int] = []
     first = 0
-    for kind in KINDS_OF:
-        for head in wide.order:
-            start, stop = own.span(kind, head)
-            rows += [*range(first + start, first + stop), *[zero] * (wide.dims(kind)[head] - stop + start)]
-        first += sum(own.dims(kind))
-    back = [wide.span("vo", head)[0] + channel for head in own.order for channel in range(own.vo[head])]
-    columns = [0] * sum(wide.vo)
+    for p in QKV:
+        for head in wide.stored(p):
+            start, stop = own.span(p, head)
+            rows += [*range(first + start, first + stop), *[zero] * (wide.sizes(p)[head] - stop + start)]
+        first += own.channels(p)
+    back = [wide.span("o", head)[0] + channel for head in own.order for channel in range(own.sizes("o")[head])]
+    columns = [0] * wide.channels("o")
     for column, place in enumerate(back):
         columns[place] = column
     return tuple(torch.tensor(one, device=device) for one in (rows, back, columns))  # type: ignore[return-value]

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import fsum
+from math import fsum, lcm
 from typing import NamedTuple, Protocol
 
 import torch
 
+from ..cost.counting import Prices
 from ..errors import AllocationError, OptionError, ScorerError
 from ..values.amount import check_amount
 from ..values.layer_plan import LayerPlan, make_layer
-from ..values.layout import KINDS, Kind
+from ..values.layout import KIND_OF, KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
 from ..values.ratios import Ratios
 from ..values.request import Request
 from ..values.rules import Rules, Scope
 from ..values.scores import Scores
 from ..values.spec import AttentionSpec
+from .units import ranked, step_of
 
 _SLACK = 1e-9  # of a budget: keeps 0.3 x 10 = 3 in spite of binary fractions
 
@@ -38,7 +40,7 @@ def unmatched(spec: AttentionSpec) -> OptionError:
 class Move(NamedTuple):
     cost: float
     heads: tuple[int, ...]
-    """Heads that lose channels, or go whole."""
+    """Key heads that lose channels, or units of heads (:attr:`AttentionSpec.head_units`) that go whole."""
     kinds: tuple[Kind, ...]
     """Whose channels go; none for whole heads."""
     channels: int
@@ -54,32 +56,47 @@ _SOURCES: Mapping[str, tuple[Kind, ...]] = {"qk": ("qk",), "vo": ("vo",), "pair"
 class Layer:
     """One attention while the greedy loop takes units away."""
 
-    def __init__(
-        self, spec: AttentionSpec, scores: Scores, rules: Rules, prices: Mapping[Kind, int] | None = None
-    ) -> None:
+    def __init__(self, spec: AttentionSpec, scores: Scores, rules: Rules, prices: Prices | None = None) -> None:
         if rules.match_dims and spec.qk_dims != spec.vo_dims:
             raise unmatched(spec)
         self.spec, self.rules = spec, rules
-        self.alive = list(range(spec.heads))
-        self.head_scores: list[float] = scores.head.tolist()
+        self.units = spec.head_units
+        self.alive = list(range(len(self.units)))
+        of_heads: list[float] = scores.head.tolist()
+        self.head_scores = [fsum(of_heads[head] for head in unit) for unit in self.units]
         self.order: dict[Kind, list[list[int]]] = {}
+        """Per key head its channels, the one that goes first first."""
         self.values: dict[Kind, list[list[float]]] = {}
+        """Per key head what these cost, in this order."""
+        self.steps: dict[Kind, int] = {}
+        """Of how many channels what stays is a multiple."""
         for kind in KINDS:
-            rows = [row[:dim] for row, dim in zip(scores.of(kind).tolist(), spec.dims(kind), strict=True)]
-            self.order[kind] = [sorted(range(len(row)), key=row.__getitem__) for row in rows]
-            self.values[kind] = [sorted(row) for row in rows]
-        self.gone: dict[Kind, list[int]] = {kind: [0] * spec.heads for kind in KINDS}
+            ranks = [ranked(spec, kind, key, row) for key, row in enumerate(scores.of(kind).tolist())]
+            self.order[kind] = [order for order, _ in ranks]
+            self.values[kind] = [costs for _, costs in ranks]
+            self.steps[kind] = lcm(rules.step, step_of(spec, kind))
+        self.gone: dict[Kind, list[int]] = {kind: [0] * spec.kv_heads for kind in KINDS}
         self.per_weight = rules.granularity == "joint" or rules.split == "auto"
         """Whether costs are compared per weight, as moves of different kinds compete."""
         self.prices = prices or {kind: spec.per_channel(kind) for kind in KINDS}
         """What a channel frees: weights, or in a budget of something else that."""
+
+    @property
+    def keys(self) -> list[int]:
+        """Key heads that are left."""
+        return [0] if self.spec.kv_heads == 1 else self.alive
+
+    def price(self, kind: Kind, key: int) -> int:
+        """What one channel of a key head and all its query heads frees."""
+        outer, inner = self.prices[kind]
+        return outer * (len(self.alive) if self.spec.kv_heads == 1 else self.spec.groups[key]) + inner
 
     def sources(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names of the places from which moves come; each offers one move at a time."""
         found: list[tuple[str, tuple[int, ...]]] = []
         if self.rules.granularity != "head":
             for name in ("pair",) if self.rules.match_dims else KINDS:
-                groups = [(h,) for h in self.alive] if self.rules.heads == "ragged" else [tuple(self.alive)]
+                groups = [(h,) for h in self.keys] if self.rules.heads == "ragged" else [tuple(self.keys)]
                 found += [(name, heads) for heads in groups]
         if self.rules.granularity == "joint":
             found += [("head", (h,)) for h in self.alive]
@@ -97,7 +114,7 @@ class Layer:
 
     def _thin(self, kinds: tuple[Kind, ...], heads: tuple[int, ...]) -> Move | None:
         """Removes the cheapest channels of these heads, down to the next multiple of ``round_to``."""
-        step, floor = self.rules.step, self.rules.min_channels
+        step, floor = lcm(*(self.steps[kind] for kind in kinds)), self.rules.min_channels
         counts = {self.left(kind, head) for kind in kinds for head in heads}
         if len(counts) != 1:
             raise OptionError(
@@ -113,22 +130,30 @@ class Layer:
         channels = count - target
         parts = ((self.values[kind][h], self.gone[kind][h]) for kind in kinds for h in heads)
         cost = fsum(fsum(values[gone : gone + channels]) for values, gone in parts)
-        freed = {kind: channels * len(heads) * self.prices[kind] for kind in kinds}
+        freed = {kind: channels * sum(self.price(kind, h) for h in heads) for kind in kinds}
         return Move(self._price(cost, freed, channels), heads, kinds, channels, freed)
 
     def _drop(self, heads: tuple[int, ...]) -> Move | None:
-        """Removes a whole head; with head granularity the cheapest ones, down to the next multiple of ``round_to``."""
+        """Removes a unit of heads; with head granularity the cheapest ones, down to a multiple of ``round_to``."""
         count, joint = len(self.alive), self.rules.granularity == "joint"
         step = 1 if joint else self.rules.step
         target = (count - 1) // step * step
         if target < self.rules.min_heads:
             return None
+        shared = self.spec.kv_heads == 1 and count > 1  # its keys and values stay for the other heads
         if joint:
-            cost = fsum(fsum(self.values[kind][h][self.gone[kind][h] :]) for kind in KINDS for h in heads)
+            keys = [0] if shared else heads
+            cost = fsum(fsum(self.values[kind][h][self.gone[kind][h] :]) for kind in KINDS for h in keys)
+            cost = cost / count if shared else cost
         else:
             heads = tuple(sorted(heads, key=lambda h: (self.head_scores[h], h))[: count - target])
             cost = fsum(self.head_scores[h] for h in heads)
-        freed: dict[Kind, int] = {kind: sum(self.left(kind, h) for h in heads) * self.prices[kind] for kind in KINDS}
+        freed: dict[Kind, int] = {
+            kind: len(heads) * self.left(kind, 0) * self.prices[kind][0]
+            if shared
+            else sum(self.left(kind, h) * self.price(kind, h) for h in heads)
+            for kind in KINDS
+        }
         return Move(self._price(cost, freed, len(heads)), heads, (), 0, freed)
 
     def _price(self, cost: float, freed: Mapping[Kind, int], units: int) -> float:
@@ -142,7 +167,7 @@ class Layer:
                 self.gone[kind][head] += move.channels
 
     def plan(self) -> LayerPlan:
-        heads = set(range(self.spec.heads)) - set(self.alive)
+        heads = {head for number, unit in enumerate(self.units) if number not in self.alive for head in unit}
         channels = {
             kind: tuple(tuple(order[:gone]) for order, gone in zip(self.order[kind], self.gone[kind], strict=True))
             for kind in KINDS
@@ -160,7 +185,7 @@ class _Budget:
         self.total = dict.fromkeys(self.key.values(), 0)
         self.freed = dict.fromkeys(self.key.values(), 0)
         for kind in KINDS:
-            weights = sum(sum(spec.dims(kind)) * spec.per_channel(kind) for spec in specs)
+            weights = sum(spec.weights(p) for spec in specs for p in PROJECTIONS if KIND_OF[p] == kind)
             self.total[self.key[kind]] += weights
             self.target[self.key[kind]] += weights * wanted[kind]
 
@@ -197,7 +222,7 @@ def greedy(layers: Sequence[Layer], budget: Spending) -> None:
         for name, heads in sources:
             move = layers[i].offer((name, heads))
             if move is not None:
-                rank = list(_SOURCES).index(name) * layers[i].spec.heads + heads[0]
+                rank = list(_SOURCES).index(name) * len(layers[i].units) + heads[0]
                 heapq.heappush(heap, (move.cost, i, rank, born[i], name, move))
 
     for i, layer in enumerate(layers):
@@ -229,7 +254,7 @@ def check_request(specs: Sequence[AttentionSpec], ratios: Ratios, rules: Rules) 
 
 
 def no_scores(spec: AttentionSpec) -> Scores:
-    qk, vo = (torch.zeros(spec.heads, dim, device="cpu") for dim in (spec.qk_dim, spec.vo_dim))
+    qk, vo = (torch.zeros(spec.kv_heads, dim, device="cpu") for dim in (spec.qk_dim, spec.vo_dim))
     return Scores(qk, vo, torch.zeros(spec.heads, device="cpu"))
 
 
@@ -295,11 +320,12 @@ def check_scores(specs: Sequence[AttentionSpec], scores: Mapping[str, Scores]) -
 def _unit(layer: Layer, kind: Kind) -> int:
     """Weights in one unit, were there no floors."""
     spec, rules = layer.spec, layer.rules
-    dim = max(spec.dims(kind))
+    dim, outer, inner = max(spec.dims(kind)), *spec.per_channel(kind)
+    each = outer * max(spec.groups) + inner
     if rules.granularity == "head":
-        return rules.step * dim * spec.per_channel(kind)
-    heads = 1 if rules.heads == "ragged" else spec.heads
-    return min(rules.step, dim) * heads * spec.per_channel(kind)
+        return rules.step * dim * (outer if spec.kv_heads == 1 else each)
+    heads = 1 if rules.heads == "ragged" else spec.kv_heads
+    return min(layer.steps[kind], dim) * heads * each
 
 
 def _check_reached(layers: Sequence[Layer], budget: _Budget, rules: Rules) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
-from math import fsum
+from math import fsum, lcm
 from typing import NamedTuple
 
+from ..cost.counting import Prices, total
 from ..cost.latency.table import LatencyTable
 from ..errors import AllocationError, OptionError
 from ..values.amount import check_amount
@@ -22,6 +23,7 @@ from ..values.scores import Scores
 from ..values.spec import AttentionSpec
 from .allocate import Layer, Move, check_scores, greedy, groups_of, no_scores
 from .knapsack import Choice, choose
+from .units import step_of
 
 _SLACK = 1e-9  # of the total
 
@@ -33,53 +35,64 @@ class Costs:
     budget: Budget
     total: float
     """What the whole model costs now."""
-    prices: Mapping[str, Mapping[Kind, int]]
-    """By name, what a qk and a vo channel of one head cost; none for latency, which is not a sum over channels."""
+    prices: Mapping[str, Prices]
+    """By name, what a qk and a vo channel cost; none for latency, which is not a sum over channels."""
     table: LatencyTable | None = None
 
     def of(self, spec: AttentionSpec) -> float:
         """What an attention costs in some shape, up to a constant of its own."""
         if self.table is not None:
             return self.table.share(spec)
-        return sum(sum(spec.dims(kind)) * self.prices[spec.name][kind] for kind in KINDS)
+        return total(spec, self.prices[spec.name])
 
-    def shape(self, spec: AttentionSpec, heads: int, qk: int, vo: int) -> float:
-        """The same for equal heads of a number and dims."""
+    def shape(self, spec: AttentionSpec, heads: Sequence[int], qk: int, vo: int) -> float:
+        """The same where these query heads are left, with equal dims."""
+        keys = len(spec.keys_of(heads))
         if self.table is not None:
-            return self.table.share(spec.keep(range(heads), [qk] * heads, [vo] * heads))
+            return self.table.share(spec.keep(heads, [qk] * keys, [vo] * keys))
         prices = self.prices[spec.name]
-        return heads * (qk * prices["qk"] + vo * prices["vo"])
+        return sum(
+            dim * (len(heads) * outer + keys * inner)
+            for dim, (outer, inner) in ((qk, prices["qk"]), (vo, prices["vo"]))
+        )
 
     def levels(self, spec: AttentionSpec, rules: Rules) -> tuple[list[int], dict[Kind, list[int]]]:
-        """Numbers of heads, and of channels of each kind, that a layer may keep; what it has now among them."""
-        heads, dims = [spec.heads], {kind: [max(spec.dims(kind))] for kind in KINDS}
+        """Numbers of units of heads, and of channels of each kind, that a layer may keep; what it has now among them.
+
+        Units are whole heads, or with grouped queries key heads with all their query heads.
+        """
+        units = spec.head_units
+        heads, dims = [len(units)], {kind: [max(spec.dims(kind))] for kind in KINDS}
         measured = None if self.table is None else self.table.grid(spec.name)
-        step = rules.step
         if rules.granularity != "channel":
-            allowed = range(1, spec.heads) if measured is None else measured.heads
-            by = step if rules.granularity == "head" else 1
-            heads += [n for n in allowed if rules.min_heads <= n < spec.heads and n % by == 0]
+            counts = range(1, len(units))
+            allowed = [n for n in counts if measured is None or n * len(units[0]) in measured.heads]
+            by = rules.step if rules.granularity == "head" else 1
+            heads += [n for n in allowed if rules.min_heads <= n and n % by == 0]
         if rules.granularity != "head":
             for kind in KINDS:
-                now = dims[kind][0]
-                allowed = range(1, now) if measured is None else measured.dims(kind)
-                dims[kind] += [n for n in allowed if rules.min_channels <= n < now and n % step == 0]
+                now, step = dims[kind][0], lcm(rules.step, step_of(spec, kind))
+                found = range(1, now) if measured is None else measured.dims(kind)
+                dims[kind] += [n for n in found if rules.min_channels <= n < now and n % step == 0]
         return heads, dims
 
     def least(self, spec: AttentionSpec, rules: Rules) -> float:
         """What an attention costs at the floors."""
         if not spec.ragged:
-            heads, dims = self.levels(spec, rules)
+            counts, dims = self.levels(spec, rules)
+            units = sorted(spec.head_units, key=len)
+            left = {count: [head for unit in units[:count] for head in unit] for count in counts}
             if self.table is None:
-                return self.shape(spec, min(heads), min(dims["qk"]), min(dims["vo"]))
-            shapes = product(heads, dims["qk"], dims["vo"])
+                return self.shape(spec, left[min(counts)], min(dims["qk"]), min(dims["vo"]))
+            shapes = product(left.values(), dims["qk"], dims["vo"])
             return min(self.shape(spec, *one) for one in shapes if not rules.match_dims or one[1] == one[2])
         each = []
-        for head in range(spec.heads):
-            one = spec.keep([head], [spec.qk_dims[head]], [spec.vo_dims[head]])
+        for key in range(spec.kv_heads):
+            heads = range(spec.groups[key])
+            one = spec.keep(spec.layout.queries(key), [spec.qk_dims[key]], [spec.vo_dims[key]])
             dims = self.levels(one, rules)[1]
-            each.append(self.shape(one, 1, min(dims["qk"]), min(dims["vo"])))
-        return fsum(sorted(each)[: spec.heads if rules.granularity == "channel" else rules.min_heads])
+            each.append(self.shape(one, heads, min(dims["qk"]), min(dims["vo"])))
+        return fsum(sorted(each)[: spec.kv_heads if rules.granularity == "channel" else rules.min_heads])
 
 
 def check_budget(specs: Sequence[AttentionSpec], costs: Costs, rules: Rules) -> None:
@@ -165,7 +178,7 @@ class _Option(NamedTuple):
 
     choice: Choice
     heads: tuple[int, ...]
-    """Heads that go whole."""
+    """Units of heads that go whole."""
     gone: Mapping[Kind, int]
     """Channels that every other head loses."""
 
@@ -177,7 +190,7 @@ def _best(
     targets: Sequence[float],
     rules: Rules,
 ) -> list[LayerPlan]:
-    layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
+    layers = [Layer(spec, scores[spec.name], rules, costs.prices.get(spec.name)) for spec in specs]
     for group, target in zip(groups_of(specs, rules.scope), targets, strict=True):
         options = [(i, found) for i in group for found in _options(layers[i], costs, rules)]
         now = fsum(found[0].choice.cost for _, found in options)  # the first option is what the layer has now
@@ -186,7 +199,7 @@ def _best(
         for (i, found), number in zip(options, chosen, strict=True):
             layers[i].alive = [head for head in layers[i].alive if head not in found[number].heads]
             for kind, count in found[number].gone.items():
-                layers[i].gone[kind] = [count] * layers[i].spec.heads
+                layers[i].gone[kind] = [count] * layers[i].spec.kv_heads
     return [layer.plan() for layer in layers]
 
 
@@ -196,16 +209,18 @@ def _options(layer: Layer, costs: Costs, rules: Rules) -> Iterator[list[_Option]
     counts, dims = costs.levels(spec, rules)
     if rules.granularity == "channel" and costs.table is None and not rules.match_dims:
         for kind in KINDS:
-            price, lost = spec.heads * costs.prices[spec.name][kind], _losses(layer, kind, range(spec.heads))
-            now = dims[kind][0]
+            price = sum(layer.price(kind, key) for key in layer.keys)
+            lost, now = _losses(layer, kind, layer.keys), dims[kind][0]
             yield [_Option(Choice(lost[now - n], n * price), (), {kind: now - n}) for n in dims[kind]]
         return
     found = []
     order = _head_order(layer, rules)
-    for heads in counts:
-        dropped, kept = tuple(order[: spec.heads - heads]), order[spec.heads - heads :]
+    for count in counts:
+        dropped, kept = tuple(order[: len(order) - count]), sorted(order[len(order) - count :])
         base = fsum(_head_loss(layer, head, rules) for head in dropped)
-        both = {kind: _losses(layer, kind, kept) for kind in KINDS}
+        keys = [0] if spec.kv_heads == 1 else kept
+        both = {kind: _losses(layer, kind, keys) for kind in KINDS}
+        heads = [head for number in kept for head in layer.units[number]]
         for qk, vo in product(dims["qk"], dims["vo"]):
             if rules.match_dims and qk != vo:
                 continue
@@ -224,12 +239,14 @@ def _losses(layer: Layer, kind: Kind, heads: Sequence[int]) -> list[float]:
 def _head_loss(layer: Layer, head: int, rules: Rules) -> float:
     if rules.granularity == "head":
         return layer.head_scores[head]
+    if layer.spec.kv_heads == 1:
+        return fsum(fsum(layer.values[kind][0]) for kind in KINDS) / len(layer.units)
     return fsum(fsum(layer.values[kind][head]) for kind in KINDS)
 
 
 def _head_order(layer: Layer, rules: Rules) -> list[int]:
-    """Heads, the one that goes first first."""
-    return sorted(range(layer.spec.heads), key=lambda head: (_head_loss(layer, head, rules), head))
+    """Units of heads, the one that goes first first."""
+    return sorted(range(len(layer.units)), key=lambda head: (_head_loss(layer, head, rules), head))
 
 
 # ragged heads
@@ -258,7 +275,7 @@ class _AtLeast:
 def _free(
     specs: Sequence[AttentionSpec],
     scores: Mapping[str, Scores],
-    prices: Mapping[str, Mapping[Kind, int]],
+    prices: Mapping[str, Prices],
     targets: Sequence[float],
     rules: Rules,
 ) -> list[LayerPlan]:
@@ -273,9 +290,7 @@ def _free(
     """
     layers = [Layer(spec, scores[spec.name], rules, prices[spec.name]) for spec in specs]
     for group, target in zip(groups_of(specs, rules.scope), targets, strict=True):
-        budget = _AtLeast(
-            target, sum(sum(specs[i].dims(kind)) * prices[specs[i].name][kind] for i in group for kind in KINDS)
-        )
+        budget = _AtLeast(target, sum(total(specs[i], prices[specs[i].name]) for i in group))
         greedy([layers[i] for i in group], budget)
         budget.whole_heads = True
         greedy([layers[i] for i in group], budget)

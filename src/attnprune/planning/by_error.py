@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, lcm
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.bases import HeadBases, head_bases, white_moments
+from ..calibration.bases import Basis, HeadBases, head_bases, white_moments
 from ..calibration.moments import Calibration
 from ..calibration.taps import check_calibration
 from ..errors import OptionError
@@ -23,6 +23,7 @@ from ..values.request import Request
 from ..values.rules import Rules
 from ..values.spec import AttentionSpec
 from .allocate import unmatched
+from .units import ranked, step_of
 
 
 def lost_energy(energy: Tensor) -> Tensor:
@@ -100,13 +101,16 @@ def allocate_error(
                         spec.name, 'heads="ragged", as its heads differ already', 'heads="uniform"', "exclude it, or so"
                     )
                 together = torch.stack([energy.double().sort(descending=True).values for energy in energies]).sum(0)
-                keep = [_enough(lost_energy(together), target_error)] * spec.heads
-            counts[kind] = [_rounded(count, len(energy), rules) for energy, count in zip(energies, keep, strict=True)]
+                keep = [_enough(lost_energy(together), target_error)] * spec.kv_heads
+            step = lcm(rules.step, step_of(spec, kind))
+            counts[kind] = [
+                _rounded(count, len(energy), rules, step) for energy, count in zip(energies, keep, strict=True)
+            ]
         if rules.match_dims:
             counts = {kind: list(map(max, *counts.values())) for kind in KINDS}
         for kind in KINDS:
             own = zip(bases[spec.name].by_kind[kind], counts[kind], strict=True)
-            removed[kind] = tuple(_cheapest(basis.energy, count) for basis, count in own)
+            removed[kind] = tuple(_cheapest(spec, kind, key, *one) for key, one in enumerate(own))
         layers.append(make_layer(spec, set(), removed))
     plan = Plan(tuple(layers))
     ratios = Ratios(*(max(plan.fraction(p), 0.0) for p in ("q", "k", "v", "o")))
@@ -119,12 +123,14 @@ def _enough(lost: Tensor, target: float) -> int:
     return max(int((lost > target + 1e-12).sum()), 1)
 
 
-def _rounded(count: int, dim: int, rules: Rules) -> int:
-    step = rules.step
+def _rounded(count: int, dim: int, rules: Rules, step: int) -> int:
     return min(max(ceil(max(count, rules.min_channels) / step) * step, 1), dim)
 
 
-def _cheapest(energy: Tensor, keep: int) -> tuple[int, ...]:
-    """The directions with the least energy, all but ``keep``; of equal ones the last go first."""
+def _cheapest(spec: AttentionSpec, kind: Kind, key: int, basis: Basis, keep: int) -> tuple[int, ...]:
+    """The directions with the least energy, all but ``keep``; of equal ones the last go first; rotary pairs as one."""
+    energy = basis.energy
+    if step_of(spec, kind) > 1:
+        return tuple(sorted(ranked(spec, kind, key, energy.tolist())[0][: len(energy) - keep]))
     order = sorted(range(len(energy)), key=lambda i: (-float(energy[i]), i))
     return tuple(sorted(order[keep:]))

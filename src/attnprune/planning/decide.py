@@ -129,7 +129,9 @@ def energy_scores(bases: HeadBases) -> Scores:
         rows = [basis.energy for basis in bases.by_kind[kind]]
         total = float(sum(float(row.sum()) for row in rows)) or 1.0
         found[kind] = nn.utils.rnn.pad_sequence([row / total for row in rows], batch_first=True)
-    return Scores(found["qk"], found["vo"], found["qk"].sum(1) + found["vo"].sum(1))
+    by_key = found["qk"].sum(1) + found["vo"].sum(1)
+    heads = [by_key[key] / bases.spec.groups[key] for key in bases.spec.layout.key_of]
+    return Scores(found["qk"], found["vo"], torch.stack(heads))
 
 
 def _with_maps(

@@ -51,7 +51,7 @@ def kept(plan: Plan, *, path: _Path = None) -> Any:
 
     if not plan.layers:
         raise OptionError("plan", "a plan for at least one attention", "none", "make one with make_plan")
-    heads = max(layer.spec.heads for layer in plan)
+    heads = max(layer.spec.kv_heads for layer in plan)
     labels, where = _labels([layer.spec.name for layer in plan])
     wide, high = _cell(heads, 4.0, 0.2, 0.42), _cell(len(plan), 4.0, 0.17, 0.42)
     side = max(wide * heads, 1.5)
@@ -60,18 +60,16 @@ def kept(plan: Plan, *, path: _Path = None) -> Any:
     *maps, bars = figure.subplots(1, 3, sharey=True, width_ratios=[side, side, 2.2])
     most = max(dim for layer in plan for kind in KINDS for dim in layer.spec.dims(kind))
     gone = any(layer.heads for layer in plan)
+    word = "key head" if any(layer.spec.heads > layer.spec.kv_heads for layer in plan) else "head"
     for panel, kind in zip(maps, KINDS, strict=True):
         cells: _Cells = [
-            [
-                nan if head in layer.heads else layer.spec.dims(kind)[head] - len(layer.removed(kind)[head])
-                for head in range(layer.spec.heads)
-            ]
+            [len(layer.kept(kind, key)) if key in layer.kept_keys else nan for key in range(layer.spec.kv_heads)]
             for layer in plan
         ]
-        image = _heat(panel, cells, labels, "head", side, vmin=0, vmax=most)
+        image = _heat(panel, cells, labels, word, side, vmin=0, vmax=most)
         for row, layer in enumerate(plan):
-            for head in layer.heads:
-                _cross(panel, row, head)
+            for key in set(range(layer.spec.kv_heads)) - set(layer.kept_keys):
+                _cross(panel, row, key)
         if wide >= 0.26:
             _write(panel, image, cells)
         panel.set_title(f"{kind} channels kept", fontsize=MEDIUM)
@@ -159,7 +157,9 @@ def channels(scores: Scores, *, name: str = "", path: _Path = None) -> Any:
     """
     from matplotlib.figure import Figure
 
-    labels = [str(head) for head in range(len(scores.head))]
+    keys = len(scores.qk)
+    labels = [str(key) for key in range(keys)]
+    wholes = scores.head.view(keys, -1).sum(1) if len(scores.head) % keys == 0 else scores.head[:0]
     sides = [max(_cell(scores.of(kind).shape[1], 3.6, 0.05, 0.42) * scores.of(kind).shape[1], 1.7) for kind in KINDS]
     high = _cell(len(labels), 3.2, 0.17, 0.42)
     figure = Figure((sum(sides) + 2.6, max(high * len(labels), 1.0) + 1.9), layout="constrained")
@@ -169,8 +169,8 @@ def channels(scores: Scores, *, name: str = "", path: _Path = None) -> Any:
         image = _heat(panel, cells, labels, "channel", side, norm=_norm(cells))
         panel.set_title(f"{kind} channels", fontsize=MEDIUM)
         _scale(figure, panel, image)
-    maps[0].set_ylabel("head", fontsize=MEDIUM)
-    bars.barh(range(len(labels)), scores.head.tolist(), height=0.7, color=DARK)
+    maps[0].set_ylabel("head" if keys == len(scores.head) else "key head", fontsize=MEDIUM)
+    bars.barh(range(len(wholes)), wholes.tolist(), height=0.7, color=DARK)
     bars.set_title("whole heads", fontsize=MEDIUM)
     _bare(bars)
     bars.locator_params(axis="x", nbins=3)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..families.base import AttentionView
 from ..families.expansion import Joint
 from ..values.layer_plan import LayerPlan
-from ..values.layout import PROJECTIONS, HeadLayout, Kind, Projection
+from ..values.layout import PROJECTIONS, HeadLayout, Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +71,14 @@ def _mix(blocks: Sequence[tuple[int, int, Tensor]], channels: Tensor) -> Tensor:
     return torch.cat(parts).to(channels.dtype).reshape(-1, *channels.shape[1:])
 
 
-def kept_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
-    """The stored channels that stay, in the order in which they will be stored."""
-    layout, back = view.spec.layout, layer.kept_heads
+def kept_channels(view: AttentionView, layer: LayerPlan, projection: Projection) -> list[int]:
+    """The stored channels of a projection that stay, in the order in which they will be stored."""
+    stays = layer.stays(projection)
     rows: list[int] = []
-    for position in layer.after.layout.order:
-        head = back[position]
-        start, _ = layout.span(kind, head)
-        rows += [start + channel for channel in layer.kept(kind, head)]
+    for position in layer.after.layout.stored(projection):
+        head, kept = stays[position]
+        start, _ = view.spec.layout.span(projection, head)
+        rows += [start + channel for channel in kept]
     return rows
 
 
@@ -110,63 +110,70 @@ def joined(view: AttentionView, joint: Joint, maps: Mapping[str, ChannelMap]) ->
     return Mix(blocks(False), lambda: blocks(True))
 
 
-def side(key: str, kind: Kind) -> Projection:
-    """Whose map a slot follows: its projection's; what lies along qk or vo channels besides follows K or V."""
-    own: dict[str, Projection] = {p: p for p in PROJECTIONS}
-    return own.get(key.split(".")[0], "k" if kind == "qk" else "v")
-
-
 def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, ChannelMap]:
     """For every slot of a view, how its channels (in stored order) change."""
     if layer.fold is None:
-        picks = {kind: Pick(tuple(kept_channels(view, layer, kind))) for kind in ("qk", "vo")}
-        return {key: picks[kind] for key, kind in view.kinds.items() if key in view.slots}
+        picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in PROJECTIONS}
+        return {key: picks[view.side(key)] for key in view.slots}
     blocks: dict[Projection, Blocks] = {
-        "q": _by_head(view, layer, "qk", layer.fold.q),
-        "k": _by_head(view, layer, "qk", layer.fold.k),
-        "v": _by_head(view, layer, "vo", layer.fold.v),
+        "q": _by_head(view, layer, "q", layer.fold.q),
+        "k": _by_head(view, layer, "k", layer.fold.k),
+        "v": _by_head(view, layer, "v", layer.fold.v),
     }
-    before, after = logical_channels(view.spec.layout, "vo"), logical_channels(layer.after.layout, "vo")
+    duals: dict[Projection, Blocks] = {
+        "q": _by_head(view, layer, "q", _duals_of_q(layer)),
+        "k": _by_head(view, layer, "k", _duals_of_k(layer)),
+    }
+    before, after = logical_channels(view.spec.layout, "o"), logical_channels(layer.after.layout, "o")
     o = layer.fold.o[before][:, after].T.contiguous()
     width = len(before)
 
     def values() -> Blocks:
-        """V's map as one matrix: the dual of O's."""
-        whole, row = torch.zeros_like(o), 0
-        for start, stop, matrix in blocks["v"]:
+        """V's map of every query head as one matrix: the dual of O's."""
+        assert layer.fold is not None
+        whole, row, key_of = torch.zeros_like(o), 0, layer.after.layout.key_of
+        for start, stop, matrix in _by_head(view, layer, "o", [layer.fold.v[key] for key in key_of]):
             whole[row : row + len(matrix), start:stop] = matrix.to(whole)
             row += len(matrix)
         return ((0, width, whole),)
 
-    def own() -> Blocks:
-        pairs = zip(blocks["v"], _own_blocks(layer), strict=True)
-        return tuple((start, stop, one) for (start, stop, _), one in pairs)
-
     mixes: dict[Projection, Mix] = {
-        "q": Mix(blocks["q"], lambda: blocks["k"]),
-        "k": Mix(blocks["k"], lambda: blocks["q"]),
-        "v": Mix(blocks["v"], own),
+        "q": Mix(blocks["q"], lambda: duals["q"]),
+        "k": Mix(blocks["k"], lambda: duals["k"]),
+        "v": Mix(blocks["v"], lambda: _by_head(view, layer, "v", _duals_of_v(layer))),
         "o": Mix(((0, width, o),), values),
     }
-    return {key: mixes[side(key, view.kinds[key])] for key in view.slots}
+    return {key: mixes[view.side(key)] for key in view.slots}
 
 
-def _by_head(view: AttentionView, layer: LayerPlan, kind: Kind, matrices: Sequence[Tensor]) -> Blocks:
-    """One block per kept head, in the order in which they will be stored."""
-    layout, back = view.spec.layout, layer.kept_heads
-    return tuple((*layout.span(kind, back[i]), matrices[i]) for i in layer.after.layout.order)
+def _by_head(view: AttentionView, layer: LayerPlan, projection: Projection, matrices: Sequence[Tensor]) -> Blocks:
+    """One block per kept head of a projection, in the order in which they will be stored."""
+    stays = layer.stays(projection)
+    order = layer.after.layout.stored(projection)
+    return tuple((*view.spec.layout.span(projection, stays[i][0]), matrices[i]) for i in order)
 
 
-def _own_blocks(layer: LayerPlan) -> list[Tensor]:
-    """Per kept head, in the order in which they will be stored, what O's map takes from its own channels."""
+def _duals_of_q(layer: LayerPlan) -> list[Tensor]:
+    """Per kept query head the map of its keys: what carries gradients of Q over."""
     assert layer.fold is not None
-    rows, columns = (_starts(dims) for dims in (layer.spec.vo_dims, layer.after.vo_dims))
-    found = []
-    for position in layer.after.layout.order:
-        head = layer.kept_heads[position]
-        inside = layer.fold.o[rows[head] : rows[head + 1], columns[position] : columns[position + 1]]
-        found.append(inside.T.contiguous())
-    return found
+    return [layer.fold.k[key] for key in layer.after.layout.key_of]
+
+
+def _duals_of_k(layer: LayerPlan) -> list[Tensor]:
+    """Per kept key head the map of its queries; the mean of several."""
+    assert layer.fold is not None
+    return [torch.stack(maps).mean(0) for maps in layer.after.layout.over_groups(layer.fold.q, "q")]
+
+
+def _duals_of_v(layer: LayerPlan) -> list[Tensor]:
+    """Per kept key head what O's map takes from its own channels; the mean over the query heads that share them."""
+    assert layer.fold is not None
+    rows, columns = (_starts(spec.layout.sizes("o")) for spec in (layer.spec, layer.after))
+    own = [
+        layer.fold.o[rows[head] : rows[head + 1], columns[place] : columns[place + 1]].T
+        for place, head in enumerate(layer.kept_heads)
+    ]
+    return [torch.stack(maps).mean(0) for maps in layer.after.layout.over_groups(own, "o")]
 
 
 def _starts(dims: Sequence[int]) -> list[int]:
@@ -176,7 +183,7 @@ def _starts(dims: Sequence[int]) -> list[int]:
     return starts
 
 
-def logical_channels(layout: HeadLayout, kind: Kind) -> list[int]:
+def logical_channels(layout: HeadLayout, projection: Projection) -> list[int]:
     """For every stored channel, its number when heads are counted in logical order."""
-    starts = _starts(layout.dims(kind))
-    return [channel for head in layout.order for channel in range(starts[head], starts[head + 1])]
+    starts = _starts(layout.sizes(projection))
+    return [channel for head in layout.stored(projection) for channel in range(starts[head], starts[head + 1])]

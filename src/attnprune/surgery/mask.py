@@ -11,20 +11,17 @@ from torch import Tensor, nn
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..values.layer_plan import LayerPlan
-from ..values.layout import Kind
+from ..values.layout import Projection
 from ..values.plan import Plan
 from .check import check_fit, check_views
 from .maps import channel_maps, kept_channels
 from .patch import mean_output
 
 
-def removed_channels(view: AttentionView, layer: LayerPlan, kind: Kind) -> list[int]:
-    """The stored channels that a plan removes, those of whole heads among them."""
-    rows: list[int] = []
-    for head in range(view.spec.heads):
-        start, stop = view.spec.layout.span(kind, head)
-        rows += range(start, stop) if head in layer.heads else [start + c for c in layer.removed(kind)[head]]
-    return rows
+def removed_channels(view: AttentionView, layer: LayerPlan, projection: Projection) -> list[int]:
+    """The stored channels of a projection that a plan removes, those of whole heads among them."""
+    kept = set(kept_channels(view, layer, projection))
+    return [row for row in range(view.spec.layout.channels(projection)) if row not in kept]
 
 
 @contextmanager
@@ -63,10 +60,10 @@ def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Ten
         channels = slot.cut(slot.parameter.data)  # a graph that is still to be differentiated does not notice
         if layer.fold is None:
             values = channels.clone()
-            rows = removed_channels(view, layer, view.kinds[key])
+            rows = removed_channels(view, layer, view.side(key))
             yield channels, values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
         else:
-            places = torch.tensor(kept_channels(view, layer, view.kinds[key]), device=channels.device)
+            places = torch.tensor(kept_channels(view, layer, view.side(key)), device=channels.device)
             yield channels, torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
-from ..families.expansion import expand_view, joints
+from ..families.expansion import expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
 from ..families.slots import Slot
 from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
-from ..values.layout import KINDS, HeadLayout
+from ..values.layout import PROJECTIONS, HeadLayout
 from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
@@ -179,13 +179,13 @@ def _address(parameter: nn.Parameter) -> int:
 
 
 def mean_output(view: AttentionView, shift: Tensor) -> Tensor:
-    """``(d_model,)`` float64: what O makes of a constant context, (sum of vo_dims,) in logical order of heads."""
+    """``(d_model,)`` float64: what O makes of a constant context, (channels of O,) in logical order of heads."""
     return mean_of(view.weight("o"), view.spec.layout, shift)
 
 
 def mean_of(weight: Tensor, layout: HeadLayout, shift: Tensor) -> Tensor:
     """The same from O's columns ``(channels, d_model)`` in stored order."""
-    stored = shift[logical_channels(layout, "vo")]
+    stored = shift[logical_channels(layout, "o")]
     return stored.to(weight.device, torch.float64) @ weight.double()
 
 
@@ -217,7 +217,7 @@ class _Operation(NamedTuple):
     def run(self) -> None:
         view, after, kept = self.view, self.layer.after, self.layer.kept_heads
         if self.way == "expanded":
-            rows = {kind: kept_channels(view, self.layer, kind) for kind in KINDS}
+            rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
             expand_view(view, parameters, after, kept, rows)
         else:
@@ -226,7 +226,8 @@ class _Operation(NamedTuple):
             view.owner("o").bias = self.bias
         if self.way == "decoupled":
             assert view.mixin is not None, "surgery checks this before anything moves"
-            view.decouple(view.mixin, after, kept)
+            rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
+            view.decouple(view.mixin, after, kept, numbers=numbers_left(view, after, kept, rows))
         if self.way == "stock":
             view.recast()
             if view.verdict is not None:

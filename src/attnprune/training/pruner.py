@@ -357,8 +357,8 @@ class AttentionPruner:
             raise OptionError("state", str(mine), str(theirs), "make the pruner with the options that it had")
         plan = Plan.from_json(state["plan"])
         now = {view.name: view.spec for view in self._views()}
-        shapes = {spec.name: (spec.qk_dims, spec.vo_dims) for spec in now.values()}
-        if shapes != {spec.name: (spec.qk_dims, spec.vo_dims) for spec in plan.after}:
+        shapes = {spec.name: spec.layout for spec in now.values()}
+        if shapes != {spec.name: spec.layout for spec in plan.after}:
             if {spec.name for spec in plan.specs} != set(now):
                 raise PlanMismatchError(
                     "state", f"attention modules {sorted(now)[:4]}", f"{sorted(s.name for s in plan.specs)[:4]}",

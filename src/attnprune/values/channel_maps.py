@@ -24,9 +24,10 @@ Shape = tuple[int, ...]
 class ChannelMaps:
     """Linear maps from the channels of a module to those that stay in it.
 
-    Of every kept head, in ascending order, Q, K and V become ``A Q``, ``A K``, ``A V`` (weight and bias; ``A`` is a
-    head's matrix for that projection), O becomes ``O B``, and O's bias gains ``O s``. Removing channels as they stand
-    is the case in which every ``A`` picks rows of the identity, ``B`` the same columns, and ``s`` is zero.
+    Of every kept head (of Q query heads, of K and V key heads), in ascending order, Q, K and V become ``A Q``,
+    ``A K``, ``A V`` (weight and bias; ``A`` is a head's matrix for that projection), O becomes ``O B``, and O's bias
+    gains ``O s``. Removing channels as they stand is the case in which every ``A`` picks rows of the identity, ``B``
+    the same columns, and ``s`` is zero.
 
     Two of them are equal if all their numbers are.
 
@@ -37,16 +38,16 @@ class ChannelMaps:
     """
 
     q: tuple[Tensor, ...]
-    """Per kept head ``(kept qk channels, qk_dim)``."""
+    """Per kept query head ``(kept qk channels, qk_dim)``."""
     k: tuple[Tensor, ...]
-    """Per kept head ``(kept qk channels, qk_dim)``."""
+    """Per kept key head ``(kept qk channels, qk_dim)``."""
     v: tuple[Tensor, ...]
-    """Per kept head ``(kept vo channels, vo_dim)``."""
+    """Per kept key head ``(kept vo channels, vo_dim)``."""
     o: Tensor
-    """``(sum of vo_dims, sum of kept vo channels)``: rows and columns in logical order of heads, the kept ones only
+    """``(channels, kept channels)`` of all query heads: rows and columns in logical order of heads, the kept ones only
     among the columns."""
     shift: Tensor | None = None
-    """``(sum of vo_dims,)``, or None where O's bias stays (or does not exist)."""
+    """``(channels,)`` of all query heads, or None where O's bias stays (or does not exist)."""
 
     def __post_init__(self) -> None:
         dtype = self.o.dtype if self.o.dtype in _DTYPES.values() else torch.float64
@@ -77,12 +78,13 @@ class ChannelMaps:
         if not all(bool(tensor.isfinite().all()) for tensor in self.tensors):
             raise NonFiniteError(f"{where}: fold", "finite maps", "NaN or infinite ones", "make the plan anew")
 
-    def then(self, other: ChannelMaps, heads: Sequence[int]) -> ChannelMaps:
+    def then(self, other: ChannelMaps, heads: Sequence[int], keys: Sequence[int]) -> ChannelMaps:
         """These maps and then others, made for what these leave.
 
         Args:
             other: the later maps.
-            heads: for every head that ``other`` keeps, its place among the heads that these maps keep.
+            heads: for every query head that ``other`` keeps, its place among those that these maps keep.
+            keys: the same for key heads.
         """
         dtype = torch.promote_types(self.o.dtype, other.o.dtype)
 
@@ -90,8 +92,8 @@ class ChannelMaps:
             return (left.double() @ right.double()).to(dtype)
 
         q, k, v = (
-            tuple(product(late, early[head]) for late, head in zip(second, heads, strict=True))
-            for early, second in ((self.q, other.q), (self.k, other.k), (self.v, other.v))
+            tuple(product(late, early[head]) for late, head in zip(second, places, strict=True))
+            for early, second, places in ((self.q, other.q, heads), (self.k, other.k, keys), (self.v, other.v, keys))
         )
         shift = self.shift
         if other.shift is not None:
@@ -125,14 +127,14 @@ class ChannelMaps:
 
     @classmethod
     def from_dict(
-        cls, raw: object, where: str, qk: Sequence[Shape], vo: Sequence[Shape], o: tuple[int, int]
+        cls, raw: object, where: str, q: Sequence[Shape], k: Sequence[Shape], v: Sequence[Shape], o: tuple[int, int]
     ) -> ChannelMaps:
         """Reads :meth:`to_dict`'s mapping, trusting nothing; shapes are per kept head (kept channels, channels)."""
         found = fields.mapping(where, raw, {"dtype", "shift", "data"})
         name = fields.string(f"{where}.dtype", found["dtype"])
         if name not in _DTYPES:
             fields.fail(f"{where}.dtype", " or ".join(_DTYPES), name)
-        shapes: list[Shape] = [*qk, *qk, *vo, o]
+        shapes: list[Shape] = [*q, *k, *v, o]
         if fields.boolean(f"{where}.shift", found["shift"]):
             shapes.append((o[0],))
         numbers = _decode(f"{where}.data", found["data"], name, sum(int(np.prod(shape)) for shape in shapes))
@@ -141,8 +143,8 @@ class ChannelMaps:
             size = int(np.prod(shape))
             parts.append(torch.from_numpy(numbers[start : start + size].reshape(shape).copy()))
             start += size
-        n = len(qk)
-        whole = cls(tuple(parts[:n]), tuple(parts[n : 2 * n]), tuple(parts[2 * n : 3 * n]), *parts[3 * n :])
+        n, end = len(q), len(q) + len(k) + len(v)
+        whole = cls(tuple(parts[:n]), tuple(parts[n : n + len(k)]), tuple(parts[n + len(k) : end]), *parts[end:])
         if not np.isfinite(numbers).all():
             fields.fail(f"{where}.data", "finite numbers", "NaN or infinite ones")
         return whole

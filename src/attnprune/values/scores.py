@@ -29,11 +29,11 @@ class Scores:
     """
 
     qk: Tensor
-    """``(heads, qk_dim)``: channels of the dot product."""
+    """``(key heads, qk_dim)``: channels of the dot product."""
     vo: Tensor
-    """``(heads, vo_dim)``: channels that the head carries out."""
+    """``(key heads, vo_dim)``: channels that the head carries out."""
     head: Tensor
-    """``(heads,)``: whole heads."""
+    """``(heads,)``: whole query heads."""
 
     def __post_init__(self) -> None:
         for key in ("qk", "vo", "head"):
@@ -67,7 +67,7 @@ class Scores:
             ScorerError: a shape is not the spec's.
             NonFiniteError: a score of a unit that exists is NaN or infinite.
         """
-        expected = {"qk": (spec.heads, spec.qk_dim), "vo": (spec.heads, spec.vo_dim), "head": (spec.heads,)}
+        expected = {"qk": (spec.kv_heads, spec.qk_dim), "vo": (spec.kv_heads, spec.vo_dim), "head": (spec.heads,)}
         for key, shape in expected.items():
             found = tuple(getattr(self, key).shape)
             if found != shape:
@@ -92,6 +92,6 @@ class Scores:
 
 
 def exists(spec: AttentionSpec, kind: Kind) -> Tensor:
-    """``(heads, dim)`` bool: which places of a score matrix are channels of the module (all, unless ragged)."""
+    """``(key heads, dim)`` bool: which places of a score matrix are channels of the module (all, unless ragged)."""
     dims = torch.tensor(spec.dims(kind), device="cpu")
     return torch.arange(int(dims.max()), device="cpu") < dims[:, None]

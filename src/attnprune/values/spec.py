@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import AdapterError
 from . import fields
-from .layout import KIND_OF, PROJECTIONS, HeadLayout, Kind, Projection
+from .layout import PROJECTIONS, HeadLayout, Kind, Projection
+
+Rotary = Literal["none", "half", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,9 @@ class AttentionSpec:
     """The frozen facts of one attention module.
 
     Dims count channels of one head. A model fresh from its class has equal heads; a ragged one has its own number per
-    head (:attr:`qk_dims`, :attr:`vo_dims`).
+    head (:attr:`qk_dims`, :attr:`vo_dims`). With grouped queries several query heads share the keys and values of one
+    key head (:attr:`groups`); channels then belong to the group: a qk channel is a row of K and one of every query head
+    of Q, a vo channel a row of V and a column of O for every query head.
 
     >>> spec = AttentionSpec.of("layers.0.attention", heads=12, head_dim=64, d_model=768)
     >>> spec.heads, spec.qk_dim, spec.vo_dim, spec.parameters
@@ -31,9 +35,9 @@ class AttentionSpec:
     d_model: fields.Size
     """Width of what O writes."""
     qk_dims: tuple[fields.Size, ...]
-    """Channels of the dot product per head."""
+    """Channels of the dot product per key head."""
     vo_dims: tuple[fields.Size, ...]
-    """Channels carried out per head."""
+    """Channels carried out per key head."""
     scale: fields.Positive
     """What the logits are multiplied with before the softmax; data, never recomputed from a pruned dim."""
     q_in: fields.Size
@@ -48,34 +52,54 @@ class AttentionSpec:
     """Whether a learned key and value are appended to the sequence (nn.MultiheadAttention's ``add_bias_kv``)."""
     fused: bool = False
     """Whether Q, K and V lie in one packed weight."""
+    groups: tuple[fields.Size, ...] = ()
+    """Query heads per key head; none given: one each."""
+    rotary: Rotary = "none"
+    """Which channels of a head are rotated together by a rotary embedding: the first and second half of those that
+    are (``"half"``, as in LLaMA), or neighbours (``"interleaved"``, as in GPT-J)."""
+    rotary_dims: tuple[int, ...] = ()
+    """Per key head, how many channels are rotated: the first ones."""
 
     @classmethod
     def of(cls, name: str, *, heads: int, head_dim: int, d_model: int, **facts: Any) -> AttentionSpec:
         """A spec with equal heads; what is not given follows the usual attention module."""
         widths = {key: facts.pop(key, d_model) for key in ("q_in", "k_in", "v_in")}
         scale = facts.pop("scale", head_dim**-0.5)
-        return cls(name, d_model, (head_dim,) * heads, (head_dim,) * heads, scale, **widths, **facts)
+        keys = facts.pop("kv_heads", heads)
+        groups = () if keys == heads else (heads // keys,) * keys
+        return cls(name, d_model, (head_dim,) * keys, (head_dim,) * keys, scale, **widths, groups=groups, **facts)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", float(self.scale))
-        sizes = (self.d_model, self.q_in, self.k_in, self.v_in, *self.qk_dims, *self.vo_dims)
-        if len(self.qk_dims) != len(self.vo_dims) or not self.qk_dims or min(sizes) < 1:
+        object.__setattr__(self, "groups", tuple(self.groups) or (1,) * len(self.qk_dims))
+        sizes = (self.d_model, self.q_in, self.k_in, self.v_in, *self.qk_dims, *self.vo_dims, *self.groups)
+        if not len(self.qk_dims) == len(self.vo_dims) == len(self.groups) or not self.qk_dims or min(sizes) < 1:
             raise AdapterError(
                 self.name,
-                "as many qk_dims as vo_dims and at least one, every size positive",
-                f"qk_dims {self.qk_dims}, vo_dims {self.vo_dims}, widths {sizes[:4]}",
+                "as many qk_dims as vo_dims and groups, and at least one, every size positive",
+                f"qk_dims {self.qk_dims}, vo_dims {self.vo_dims}, groups {self.groups}, widths {sizes[:4]}",
+                "Check the adapter that made this spec",
+            )
+        if self.rotary == "none":
+            object.__setattr__(self, "rotary_dims", (0,) * self.kv_heads)
+        pairs = zip(self.rotary_dims, self.qk_dims, strict=False)
+        if len(self.rotary_dims) != self.kv_heads or any(dim % 2 or not 0 <= dim <= most for dim, most in pairs):
+            raise AdapterError(
+                self.name,
+                "an even number of rotary channels for every key head, at most its qk_dim",
+                f"rotary_dims {self.rotary_dims}, qk_dims {self.qk_dims}",
                 "Check the adapter that made this spec",
             )
 
     @property
     def heads(self) -> int:
         """Number of query heads."""
-        return len(self.qk_dims)
+        return sum(self.groups)
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads; each query head has its own."""
-        return self.heads
+        """Number of key and value heads."""
+        return len(self.qk_dims)
 
     @property
     def qk_dim(self) -> int:
@@ -95,11 +119,22 @@ class AttentionSpec:
     @cached_property
     def layout(self) -> HeadLayout:
         """Where each head's rows are stored."""
-        return HeadLayout(self.qk_dims, self.vo_dims)
+        return HeadLayout(self.qk_dims, self.vo_dims, self.groups)
 
     def dims(self, kind: Kind) -> tuple[int, ...]:
-        """Channels per head of ``"qk"`` or ``"vo"``."""
+        """Channels per key head of ``"qk"`` or ``"vo"``."""
         return self.qk_dims if kind == "qk" else self.vo_dims
+
+    def units(self, kind: Kind, key: int) -> list[tuple[int, ...]]:
+        """The channels of a key head, those that only go together in one: rotary pairs.
+
+        >>> AttentionSpec.of("a", heads=1, head_dim=5, d_model=8, rotary="half", rotary_dims=(4,)).units("qk", 0)
+        [(0, 2), (1, 3), (4,)]
+        """
+        turned = self.rotary_dims[key] if kind == "qk" else 0
+        half = turned // 2
+        pairs = [(i, i + half) if self.rotary == "half" else (2 * i, 2 * i + 1) for i in range(half)]
+        return [*pairs, *((channel,) for channel in range(turned, self.dims(kind)[key]))]
 
     def width(self, projection: Projection) -> int:
         """The other side of a projection's weight: weights per channel."""
@@ -107,17 +142,18 @@ class AttentionSpec:
 
     def weights(self, projection: Projection) -> int:
         """Number of weights of a projection, without its bias."""
-        return sum(self.dims(KIND_OF[projection])) * self.width(projection)
+        return self.layout.channels(projection) * self.width(projection)
 
-    def per_channel(self, kind: Kind) -> int:
-        """Weights that one channel holds in its two projections."""
-        return self.q_in + self.k_in if kind == "qk" else self.v_in + self.d_model
+    def per_channel(self, kind: Kind) -> tuple[int, int]:
+        """Weights that one channel holds for every query head (in Q or O), and once for the key head (in K or V)."""
+        return (self.q_in, self.k_in) if kind == "qk" else (self.d_model, self.v_in)
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the four projections, biases and ``bias_k``, ``bias_v`` included."""
         q, k, v, o = self.bias
-        biases = sum(self.qk_dims) * (q + k + self.bias_kv) + sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
+        biases = self.layout.channels("q") * q + sum(self.qk_dims) * (k + self.bias_kv)
+        biases += sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
         return sum(self.weights(projection) for projection in PROJECTIONS) + biases
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
@@ -125,12 +161,44 @@ class AttentionSpec:
         keys = tokens if keys is None else keys
         per_query = self.weights("q") + self.weights("o")
         per_key = self.weights("k") + self.weights("v")
-        return tokens * per_query + keys * per_key + tokens * keys * (sum(self.qk_dims) + sum(self.vo_dims))
+        products = self.layout.channels("q") + self.layout.channels("o")
+        return tokens * per_query + keys * per_key + tokens * keys * products
 
-    def keep(self, heads: Sequence[int], qk_dims: Sequence[int], vo_dims: Sequence[int]) -> AttentionSpec:
-        """The spec that is left when only ``heads`` stay, with these dims each."""
-        assert len(heads) == len(qk_dims) == len(vo_dims)
-        return replace(self, qk_dims=tuple(qk_dims), vo_dims=tuple(vo_dims))
+    @property
+    def head_units(self) -> tuple[tuple[int, ...], ...]:
+        """Query heads that go together where whole heads go: those of a key head, so that all four projections lose
+        their share; each alone where all share one key head."""
+        if self.kv_heads == 1:
+            return tuple((head,) for head in range(self.heads))
+        return tuple(tuple(self.layout.queries(key)) for key in range(self.kv_heads))
+
+    def keys_of(self, heads: Sequence[int]) -> tuple[int, ...]:
+        """The key heads that these query heads use, ascending."""
+        return tuple(sorted({self.layout.key_of[head] for head in heads}))
+
+    def keep(
+        self,
+        heads: Sequence[int],
+        qk_dims: Sequence[int],
+        vo_dims: Sequence[int],
+        rotary_dims: Sequence[int] | None = None,
+    ) -> AttentionSpec:
+        """The spec that is left when only these query heads stay.
+
+        Args:
+            heads: query heads that stay, ascending.
+            qk_dims: channels of every key head that is left; likewise ``vo_dims``.
+            rotary_dims: how many of the qk channels are rotated; None: as many as fit.
+        """
+        keys = self.keys_of(heads)
+        assert len(keys) == len(qk_dims) == len(vo_dims)
+        if rotary_dims is None:
+            before = [self.rotary_dims[key] for key in keys]
+            rotary_dims = [min(turned, dim // 2 * 2) for turned, dim in zip(before, qk_dims, strict=True)]
+        groups = [sum(self.layout.key_of[head] == key for head in heads) for key in keys]
+        return replace(
+            self, qk_dims=tuple(qk_dims), vo_dims=tuple(vo_dims), groups=tuple(groups), rotary_dims=tuple(rotary_dims)
+        )
 
     def describe(self) -> str:
         """Heads and dims in words, for messages."""
@@ -138,11 +206,18 @@ class AttentionSpec:
         def dims(values: tuple[int, ...]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
-        return f"{self.heads} heads of {dims(self.qk_dims)} (qk) and {dims(self.vo_dims)} (vo), d_model {self.d_model}"
+        shared = f" on {self.kv_heads} key heads" if self.heads > self.kv_heads else ""
+        inside = f"{dims(self.qk_dims)} (qk) and {dims(self.vo_dims)} (vo)"
+        return f"{self.heads} heads{shared} of {inside}, d_model {self.d_model}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return fields.to_dict(self)
+        """A JSON-ready mapping; what most attention does not have (groups, rotary pairs) is left out there."""
+        found = fields.to_dict(self)
+        if self.heads == self.kv_heads:
+            del found["groups"]
+        if self.rotary == "none":
+            del found["rotary"], found["rotary_dims"]
+        return found
 
     @classmethod
     def from_dict(cls, raw: object, where: str = "spec") -> AttentionSpec:
@@ -151,9 +226,17 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        found = fields.checked(cls, raw, where)
+        usual = {"groups": [], "rotary": "none", "rotary_dims": []}
+        found = fields.checked(cls, {**usual, **raw} if isinstance(raw, dict) else raw, where)
         heads = len(found["qk_dims"])
         fields.integer(f"{where}: heads by vo_dims", len(found["vo_dims"]), low=heads, high=heads)
         for key in ("qk_dims", "vo_dims"):
             fields.integer(f"sum of {where}.{key}", sum(found[key]), low=1)
+        if found["groups"]:
+            fields.integer(f"{where}: heads by groups", len(found["groups"]), low=heads, high=heads)
+            fields.integer(f"sum of {where}.groups", sum(found["groups"]), low=1)
+        if found["rotary"] != "none":
+            fields.integer(f"{where}: heads by rotary_dims", len(found["rotary_dims"]), low=heads, high=heads)
+            for turned, dim in zip(found["rotary_dims"], found["qk_dims"], strict=True):
+                fields.integer(f"{where}.rotary_dims, halved", turned // 2 if turned % 2 == 0 else -1, high=dim // 2)
         return cls(**found)

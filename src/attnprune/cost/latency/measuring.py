@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
-from math import fsum
+from itertools import accumulate, product
+from math import fsum, lcm
 from statistics import median
 from time import monotonic
 from typing import Any
@@ -19,7 +19,8 @@ from ...errors import AttnPruneWarning, LatencyError, OptionError
 from ...families.base import AttentionView
 from ...families.registry import find_views, plain
 from ...surgery import Surgeon, check_views
-from ...values.layer_plan import LayerPlan
+from ...values.layer_plan import Channels, LayerPlan, make_layer
+from ...values.layout import Kind
 from ...values.plan import Plan
 from ...values.rules import OPTIONS, Granularity, check_rounding
 from ...values.spec import AttentionSpec
@@ -124,8 +125,9 @@ def _axes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Numbers of heads, qk and vo channels to measure, from the least to the dense one."""
     few, fine = LEVELS[granularity]
-    heads = _thinned(range(1, spec.heads + 1), few)
-    qk, vo = (_thinned([*range(step, dim, step), dim], fine) for dim in (spec.qk_dim, spec.vo_dim))
+    heads = _thinned(list(accumulate(map(len, spec.head_units))), few)
+    pair = lcm(step, 2) if any(spec.rotary_dims) else step
+    qk, vo = (_thinned([*range(by, dim, by), dim], fine) for dim, by in ((spec.qk_dim, pair), (spec.vo_dim, step)))
     return heads, qk, vo
 
 
@@ -140,9 +142,12 @@ def _thinned(levels: Sequence[int], count: int) -> tuple[int, ...]:
 
 def shaped(spec: AttentionSpec, heads: int, qk: int, vo: int) -> LayerPlan:
     """A plan that leaves the first heads and channels: for its shape alone."""
-    gone = {"qk": tuple(range(qk, spec.qk_dim)), "vo": tuple(range(vo, spec.vo_dim))}
-    removed = {kind: tuple(one if head < heads else () for head in range(spec.heads)) for kind, one in gone.items()}
-    return LayerPlan(spec, tuple(range(heads, spec.heads)), removed["qk"], removed["vo"])
+    sizes: dict[Kind, int] = {"qk": qk, "vo": vo}
+    removed: dict[Kind, Channels] = {}
+    for kind, size in sizes.items():
+        flat = [[channel for unit in spec.units(kind, key) for channel in unit] for key in range(spec.kv_heads)]
+        removed[kind] = tuple(tuple(channels[size:]) for channels in flat)
+    return make_layer(spec, set(range(heads, spec.heads)), removed)
 
 
 def _measured(

@@ -15,7 +15,7 @@ from ...nn.decoupled import forward_of
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import is_linear
-from ..names import HEAD_DIM, HEADS, SCALE, K, Q, V, first, output_of, part_of
+from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, K, Q, V, first, output_of, part_of
 from .forward import (
     HFClosedSelfAttention,
     HFCrossAttention,
@@ -25,6 +25,7 @@ from .forward import (
     describe,
     parameters_of,
 )
+from .staged import HFStaged, HFStagedNormLast, roles_of, shares_keys
 
 
 class HFEncoderAdapter(Adapter):
@@ -48,6 +49,9 @@ class HFEncoderAdapter(Adapter):
             return ()
         if parts.functions is None:
             return (HFEagerSelfAttention,)
+        roles = roles_of(host)
+        if roles.angles or roles.norms or roles.source == "key_value_states" or view.spec.layout.grouped:
+            return (HFStaged, HFStagedNormLast) if roles.norms else (HFStaged,)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
         return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention)
@@ -61,9 +65,10 @@ class HFEncoderAdapter(Adapter):
         module = view.module
         values = {
             **dict.fromkeys(HEADS, spec.heads),
+            **dict.fromkeys(KEY_HEADS, spec.kv_heads),
+            **dict.fromkeys(SHARES, spec.groups[0] if shares_keys(spec.layout) else 1),
             **dict.fromkeys(HEAD_DIM, spec.qk_dim),
-            "all_head_size": sum(spec.vo_dims),
-            "inner_dim": sum(spec.vo_dims),
+            **dict.fromkeys(("all_head_size", "inner_dim"), spec.layout.channels("o")),
         }
         for name in values.keys() & module.__dict__.keys():
             setattr(module, name, values[name])

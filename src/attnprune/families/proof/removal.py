@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ...values.layout import KINDS, Kind
+from collections.abc import Sequence
+
+from ...values.layout import KIND_OF, KINDS, PROJECTIONS, Kind, Projection
 from ...values.spec import AttentionSpec
 
 
@@ -16,28 +18,43 @@ class Removal:
     """
 
     def __init__(self, spec: AttentionSpec, heads: bool, ragged: bool) -> None:
-        everyone = range(spec.heads)
-        self.heads = [head for head in everyone if not heads or head in (min(1, spec.heads - 1), spec.heads - 1)]
+        layout, last = spec.layout, spec.kv_heads - 1
+        keys = [key for key in range(spec.kv_heads) if not heads or key in (min(1, last), last)]
+        self.heads = [head for key in keys for head in layout.queries(key)]
+        if heads and ragged:  # of a group, some of its query heads
+            self.heads = [head for head in self.heads if head % 2 or head == layout.queries(layout.key_of[head])[0]]
         self.ragged = ragged
         self.removes_heads = len(self.heads) < spec.heads
-        least = min(-(-dim // 2) for kind in KINDS for dim in spec.dims(kind))
         kept: dict[Kind, list[list[int]]] = {}
+        pair = 2 if any(spec.rotary_dims) else 1
+        least = max(min(dim for kind in KINDS for dim in spec.dims(kind)) // 2 // pair * pair, 1)
         for other, kind in enumerate(KINDS):
             kept[kind] = []
-            for head in self.heads:
-                dim = spec.dims(kind)[head]
-                some = (list(range((head + other) % 2, dim, 2)) or [0])[:least]  # every other one
-                kept[kind].append(some[: -(-len(some) // 2)] if ragged and (head + other) % 2 else some)
-            shortest = len(some) if ragged else min(map(len, kept[kind]))
-            kept[kind] = [some if ragged else some[:shortest] for some in kept[kind]]
-        if not ragged:
-            even = min(len(some) for rows in kept.values() for some in rows)
-            kept = {kind: [some[:even] for some in rows] for kind, rows in kept.items()}
-        self.after = spec.keep(self.heads, *([len(some) for some in kept[kind]] for kind in KINDS))
-        self.rows: dict[Kind, list[int]] = {}
-        self.gone: dict[Kind, list[int]] = {}
-        for kind in KINDS:
-            starts = [spec.layout.span(kind, head)[0] for head in self.heads]
-            places = self.after.layout.order
-            self.rows[kind] = [starts[place] + channel for place in places for channel in kept[kind][place]]
-            self.gone[kind] = sorted({*range(sum(spec.dims(kind)))} - {*self.rows[kind]})
+            for key in keys:
+                units = spec.units(kind, key)
+                size = least if not (ragged and (key + other) % 2) else -(-least // 2 // pair) * pair
+                kept[kind].append(_some([*units[(key + other) % 2 :: 2], *units], max(size, len(units[0]))))
+        turned = [sum(c < spec.rotary_dims[key] for c in some) for key, some in zip(keys, kept["qk"], strict=True)]
+        qk, vo = ([len(some) for some in kept[kind]] for kind in KINDS)
+        self.after = spec.keep(self.heads, qk, vo, turned)
+        self.rows: dict[Projection, list[int]] = {}
+        """Of each projection, the stored channels that stay, in the order in which they will be stored."""
+        self.gone: dict[Projection, list[int]] = {}
+        for p in PROJECTIONS:
+            stays = keys if p in "kv" else self.heads
+            self.rows[p] = []
+            for place in self.after.layout.stored(p):
+                head = stays[place]
+                start = layout.span(p, head)[0]
+                own = kept[KIND_OF[p]][keys.index(head if p in "kv" else layout.key_of[head])]
+                self.rows[p] += [start + channel for channel in own]
+            self.gone[p] = sorted({*range(layout.channels(p))} - {*self.rows[p]})
+
+
+def _some(units: Sequence[tuple[int, ...]], count: int) -> list[int]:
+    """Channels of the first units that hold so many together, ascending."""
+    found: set[int] = set()
+    for unit in units:
+        if len(found | {*unit}) <= count:
+            found |= {*unit}
+    return sorted(found)

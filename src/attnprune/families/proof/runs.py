@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...nn.exactly import Exactly
 from ..calls import Call, fresh, positional
 
 
@@ -93,7 +94,7 @@ def run(
             arguments[call.by_head] = arguments[call.by_head].index_select(1, torch.tensor(heads))
         args += [_leaf(value, leaves, grads) for value in positional(arguments)]
         kwargs = {name: _leaf(value, leaves, grads) for name, value in arguments.items()}
-        with torch.set_grad_enabled(grads):
+        with torch.set_grad_enabled(grads), Exactly():
             outputs.append(host(*args, **kwargs))
     return outputs, leaves
 

@@ -118,15 +118,11 @@ class StandIn:
                 module.__dict__["layer_idx"] = Told(module.__dict__["layer_idx"])
             module.__dict__.update(attributes.get(id(original), {}))
         self.host.requires_grad_(True).eval()
-        sizes = {"qk": sum(spec.qk_dims), "vo": sum(spec.vo_dims)}
-        before = {"qk": sum(view.spec.qk_dims), "vo": sum(view.spec.vo_dims)}
-        slots = {
-            name: Slot(
-                memo[id(slot.owner)], slot.name, slot.size * sizes[view.kinds[name]] // before[view.kinds[name]],
-                slot.axis, slot.start * sizes[view.kinds[name]] // before[view.kinds[name]],
-            )
-            for name, slot in view.slots.items()
-        }  # fmt: skip
+        slots: dict[str, Slot] = {}
+        for name, slot in view.slots.items():
+            size, before = (one.layout.channels(view.side(name)) for one in (spec, view.spec))
+            start = slot.start * size // before
+            slots[name] = Slot(memo[id(slot.owner)], slot.name, slot.size * size // before, slot.axis, start)
         self.view = AttentionView(spec, memo[id(view.module)], view.adapter, slots, view.kinds, self.host)
 
     def copy(self) -> StandIn:

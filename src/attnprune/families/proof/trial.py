@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn import Decoupled
+from ...nn import Decoupled, host_class
 from ...values.layout import KINDS, Kind
-from ...values.spec import AttentionSpec
-from ..calls import PLACE, Call, Signature
-from ..expansion import expand_view, joints
+from ...values.spec import AttentionSpec, Rotary
+from ..calls import CACHES, PLACE, Call, Signature
+from ..expansion import expand_view, joints, numbers_left
 from ..ways import Verdict
 from .removal import Removal
+from .rotary import mix, rotary_of
 from .runs import Result, Softmax, run, short, tensors, with_dropout, without_dropout
 from .stand_in import StandIn
 
@@ -58,24 +59,28 @@ class Trial:
         names = Signature(self.stand_in.host).names
         if PLACE in names and PLACE not in seen:  # a wrapper that hands on all it gets, whatever its family gives
             return []
+        if self.view.module.__dict__.get("layer_idx", 0) is None:  # no place in a cache: it takes none
+            seen |= {*CACHES}
         return [name for name in names if name not in seen]
 
     def verdict(self) -> Verdict:
         """What the runs show. Every removal takes away more than the one before, so one set of weights serves all."""
         with Softmax() as softmax:
             run(self.stand_in.host, self.calls[0], self.dtype)
-        spec, view, adapter = self.view.spec, self.view, self.view.adapter
+        view, adapter = self.view, self.view.adapter
         unseen = self._unseen()
+        rotary, turned = self._rotary()
         for way in ("stock", "decoupled") if unseen else ():
             self.reasons[way] = f"nobody knows what its argument {unseen[0]} does"
         forwards = () if unseen else adapter.decoupled_for(view)
         mixins = {f"decoupled {mixin.__name__}": mixin for mixin in forwards if self._decoupled(mixin)}
+        spec = self.view.spec
         ways: dict[str, set[bool]] = {}  # whether heads may go, where the way is open
         for removal in (Removal(spec, False, False), Removal(spec, True, False), Removal(spec, True, True)):
             if not self._try(removal, mixins, unseen, ways):  # whole heads cannot go: channels alone
                 self.reasons["heads"] = "its output is not finite where all of a head is zero"
                 self.stand_in = self.again()
-                self.view = self.stand_in.view
+                self._told(spec)
                 self._try(Removal(spec, False, True), mixins, unseen, ways)
                 break
         for way in ("stock", "expanded", *mixins):  # a way that failed with heads may still hold for channels
@@ -88,11 +93,38 @@ class Trial:
             self.reasons["expanded"] = "its projections are not modules of their own"
         if "expanded" in ways and decoupled is None and "stock" not in ways and not self._heads_lie():
             ways.pop("expanded")
-        fixed = {} if decoupled is not None else self._fixed()
+        plain = decoupled is not None and not decoupled.tells(host_class(self.view.module))
+        fixed = {} if plain else self._fixed()
         heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
         return Verdict(
-            "stock" in ways, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons)
+            "stock" in ways, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons),
+            rotary=rotary, rotary_dim=turned,
         )  # fmt: skip
+
+    def _rotary(self) -> tuple[Rotary, int]:
+        """What a rotary embedding rotates together; from then on the spec says so."""
+        call = self.calls[0]
+
+        def same(call: Call, changes: Sequence[Callable[[], None]]) -> bool:
+            expected = self._outputs([call])[0]
+            before = [(slot, slot.parameter.detach().clone()) for slot in self.view.slots.values()]
+            for change in changes:
+                change()
+            found = self._outputs([call])[0]
+            for slot, values in before:
+                slot.parameter.detach().copy_(values)
+            return self._alike("rotary", replace(call, rounding=1e3 * call.rounding), found, expected)
+
+        style, turned = rotary_of(self.stand_in, call, same)
+        self.reasons.pop("rotary", None)
+        spec = self.view.spec
+        if style != "none":
+            self._told(replace(spec, rotary=style, rotary_dims=(turned,) * spec.kv_heads))
+        return style, turned
+
+    def _told(self, spec: AttentionSpec) -> None:
+        """The stand-in's spec is this from now on."""
+        self.view = self.stand_in.view = replace(self.stand_in.view, spec=spec)
 
     def _try(
         self, removal: Removal, mixins: Mapping[str, type[Decoupled]], unseen: Sequence[str], ways: dict[str, set[bool]]
@@ -136,7 +168,7 @@ class Trial:
         other = self.stand_in.copy()
         spec = self.view.spec if removal is None else removal.after
         tensors = {
-            key: self._parameter(slot, None if removal is None else removal.rows[other.view.kinds[key]])
+            key: self._parameter(slot, None if removal is None else removal.rows[other.view.side(key)])
             for key, slot in other.view.slots.items()
         }
         gain = other.view.query_gain(spec) if stock else 1.0
@@ -154,7 +186,8 @@ class Trial:
     def _cut(self, mixin: type[Decoupled], removal: Removal | None) -> Callable[[], StandIn]:
         def make() -> StandIn:
             other, spec, kept = self._committed(removal)
-            other.view.decouple(mixin, spec, kept)
+            numbers = None if removal is None else numbers_left(other.view, spec, kept, removal.rows)
+            other.view.decouple(mixin, spec, kept, numbers=numbers)
             return other
 
         return make
@@ -176,7 +209,7 @@ class Trial:
     def _zero(self, removal: Removal) -> None:
         with torch.no_grad():
             for key, slot in self.view.slots.items():
-                rows = removal.gone[self.view.kinds[key]]
+                rows = removal.gone[self.view.side(key)]
                 slot.cut(slot.parameter.detach())[torch.tensor(rows, dtype=torch.long)] = 0
 
     def _same(self, way: str, other: StandIn, removal: Removal) -> bool:
@@ -292,7 +325,7 @@ class Trial:
         """Whether heads lie where the spec says: keys of a head whose queries are zero matter to nobody, or values that
         O does not read do not (a norm over all heads couples one of the two); and those of a head that O reads do."""
         spec = self.view.spec
-        zero = [head for head in range(spec.heads) if self._is_zero(head)]
+        zero = [key for key in range(spec.kv_heads) if self._is_zero(key)]
         generator = torch.Generator("cpu").manual_seed(4)
         calls = self.calls[:1]
         expected = self._outputs(calls)
@@ -306,18 +339,21 @@ class Trial:
             pairs = zip(calls, found, expected, strict=True)
             free.append(all(self._alike("lie", call, one, other) for call, one, other in pairs))
         self.reasons.pop("lie", None)
-        if zero and not (any(free) and all(self._matters(head) for head in range(spec.heads) if head not in zero)):
+        if zero and not (any(free) and all(self._matters(key) for key in range(spec.kv_heads) if key not in zero)):
             self.reasons["expanded"] = "its heads do not lie one after the other in its projections"
             return False
         return True
 
     def _matters(self, head: int) -> bool:
-        """Whether keys, and values, of a head change the output where O reads no other head."""
+        """Whether keys, and values, of a key head change the output where O reads no other heads than its own."""
         generator, found = torch.Generator("cpu").manual_seed(6), []
+        layout = self.view.spec.layout
         with torch.no_grad():
             read = self._channels("o.weight")
-            columns, (start, stop) = read.clone(), self.view.spec.layout.span("vo", head)
-            read[:start], read[stop:] = 0, 0
+            columns = read.clone()
+            for other, span in enumerate(layout.spans("o")):
+                if layout.key_of[other] != head:
+                    read[slice(*span)] = 0
             calls = self.calls[:1]
             expected = self._outputs(calls)
             for key in ("k.weight", "v.weight"):
@@ -335,7 +371,7 @@ class Trial:
         """The channels of a slot, or those of a head in it; live."""
         slot = self.view.slots[key]
         channels = slot.cut(slot.parameter.detach())
-        return channels if head is None else channels[slice(*self.view.spec.layout.span(self.view.kinds[key], head))]
+        return channels if head is None else channels[slice(*self.view.spec.layout.span(self.view.side(key), head))]
 
     def _outputs(self, calls: Sequence[Call]) -> list[Result]:
         """What calls give, without what comes along: weights; keys and values, of a host that returns them."""
@@ -345,7 +381,8 @@ class Trial:
         return found
 
     def _is_zero(self, head: int) -> bool:
-        return not bool(self._channels("q.weight", head).any())
+        """Whether all queries of a key head are zero."""
+        return not any(bool(self._channels("q.weight", one).any()) for one in self.view.spec.layout.queries(head))
 
     def _fixed(self) -> dict[Kind, str]:
         """Kinds whose channels may not be mixed: one head is turned, which must not change the output."""
@@ -354,7 +391,7 @@ class Trial:
         found: dict[Kind, str] = {}
         for kind in KINDS:
             with torch.no_grad():
-                self._rotate(kind)
+                mix(self.stand_in, kind)
             turned = self._outputs(calls)
             pairs = zip(calls, turned, expected, strict=True)
             if not all(self._alike("rotate", replace(c, rounding=1e3 * c.rounding), a, b) for c, a, b in pairs):
@@ -362,19 +399,3 @@ class Trial:
             expected = turned
         self.reasons.pop("rotate", None)
         return found
-
-    def _rotate(self, kind: Kind) -> None:
-        """Turns a head that is left by a random invertible map."""
-        head = min(1, self.view.spec.heads - 1)
-        start, stop = self.view.spec.layout.span(kind, head)
-        dim = stop - start
-        noise = torch.randn(dim, dim, generator=torch.Generator("cpu").manual_seed(9), dtype=self.dtype)
-        matrix = 0.3 * noise + torch.eye(dim, dtype=self.dtype)
-        dual = torch.linalg.inv(matrix).mT
-        first, second = kind  # its two projections
-        for key, slot in self.view.slots.items():
-            side = key.split(".")[0]
-            if side in (first, second):
-                channels = slot.cut(slot.parameter.detach())[start:stop]
-                turned = (matrix if side == first else dual) @ channels.reshape(dim, -1)
-                channels.copy_(turned.view_as(channels))

@@ -38,8 +38,8 @@ class Scorer(ABC):
     ...     def score(self, model, views, **_):
     ...         def ramp(heads, dim):
     ...             return -torch.arange(dim).expand(heads, dim)
-    ...         return {v.name: attnprune.Scores(ramp(v.spec.heads, v.spec.qk_dim), ramp(v.spec.heads, v.spec.vo_dim),
-    ...                                          -torch.arange(v.spec.heads)) for v in views}
+    ...         return {v.name: attnprune.Scores(ramp(s.kv_heads, s.qk_dim), ramp(s.kv_heads, s.vo_dim),
+    ...                                          -torch.arange(s.heads)) for v in views for s in [v.spec]}
     >>> model = torch.nn.MultiheadAttention(16, 4)
     >>> plan = attnprune.make_plan(model, 0.5, scorer=LastFirst())
     >>> plan[""].qk[0]

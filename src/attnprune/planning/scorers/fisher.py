@@ -17,7 +17,7 @@ from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
 from .base import Evidence
-from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, sample_gradients
+from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, sample_gradients, unit_sums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,8 +72,7 @@ class Fisher(GradientScorer):
 
     def _units(self, view: AttentionView, squares: Mapping[Projection, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         damped = {p: value + self.damping * view.spec.width(p) for p, value in squares.items()}
-        qk, vo = damped["q"] + damped["k"], damped["v"] + damped["o"]
-        return qk, vo, head_sums(view, "qk", qk) + head_sums(view, "vo", vo)
+        return (*unit_sums(view, damped), head_sums(view, damped))
 
 
 def squared_gradients(

@@ -17,7 +17,7 @@ from ...calibration.sample import samples_in
 from ...errors import OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
-from ...values.layout import Kind
+from ...values.layout import HeadLayout, Kind
 from ...values.scores import Scores
 from .base import Evidence, Scorer
 from .gradient import check_finite, listen, sample_gradients
@@ -119,15 +119,19 @@ class _Gates:
         self.maps: dict[Kind, list[tuple[Tensor, Tensor]]] = {} if bases is None else _maps(bases, switch.device)
         spec = view.spec
         self.qk = torch.zeros(sum(spec.qk_dims), device="cpu", dtype=torch.float64)
-        vo, heads = sum(spec.vo_dims), spec.heads
-        self.products, self.crossed, self.plain, self.total = (
-            torch.zeros(vo, device="cpu", dtype=torch.float64) for _ in range(4)
-        )
+        vo, heads = spec.layout.channels("o"), spec.heads
+        self.total = torch.zeros(vo, device="cpu", dtype=torch.float64)
         self.tokens = 0
+        # a channel of V is gated for all query heads that share it: sums over pairs of them
+        self.index = _of_groups(spec.layout)
+        size = (*self.index.shape, self.index.shape[1])
+        self.products, self.crossed, self.plain = (
+            torch.zeros(size, device="cpu", dtype=torch.float64) for _ in range(3)
+        )
         # per sample a = sum of c g, b = sum of g for every channel: the gate on c - m has the derivative a - m b
         self.head_products = torch.zeros(heads, device="cpu", dtype=torch.float64)
         self.head_crossed = torch.zeros(vo, device="cpu", dtype=torch.float64)
-        self.head_plain = [torch.zeros(dim, dim, device="cpu", dtype=torch.float64) for dim in spec.vo_dims]
+        self.head_plain = [torch.zeros(dim, dim, device="cpu", dtype=torch.float64) for dim in spec.layout.sizes("o")]
         self.q: list[Tensor] = []
         self.c: list[tuple[Tensor, Tensor]] = []
 
@@ -171,20 +175,25 @@ class _Gates:
             return []
         samples = len(queries[0])
         # the loss is a mean over samples, so a sample's own derivative is that many times larger
-        q = torch.stack(queries).sum(0) * samples
+        q = self.view.shared(torch.stack(queries).sum(0) * samples, "q")
         a, b = (torch.stack(parts).sum(0) * samples for parts in zip(*contexts, strict=True))
         check_finite(self.view.name, q.sum() + a.sum() + b.sum(), number)
         self.qk += q.square().sum(0)
-        self.products += a.square().sum(0)
-        self.crossed += (a * b).sum(0)
-        self.plain += b.square().sum(0)
-        for head, span in enumerate(self.view.spans("vo")):
+        first, second = (self._of_groups(x) for x in (a, b))
+        self.products += torch.einsum("sci,scj->cij", first, first)
+        self.crossed += torch.einsum("sci,scj->cij", first, second)
+        self.plain += torch.einsum("sci,scj->cij", second, second)
+        for head, span in enumerate(self.view.spans("o")):
             rows = slice(*span)
             whole = a[:, rows].sum(1)
             self.head_products[head] += whole.square().sum()
             self.head_crossed[rows] += whole @ b[:, rows]
             self.head_plain[head] += b[:, rows].T @ b[:, rows]
         return [samples]
+
+    def _of_groups(self, x: Tensor) -> Tensor:
+        """``(..., channels of V, query heads of a group)`` from ``(..., channels of O)``."""
+        return nn.functional.pad(x, (0, 1))[..., self.index]
 
     def share(self) -> None:
         """Adds what other processes saw."""
@@ -194,9 +203,11 @@ class _Gates:
         kept = centred and self.view.spec.bias[3]  # without a bias of O, the mean goes with the channel
         m = self.total / max(self.tokens, 1) if kept else torch.zeros_like(self.total)
         m, _ = self._rotated("vo", m, m)
-        vo = (self.products - 2 * m * self.crossed + m * m * self.plain).clamp_min(0) / count
+        mean = self._of_groups(m)
+        both = mean[:, :, None] * mean[:, None, :] * self.plain
+        vo = (self.products - 2 * mean[:, None, :] * self.crossed + both).sum((1, 2)).clamp_min(0) / count
         heads = []
-        for head, span in enumerate(self.view.spans("vo")):
+        for head, span in enumerate(self.view.spans("o")):
             mean = m[slice(*span)]
             cross = mean @ self.head_crossed[slice(*span)]
             heads.append(self.head_products[head] - 2 * cross + mean @ self.head_plain[head] @ mean)
@@ -205,12 +216,24 @@ class _Gates:
 
 
 def _maps(bases: HeadBases, device: torch.device) -> dict[Kind, list[tuple[Tensor, Tensor]]]:
-    """Per kind the two maps of every head, in stored order."""
-    order = bases.spec.layout.order
+    """Per kind the two maps of every query head, in stored order."""
+    layout = bases.spec.layout
+    order = [layout.key_of[head] for head in layout.order]
     return {
-        kind: [(by_head[head].first.to(device), by_head[head].second.to(device)) for head in order]
-        for kind, by_head in bases.by_kind.items()
+        kind: [(by_key[key].first.to(device), by_key[key].second.to(device)) for key in order]
+        for kind, by_key in bases.by_kind.items()
     }
+
+
+def _of_groups(layout: HeadLayout) -> Tensor:
+    """``(channels of V, query heads of a group)``: places in O's channels; past them for heads that a group lacks."""
+    most, none = max(layout.groups), layout.channels("o")
+    rows = []
+    for key in layout.key_order:
+        starts = [layout.span("o", head)[0] for head in layout.queries(key)]
+        for channel in range(layout.vo[key]):
+            rows.append([start + channel for start in starts] + [none] * (most - len(starts)))
+    return torch.tensor(rows, device="cpu")
 
 
 def _by_head(x: Tensor, maps: Sequence[tuple[Tensor, Tensor]], side: int) -> Tensor:

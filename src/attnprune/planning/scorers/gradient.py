@@ -16,7 +16,7 @@ from ...calibration.quiet import undisturbed
 from ...errors import DataError, NonFiniteError
 from ...families.base import AttentionView
 from ...families.slots import Slot
-from ...values.layout import Kind
+from ...values.layout import Projection
 from ...values.scores import Scores
 from .base import Evidence, Scorer
 
@@ -150,15 +150,29 @@ class GradientScorer(Scorer):
 
     @abstractmethod
     def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-        """For one batch: qk ``(channels,)`` and vo ``(channels,)`` in stored order, head ``(heads,)``; float64."""
+        """For one batch: qk ``(channels of K,)`` and vo ``(channels of V,)`` in stored order, head ``(heads,)``;
+        float64."""
 
     def finish(self, view: AttentionView, qk: Tensor, vo: Tensor, head: Tensor) -> Scores:
         return Scores(view.by_head(qk, "qk").cpu(), view.by_head(vo, "vo").cpu(), head.cpu())
 
 
-def head_sums(view: AttentionView, kind: Kind, values: Tensor) -> Tensor:
-    """``(heads,)`` sums over each head's channels of ``(channels,)`` in stored order."""
-    return torch.stack([values[slice(*span)].sum() for span in view.spans(kind)])
+def head_sums(view: AttentionView, values: Mapping[Projection, Tensor]) -> Tensor:
+    """``(heads,)``: per query head the sum over its channels in all four projections, each ``(channels,)`` in stored
+    order."""
+    key_of, total = list(view.spec.layout.key_of), None
+    for p, each in values.items():
+        heads = torch.stack([each[slice(*span)].sum() for span in view.spans(p)])
+        heads = heads[key_of] if p in "kv" else heads
+        total = heads if total is None else total + heads
+    assert total is not None
+    return total
+
+
+def unit_sums(view: AttentionView, values: Mapping[Projection, Tensor]) -> tuple[Tensor, Tensor]:
+    """``(channels of K,)`` and ``(channels of V,)``: the sums over what a qk and a vo channel hold."""
+    qk = view.shared(values["q"], "q") + values["k"]
+    return qk, values["v"] + view.shared(values["o"], "o")
 
 
 class Receiver(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import OptionError
 from ...families.base import AttentionView
-from ...values.layout import KIND_OF, PROJECTIONS, Projection
+from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
 from .base import Evidence, Scorer
 
@@ -22,7 +22,8 @@ class Magnitude(Scorer):
     """``MAG`` of the paper: the p-norm of a unit's weights, averaged over the projections that share the unit.
 
     A qk channel scores ``(|Q row| + |K row|) / 2``, a vo channel ``(|V row| + |O column|) / 2``, a head the mean of
-    the norms of its parts of Q, K, V and O. Biases do not count. Computed in float64.
+    the norms of its parts of Q, K, V and O. With grouped queries the rows of Q (columns of O) of all query heads that
+    share a channel are added up. Biases do not count. Computed in float64.
 
     Args:
         p: 1 or 2, the norm. The paper's public configs have 1: ``scorer="magnitude-l1"``.
@@ -52,9 +53,11 @@ class Magnitude(Scorer):
         norms: dict[Projection, Tensor] = {
             p: torch.linalg.vector_norm(view.weight(p), self.p, dim=-1, dtype=torch.float64).cpu() for p in PROJECTIONS
         }
-        qk = view.by_head((norms["q"] + norms["k"]) / 2, "qk")
-        vo = view.by_head((norms["v"] + norms["o"]) / 2, "vo")
-        whole = [
-            torch.stack([norms[p][slice(*span)].norm(self.p) for span in view.spans(KIND_OF[p])]) for p in PROJECTIONS
-        ]
+        qk = view.by_head((view.shared(norms["q"], "q") + norms["k"]) / 2, "qk")
+        vo = view.by_head((norms["v"] + view.shared(norms["o"], "o")) / 2, "vo")
+        key_of = list(view.spec.layout.key_of)
+        whole = []
+        for p in PROJECTIONS:
+            heads = torch.stack([norms[p][slice(*span)].norm(self.p) for span in view.spans(p)])
+            whole.append(heads[key_of] if p in "kv" else heads)
         return Scores(qk, vo, torch.stack(whole).mean(0))

@@ -35,6 +35,6 @@ class Random(Scorer):
     def _one(self, view: AttentionView) -> Scores:
         key = hashlib.sha256(f"{self.seed}:{view.name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:7], "big"))
-        heads, spec = view.spec.heads, view.spec
-        shapes = ((heads, spec.qk_dim), (heads, spec.vo_dim), (heads,))
+        spec = view.spec
+        shapes = ((spec.kv_heads, spec.qk_dim), (spec.kv_heads, spec.vo_dim), (spec.heads,))
         return Scores(*(torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64) for shape in shapes))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...families.base import AttentionView
-from ...values.layout import Kind
-from .gradient import Gradients, GradientScorer, head_sums
+from ...values.layout import Projection
+from .gradient import Gradients, GradientScorer, head_sums, unit_sums
 
 
 class Taylor(GradientScorer):
@@ -28,12 +28,12 @@ class Taylor(GradientScorer):
         return "taylor-squared" if self.squared else "taylor"
 
     def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-        sums: dict[Kind, Tensor] = {}
+        sums: dict[Projection, Tensor] = {}
         for key, grad in grads.items():
-            slot, kind = view.slots[key], view.kinds[key]
+            slot, side = view.slots[key], view.side(key)
             products = slot.cut(slot.values) * grad
             value = products.flatten(1).sum(1) if grad.dim() > 1 else products
-            sums[kind] = sums[kind] + value.double() if kind in sums else value.double()
-        head = head_sums(view, "qk", sums["qk"]) + head_sums(view, "vo", sums["vo"])
+            sums[side] = sums[side] + value.double() if side in sums else value.double()
         size = torch.square if self.squared else torch.abs
-        return size(sums["qk"]), size(sums["vo"]), size(head)
+        qk, vo = unit_sums(view, sums)
+        return size(qk), size(vo), size(head_sums(view, sums))

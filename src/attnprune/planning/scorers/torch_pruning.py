@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,8 @@ class TorchPruning(Scorer):
     """Wraps an importance of Torch-Pruning (``GroupMagnitudeImportance``, ``TaylorImportance``, ``FPGMImportance`` …).
 
     For every attention two of Torch-Pruning's own Groups are made, Q and K by their output channels, V by its output
-    and O by its input channels, and the importance is asked for both; a head scores the sum of its channels.
+    and O by its input channels, and the importance is asked for both; a head scores the sum of its channels. With
+    grouped queries the first query head of every key head is one Linear of the group, the second another, and so on.
 
     Importances that read ``weight.grad`` find there the mean gradient over ``data`` (for ``HessianImportance`` the
     mean squared gradient), or, without data, the gradients that the model holds. These need room for the attention's
@@ -60,7 +61,7 @@ class TorchPruning(Scorer):
             grads = {view.name: self._held(view) for view in views}
         with as_called(views) as linears, torch.random.fork_rng(devices=()):
             return {
-                view.name: self._one(view, {p: _lend(view, p, grads[view.name]) for p in PROJECTIONS})
+                view.name: self._one(view, {p: list(_lend(view, p, grads[view.name])) for p in PROJECTIONS})
                 for view in linears
             }
 
@@ -92,12 +93,17 @@ class TorchPruning(Scorer):
         total, count = pooled((total, count))
         return {name: {key: value / count for key, value in keys.items()} for name, keys in total.items()}
 
-    def _one(self, view: AttentionView, linears: dict[Any, nn.Linear]) -> Scores:
+    def _one(self, view: AttentionView, linears: Mapping[Projection, Sequence[nn.Linear]]) -> Scores:
         spec = view.spec
-        qk = self._ask(view, "qk", [(linears["q"], "out"), (linears["k"], "out")], sum(spec.qk_dims))
-        vo = self._ask(view, "vo", [(linears["v"], "out"), (linears["o"], "in")], sum(spec.vo_dims))
-        head = head_sums(view, "qk", qk) + head_sums(view, "vo", vo)
-        return Scores(view.by_head(qk, "qk"), view.by_head(vo, "vo"), head)
+        sides = {"qk": [("q", "out"), ("k", "out")], "vo": [("v", "out"), ("o", "in")]}
+        layers: dict[str, list[tuple[nn.Linear, str]]] = {
+            kind: [(linear, side) for p, side in pair for linear in linears[p]]  # type: ignore[index]
+            for kind, pair in sides.items()
+        }
+        qk = self._ask(view, "qk", layers["qk"], sum(spec.qk_dims))
+        vo = self._ask(view, "vo", layers["vo"], sum(spec.vo_dims))
+        share = torch.tensor([spec.groups[key] for key in spec.layout.key_of], device="cpu")
+        return Scores(view.by_head(qk, "qk"), view.by_head(vo, "vo"), head_sums(view, {"k": qk, "v": vo}) / share)
 
     def _ask(self, view: AttentionView, kind: Kind, layers: list[tuple[nn.Linear, str]], channels: int) -> Tensor:
         try:
@@ -123,20 +129,31 @@ class TorchPruning(Scorer):
         return value.detach().double().cpu()
 
 
-def _lend(view: AttentionView, projection: Projection, grads: Mapping[str, Tensor]) -> nn.Linear:
-    """A plain Linear over a projection's weights and gradients; the importance may write to its ``.grad``."""
-    channels, width = view.weight(projection).shape
-    across = projection == "o"
-    outputs, inputs = (width, channels) if across else (channels, width)
+def _lend(view: AttentionView, projection: Projection, grads: Mapping[str, Tensor]) -> Iterator[nn.Linear]:
+    """Plain Linears over a projection's weights and gradients, with the channels of one query head of every key head
+    each; the importance may write to their ``.grad``."""
+    layout, across = view.spec.layout, projection == "o"
+    spans, width = layout.spans(projection), view.weight(projection).shape[1]
     keys = [key for key in (f"{projection}.weight", f"{projection}.bias") if key in view.slots]
-    linear = nn.Linear(inputs, outputs, bias=len(keys) == 2, device="meta")
-    for key in keys:
-        part = key.partition(".")[2]
-        parameter = nn.Parameter(view.slots[key].values)
-        if key in grads:
-            parameter.grad = (grads[key].movedim(0, 1) if across and part == "weight" else grads[key]).clone()
-        setattr(linear, part, parameter)
-    return linear
+    for number in range(1 if projection in "kv" else max(layout.groups)):
+        rows: list[int] = []
+        for key in layout.key_order:  # a group that lacks this head lends its last one
+            heads = [key] if projection in "kv" else layout.queries(key)
+            rows += range(*spans[heads[min(number, len(heads) - 1)]])
+        outputs, inputs = (width, len(rows)) if across else (len(rows), width)
+        linear = nn.Linear(inputs, outputs, bias=len(keys) == 2, device="meta")
+        for name in keys:
+            part = name.partition(".")[2]
+            slot = view.slots[name]
+            turned = across and part == "weight"
+            own, grad = (
+                None if each is None else (each[rows].movedim(0, 1) if turned else each[rows]).clone()
+                for each in (slot.cut(slot.values), grads.get(name))
+            )
+            parameter = nn.Parameter(own)  # type: ignore[arg-type]
+            parameter.grad = grad
+            setattr(linear, part, parameter)
+        yield linear
 
 
 def _group(layers: list[tuple[nn.Linear, str]], channels: int) -> Any:
