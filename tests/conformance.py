@@ -48,13 +48,19 @@ def inputs(name: str, case: int, seed: int = 0, dtype: torch.dtype = torch.float
     }
 
 
-def flat_removed(layer: LayerPlan, kind: str) -> list[int]:
-    """Rows of a dense projection that go: head times dim plus channel."""
-    dim = layer.spec.qk_dims[0] if kind == "qk" else layer.spec.vo_dims[0]
+def flat_removed(layer: LayerPlan, projection: str) -> list[int]:
+    """Rows of a dense projection that go: head times dim plus channel. Heads of Q and O are query heads; those of K and
+    V go with the last of the query heads that share them."""
+    spec, by_key = layer.spec, layer.qk if projection in "qk" else layer.vo
+    dim = spec.qk_dims[0] if projection in "qk" else spec.vo_dims[0]
+    share = spec.heads // spec.kv_heads
     rows = []
-    for head in range(layer.spec.heads):
-        gone = range(dim) if head in layer.heads else (layer.qk if kind == "qk" else layer.vo)[head]
-        rows += [head * dim + channel for channel in gone]
+    for head in range(spec.heads if projection in "qo" else spec.kv_heads):
+        if projection in "qo":
+            key, whole = head // share, head in layer.heads
+        else:
+            key, whole = head, {*range(head * share, (head + 1) * share)} <= {*layer.heads}
+        rows += [head * dim + channel for channel in (range(dim) if whole else by_key[key])]
     return rows
 
 
@@ -63,17 +69,13 @@ def zero(name: str, oracle: nn.Module, plan: Plan) -> None:
     with torch.no_grad():
         for layer in plan:
             for p, (weight, bias) in family(name).dense(oracle, layer.spec.name).items():
-                rows = flat_removed(layer, kind_of(p))
+                rows = flat_removed(layer, p)
                 if p == "o":
                     weight[:, rows] = 0
                 else:
                     weight[rows] = 0
                     if bias is not None:
                         bias[rows] = 0
-
-
-def kind_of(projection: str) -> Any:
-    return "qk" if projection in "qk" else "vo"
 
 
 def forward_backward(name: str, model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,12 +136,12 @@ def check_exact(name: str, model: nn.Module, given: dict[str, Any], plan: Plan, 
 def check_gradients(name: str, oracle: nn.Module, view: AttentionView, layer: LayerPlan, tolerance: float) -> None:
     """Gradients of what was kept are those of the same rows and columns of the oracle."""
     for p, (weight, _) in family(name).dense(oracle, view.name, gradient).items():
-        kind = kind_of(p)
-        dim = layer.spec.dims(kind)[0]
-        rows = [head * dim + c for head in layer.kept_heads for c in layer.kept(kind, head)]
+        gone = {*flat_removed(layer, p)}
+        length = weight.shape[1] if p == "o" else weight.shape[0]
+        rows = [row for row in range(length) if row not in gone]
         slot = view.slots[f"{p}.weight"]
         found = slot.cut(gradient(slot.parameter))
-        found = torch.cat([found[slice(*span)] for span in view.spans(kind)])
+        found = torch.cat([found[slice(*span)] for span in view.spans(p)])  # type: ignore[arg-type]
         close(found, (weight.T if p == "o" else weight)[rows], tolerance, f"gradient of {view.name} {p}")
 
 

@@ -454,6 +454,53 @@ class _Chain(nn.Module):
         return x
 
 
+DECODER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+           "intermediate_size": 12, "max_position_embeddings": 16, "pad_token_id": 0, "attention_dropout": 0.0,
+           "vocab_size": 20}  # fmt: skip
+
+
+class Decoder(HFFamily):
+    """Decoders with grouped queries and rotary embeddings; some with norms of queries and keys, windows or softcaps."""
+
+    configs = (
+        {"kind": "Llama", "kernel": "sdpa"}, {"kind": "Llama", "kernel": "eager", "num_key_value_heads": 1},
+        {"kind": "Qwen3", "kernel": "eager"}, {"kind": "Olmo2", "kernel": "sdpa"}, {"kind": "Cohere", "kernel": "sdpa"},
+        {"kind": "Gemma2", "kernel": "eager", "sliding_window": 4}, {"kind": "Mistral", "kernel": "sdpa"},
+    )  # fmt: skip
+
+    def build(self, kind: str, kernel: str, **config: Any) -> nn.Module:
+        built = getattr(transformers, f"{kind}Config")(**{**DECODER, **config, "eos_token_id": 1, "bos_token_id": 1})
+        built._attn_implementation = kernel
+        return _randomise(getattr(transformers, f"{kind}Model")(built))
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[1, 4:] = 0
+        return {"inputs_embeds": normal(generator, 2, 6, 24), "attention_mask": mask, "use_cache": False}
+
+
+class Seq2Seq(HFFamily):
+    """Self-attention and cross-attention by one class: BART, Whisper."""
+
+    configs = ({"kernel": "sdpa"}, {"kernel": "eager"})
+    o_name = "out_proj"
+
+    def build(self, kernel: str, **config: Any) -> nn.Module:
+        sides = {f"{side}_{what}": size for side in ("encoder", "decoder")
+                 for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 12))}  # fmt: skip
+        built = transformers.BartConfig(vocab_size=20, d_model=24, max_position_embeddings=16, dropout=0.0, **sides)
+        built._attn_implementation = kernel
+        return _randomise(transformers.BartModel(built))
+
+    def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
+        mask = torch.ones(2, 7, dtype=torch.long)
+        mask[1, 5:] = 0
+        return {
+            "inputs_embeds": normal(generator, 2, 7, 24), "attention_mask": mask,
+            "decoder_inputs_embeds": normal(generator, 2, 5, 24), "use_cache": False,
+        }  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     cls.__name__: cls
     for cls in (
@@ -470,5 +517,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         TorchvisionViT,
         Timm,
         TimmAttention,
+        Decoder,
+        Seq2Seq,
     )
 }

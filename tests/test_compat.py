@@ -147,7 +147,7 @@ def gradient(parameter: Tensor) -> Tensor:
 def of(view: AttentionView, key: str, read: Callable[[Tensor], Tensor]) -> Tensor:
     """What is read of a pruned projection, channels first, in the order of the dense one."""
     found = view.slots[key].cut(read(view.slots[key].parameter))
-    return torch.cat([found[slice(*span)] for span in view.spans(view.kinds[key])])
+    return torch.cat([found[slice(*span)] for span in view.spans(view.side(key))])
 
 
 def check(model: nn.Module, inputs: dict[str, Tensor], plan: Plan) -> None:

@@ -26,7 +26,7 @@ from attnprune.errors import OptionError
 from attnprune.nn import Plain, attend, execution, products
 from attnprune.nn import policy as layouts
 from attnprune.nn.policy import arrange
-from attnprune.values.layout import KINDS, Bucket, HeadLayout
+from attnprune.values.layout import Bucket, HeadLayout
 
 from .conformance import check_exact, family, fresh, inputs, random_plan
 from .families import FAMILIES
@@ -39,8 +39,9 @@ ratios = st.sampled_from([0.0, 0.2, 0.4, 0.5, 0.6, 0.75, 0.8])
 
 
 def reachable(model: nn.Module, ratio: float) -> float:
-    """One head of every layer has to stay."""
-    return min(ratio, 1 - 1 / find_attention(model)[0].heads)
+    """One head of every layer has to stay; with grouped queries one group, or keys and values that all heads share."""
+    spec = find_attention(model)[0]
+    return min(ratio, 1 - 1 / spec.kv_heads if spec.kv_heads > 1 else 0.5)
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
@@ -115,7 +116,7 @@ def head_by_head(
     """Context in stored order: every head by the fused kernel on its own; masks ``(batch, 1 or heads, ...)``."""
     contexts = []
     for head in layout.order:
-        qk, vo = (slice(*layout.span(kind, head)) for kind in KINDS)
+        qk, vo = (slice(*layout.span(p, head)) for p in ("q", "v"))
         own = None if mask is None else mask[:, head if mask.shape[1] > 1 else 0]
         contexts.append(F.scaled_dot_product_attention(q[..., qk], k[..., qk], v[..., vo], own, scale=0.3, **options))
     return torch.cat(contexts, dim=-1)
@@ -370,7 +371,5 @@ def test_weights_come_in_logical_order_however_heads_are_arranged(monkeypatch: p
         monkeypatch.setattr(attend_module, "FEW", few)
         found.append(attend(q, k, v, layout, kernel))
     torch.testing.assert_close(found[0], found[1])
-    own = [
-        (q[..., slice(*layout.span("qk", h))] @ k[..., slice(*layout.span("qk", h))].mT).softmax(-1) for h in range(4)
-    ]
+    own = [(q[..., slice(*layout.span("q", h))] @ k[..., slice(*layout.span("k", h))].mT).softmax(-1) for h in range(4)]
     torch.testing.assert_close(found[1][1], torch.stack(own, dim=1))

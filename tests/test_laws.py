@@ -146,13 +146,10 @@ def test_nothing_else_moves(name: str) -> None:
                 if (view.name, key) not in flags:
                     continue
                 asks, weights, grads = flags[view.name, key]
-                kind = view.kinds[key]
-                rows = [
-                    dense[view.name].spec.layout.span(kind, head)[0] + c
-                    for head in layer.kept_heads
-                    for c in layer.kept(kind, head)
-                ]
-                order = [i for span in view.spans(kind) for i in range(*span)]
+                side = view.side(key)
+                starts = [start for start, _ in dense[view.name].spec.layout.spans(side)]
+                rows = [starts[head] + c for head, channels in layer.stays(side) for c in channels]
+                order = [i for span in view.spans(side) for i in range(*span)]
                 assert slot.parameter.requires_grad == asks
                 assert torch.equal(slot.cut(slot.parameter.detach())[order], weights[rows])
                 assert torch.equal(slot.cut(slot.parameter.grad)[order], grads[rows])

@@ -49,7 +49,7 @@ def zero(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Pl
     with torch.no_grad():
         for layer in plan:
             for p, (weight, bias) in family(name).dense(model, layer.spec.name).items():
-                rows = flat_removed(layer, "qk" if p in "qk" else "vo")
+                rows = flat_removed(layer, p)
                 for part in (weight,) if p == "o" or bias is None else (weight, bias):
                     base = part._base if part._base is not None else part
                     state = [value for value in optimizer.state[base].values() if value.shape == base.shape]

@@ -6,6 +6,8 @@ by its argument names and parts; that they do what the host does is proven by ru
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +50,8 @@ class Roles(NamedTuple):
     """Attributes with the norms of queries and keys."""
     passed: tuple[tuple[str, str], ...]
     """Keywords of the attention function, and the attributes with their values."""
+    upcasts: bool
+    """Whether queries and keys are rotated in float32."""
     hands_on: bool
     """Whether the attention function is told whether weights are asked for, and its answer is handed on."""
 
@@ -66,8 +70,17 @@ def roles_of(host: type[Any]) -> Roles:
         first(CACHES, names),
         next((pair for pair in NORMS if pair[0] in code.co_names and pair[1] in code.co_names), None),
         tuple((key, name) for key, name in passed if name is not None),
+        any("float" in used for used in _rotary_code(forward_of(host))),
         "output_attentions" in words,
     )
+
+
+def _rotary_code(forward: Any) -> Iterator[tuple[str, ...]]:
+    """The names that the rotary functions of a forward's module use."""
+    for name in forward.__code__.co_names:
+        function = forward.__globals__.get(name)
+        if "rotary" in name and isinstance(function, FunctionType):
+            yield function.__code__.co_names
 
 
 def shares_keys(layout: HeadLayout) -> bool:
@@ -148,7 +161,8 @@ class HFStaged(HFAttention):
         if angles is not None:
             cos, sin = angles
             pairs = self.attnprune_state.pairs
-            q, k = rotated(heads.q, heads.k, cos, sin, heads.layout, pairs)
+            q, k = (x.float() if self._roles.upcasts else x for x in (heads.q, heads.k))
+            q, k = (x.to(heads.q.dtype) for x in rotated(q, k, cos, sin, heads.layout, pairs))
             heads = heads._replace(q=q, k=k) if keys else heads._replace(q=q)
         return heads if self.norm_first else self._normed(heads, keys)
 
