@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from torch import nn
 
 from benchmarks.matrix.cells import CELLS, PASSED
@@ -14,13 +16,7 @@ from benchmarks.matrix.page import PAGE, group_of, rendered
 from benchmarks.matrix.run import RESULTS, filled, one_row, read
 from benchmarks.matrix.running import Host
 
-HANDFUL = (
-    "transformers:bert",
-    "transformers:llama",
-    "timm:Swin",
-    "PyTorch:nn.TransformerDecoder",
-    "own class:FourLinears",
-)
+HANDFUL = ("transformers:bert", "transformers:llama", "PyTorch:nn.TransformerDecoder", "own class:Lucidrains")
 
 
 def test_the_page_is_of_the_results() -> None:
@@ -28,6 +24,8 @@ def test_the_page_is_of_the_results() -> None:
 
 
 def test_every_family_has_a_row() -> None:
+    if read(RESULTS)["about"]["versions"]["transformers"] != transformers.__version__:
+        pytest.skip("other versions have other families")
     assert set(read(RESULTS)["rows"]) == {f"{host.source}:{host.name}" for host in hosts()}
 
 
@@ -36,10 +34,14 @@ def test_every_family_has_a_row() -> None:
 def test_families_run(key: str) -> None:
     host = next(one for one in hosts() if f"{one.source}:{one.name}" == key)
     row: dict[str, Any] = {}
-    filled(host, ["channels", "heads"], {}, row.update)
-    known = read(RESULTS)["rows"][key]
-    for name in ("attention", "prunable", "silent", "channels", "heads", "ways"):
-        assert row[name] == known[name], name
+    try:
+        filled(host, ["channels", "heads"], {}, row.update)
+    finally:
+        torch.set_default_dtype(torch.float32)  # a family in its own process may set another
+    assert row["prunable"] == row["attention"] > 0
+    assert row["silent"] == row["skipped"] == []
+    assert {row["channels"], row["heads"]} == {PASSED}
+    assert sum(row["ways"].values()) == row["prunable"]
 
 
 @pytest.mark.filterwarnings("ignore")  # Python says that forking with threads is not for everyone

@@ -49,7 +49,8 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**SIZES, "num_layers": 1, "num_single_layers": 1, "in_channels": 8, "joint_attention_dim": 32,
          "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6)},
         {"hidden_states": normal(2, 9, 8), "timestep": STEPS / 10, "encoder_hidden_states": TEXT,
-         "pooled_projections": normal(2, 24), "img_ids": whole(3, 9, 3).double(), "txt_ids": torch.zeros(6, 3).double()},
+         "pooled_projections": normal(2, 24), "img_ids": whole(3, 9, 3).double(),
+         "txt_ids": torch.zeros(6, 3).double()},
     ),
     "AuraFlow": (
         "AuraFlowTransformer2DModel",

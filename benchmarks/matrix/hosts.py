@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import transformers
@@ -64,12 +65,25 @@ def _build(kind: str, name: str) -> nn.Module:
     return made
 
 
-def warm() -> None:
-    """Imports what nearly every family imports, so that its process need not."""
+def _inputs(kind: str, model: nn.Module) -> dict[str, Any]:
+    return inputs_for(model, kind, usable)
+
+
+def warm(sources: Collection[str]) -> None:
+    """Imports what nearly every family of these packages imports, so that its process need not."""
     tiny("llama")
     for name in ("LlamaForCausalLM", "BertModel", "ViTModel", "T5ForConditionalGeneration"):
         getattr(transformers, name)
+    for name in ("torch._dynamo", "torch.export", "torch._dynamo.backends.debugging", *WARM):
+        import_module(name)
+    for source in set(sources) & PACKAGES.keys():
+        import_module(PACKAGES[source])
 
 
-def _inputs(kind: str, model: nn.Module) -> dict[str, Any]:
-    return inputs_for(model, kind, usable)
+WARM = (
+    "attnprune.checkpoint.stock",
+    "attnprune.checkpoint.load",
+    "attnprune.checkpoint.save",
+    "attnprune.calibration.bases",
+)
+PACKAGES = {"timm": "timm", "diffusers": "diffusers", "x-transformers": "x_transformers", "open_clip": "open_clip"}

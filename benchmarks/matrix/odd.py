@@ -1,4 +1,4 @@
-"""Where a kind of model of transformers needs more than its fields' names tell: values of its config, and its inputs."""
+"""Where a kind of model of transformers needs more than its fields' names tell: for its config, and for its inputs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ DINO = Dinov2Config(
 )  # fmt: skip
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]}
 DEPTH = {"backbone_config": DINO, "neck_hidden_sizes": [16, 16, 32, 32], "reassemble_hidden_size": 64, "patch_size": 8}
+SAM2 = {"hidden_size": 16, "embed_dim_per_stage": [16, 32, 64, 128], "blocks_per_stage": [1, 1, 1, 1],
+        "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [4, 4, 4, 4],
+        "global_attention_blocks": [2], "image_size": [64, 64]}  # fmt: skip
 
 
 def sections(*numbers: int) -> dict[str, Any]:
@@ -26,6 +29,30 @@ def sections(*numbers: int) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, Mapping[str, Any]] = {
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "patch_size": 8},
+    "lilt": {"hidden_size": 96},
+    "llama4": {"vision_config": {"intermediate_size": 256, "vision_output_dim": 64,
+                                 "projector_input_dim": 64, "projector_output_dim": 64}},
+    "longcat_flash": {"head_dim": 8},
+    "lxmert": {"l_layers": 1, "x_layers": 1, "r_layers": 1},
+    "levit": {"hidden_sizes": (64, 64, 64), "num_attention_heads": (4, 4, 4), "patch_size": 16},
+    "maskformer": {"backbone_config": {"embed_dim": 48}},
+    "superglue": {"hidden_size": 256},
+    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3334}},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
+    "tvp": {"backbone_config": {"out_features": ["stage4"]}, "max_img_size": 32, "visual_prompt_size": 8,
+            "num_frames": 2},
+    "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "xlm": {"emb_dim": 64, "n_words": 128, "mask_index": 5},
+    "flaubert": {"emb_dim": 64, "n_words": 128},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128,
+              "attention_head_dim": 32, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8,
+               "attention_hidden_size": 128, "attention_head_dim": 32},
+    "sam2_hiera_det_model": SAM2,
+    "sam2": {"vision_config": {"backbone_config": SAM2}},
+    "sam2_vision_model": {"backbone_config": SAM2},
     "align": {
         "vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
         "projection_dim": 320,
@@ -61,7 +88,7 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "efficientloftr": {"hidden_size": 64, "out_features": [16, 16, 32, 64]},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "emu3": {"pad_token_id": 0},
-    "eomt": {"attn_implementation": "eager"},  # its masks are of single precision, which torch's sdpa misreads in double
+    "eomt": {"attn_implementation": "eager"},  # its masks are of single precision; sdpa misreads them beside double
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": sections(3, 3, 2)}},
     "esm": {"vocab_size": 128, "mask_token_id": 100, "pad_token_id": 0, "position_embedding_type": "rotary"},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
@@ -98,7 +125,7 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "mobilebert": {"embedding_size": 64, "intra_bottleneck_size": 64, "true_hidden_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "prompt_depth_anything": DEPTH,
@@ -109,7 +136,8 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 5},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (4, 16), "lsh_attn_chunk_length": 4,
                  "local_attn_chunk_length": 4},
-    "seggpt": {"num_hidden_layers": 4, "merge_index": 0, "intermediate_hidden_state_indices": [1, 2, 3, 3]},
+    "seggpt": {"image_size": (64, 32), "num_hidden_layers": 4, "merge_index": 0,
+               "intermediate_hidden_state_indices": [1, 2, 3, 3]},
     "table-transformer": {"backbone_config": RESNET},
     "time_series_transformer": SERIES,
     "wavtokenizer": {"codebook_dim": 64},
@@ -122,8 +150,27 @@ _PAST = {
     "future_values": (2, 4), "future_time_features": (2, 4, 0),
 }  # fmt: skip
 _IDS = ((2, 12), 3, 90)
+_PATCHES = {
+    "pixel_values": (2, 16, 192), "pixel_attention_mask": ((2, 16), 1, 2), "spatial_shapes": torch.tensor([[4, 4]] * 2),
+}  # fmt: skip
 
 SHAPES: dict[str, Mapping[str, Any]] = {
+    "musicgen": {"input_ids": _IDS, "decoder_input_ids": ((8, 5), 3, 60)},
+    "lxmert": {"input_ids": _IDS, "visual_feats": (2, 4, 32), "visual_pos": (2, 4, 4)},
+    "canine": {"input_ids": ((2, 32), 3, 90)},
+    "pix2struct": {
+        "flattened_patches": torch.cat([torch.arange(8).expand(2, 8)[..., None].repeat(1, 1, 2).double(),
+                                        torch.ones(2, 8, 64).double()], -1),
+        "decoder_input_ids": ((2, 5), 3, 90),
+    },
+    "seggpt": {"pixel_values": (1, 3, 32, 32), "prompt_pixel_values": (1, 3, 32, 32), "prompt_masks": (1, 3, 32, 32)},
+    "siglip2": {"input_ids": _IDS, **_PATCHES},
+    "siglip2_vision_model": _PATCHES,
+    "superglue": {"pixel_values": (1, 2, 3, 64, 64)},
+    "timesfm": {"past_values": (2, 512), "past_values_padding": ((2, 512), 0, 1), "freq": ((2, 1), 0, 2)},
+    "timesfm2_5": {"past_values": (2, 512)},
+    "tvp": {"pixel_values": (1, 2, 3, 32, 32), "input_ids": ((1, 12), 3, 90)},
+    "wav2vec2-bert": {"input_features": (2, 24, 16)},
     "autoformer": _PAST,
     "blip_2_qformer": {"query_embeds": (2, 8, 64), "encoder_hidden_states": (2, 6, 64)},
     "clap": {"input_ids": _IDS, "input_features": (2, 1, 64, 16), "is_longer": torch.zeros(2, 1, dtype=torch.bool)},

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-
 from torch import Tensor, nn
 
 from .diffusion import whole
@@ -48,7 +47,13 @@ def _torchvision() -> Iterator[tuple[str, Callable[[], nn.Module], Inputs]]:
     yield "MaxViT", lambda: at("maxvit.MaxVit")(
         (32, 32), 16, 2, [16, 32], [1, 1], 8, 0.0, num_classes=5
     ), lambda: (normal(2, 3, 32, 32),)  # fmt: skip
-    yield "MViT v2", lambda: at("video.mvit.mvit_v2_s")(num_classes=5), lambda: (normal(1, 3, 16, 224, 224),)
+    yield "MViT v2", lambda: at("video.mvit.MViT")(
+        (32, 32), 4, [
+            at("video.mvit.MSBlockConfig")(2, 32, 32, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
+            at("video.mvit.MSBlockConfig")(4, 32, 64, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1]),
+        ],
+        residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True, proj_after_attn=True, num_classes=5,
+    ), lambda: (normal(2, 3, 4, 32, 32),)  # fmt: skip
 
 
 LAYERS: dict[str, dict[str, Any]] = {

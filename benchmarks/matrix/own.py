@@ -193,7 +193,7 @@ def hosts() -> Iterator[Host]:
         "nn.Transformer",
         lambda: nn.Transformer(
             num_encoder_layers=1, num_decoder_layers=1, batch_first=True,
-            **{key: value for key, value in layer().items()},
+            **layer(),
         ),
         lambda: (memory, sequence),
     )  # fmt: skip

@@ -16,14 +16,17 @@ PAGE = ROOT / "docs" / "matrix.rst"
 GROUPS: Mapping[str, str] = {
     "Wrong": "What is left computes something else than the dense model with rows and columns at zero.",
     "Passed over silently": "Attention of which nothing is said, neither as found nor as skipped.",
-    "Pruned completely, by the host's own forward or one of ours": "Kernel, projections, parameters and cache shrink.",
-    "Pruned completely, expanded": "Some or all modules keep their own forward on dense dims; parameters and projections "
-    "shrink, kernel and cache do not.",
-    "Pruned in part": "The rest is in ``report.skipped``, with the reason given here.",
-    "Refused": "Nothing of it can be pruned; the reason is in ``report.skipped``.",
     "Not finished": "The program itself did not come to an end with these.",
+    "Complete": "Every attention is pruned, and runs by the host's own forward or one of ours: projections, kernel and "
+    "cache shrink.",
+    "Complete, expanded": "Every attention is pruned; some keep the host's own forward on dense dims: parameters and "
+    "projections shrink, the kernel and the cache do not.",
+    "In part": "Some attention is pruned; the rest is in ``report.skipped``, with the reason given here.",
+    "Refused": "Nothing can be pruned; the reason is in ``report.skipped``.",
 }
-MARKS = {PASSED: "✓", NOTHING: "–"}
+"""Headings, and what stands under them."""
+MARKS = {PASSED: "✓", NOTHING: "-"}
+MISSING, FAILED = "·", "✗"
 
 
 def group_of(row: Row) -> str:
@@ -42,20 +45,20 @@ def group_of(row: Row) -> str:
     if not row["prunable"]:
         return "Refused"
     if row["prunable"] < row["attention"]:
-        return "Pruned in part"
-    ways = row.get("ways", {})
-    return list(GROUPS)[3 if "expanded" in ways else 2]
+        return "In part"
+    return "Complete, expanded" if "expanded" in row.get("ways", {}) else "Complete"
 
 
 def mark(said: str) -> str:
     """A cell as one sign: passed, without a meaning, or a reason below."""
-    return next((sign for word, sign in MARKS.items() if said.startswith(word)), "✗")
+    return next((sign for word, sign in MARKS.items() if said.startswith(word)), FAILED)
 
 
 def plain(reason: str) -> str:
-    """A reason without what differs from family to family."""
+    """A reason without what differs from family to family: names, numbers and shapes."""
     reason = re.sub(r"^[\w.]*\d[\w.]*(: \w+)?: ", "", reason)
-    reason = re.sub(r"(?<=off by )[\d.e+-]+|\b\d+(\.\d+)?(e[+-]?\d+)?\b", "N", reason)
+    reason = re.sub(r"(?<=among its parts) \(.*?\)", "", reason)
+    reason = re.sub(r"(?<![A-Za-z_])\d[\d.x]*(e[+-]?\d+)?", "N", reason)
     return reason[:160].strip()
 
 
@@ -84,15 +87,15 @@ def line_of(row: Row, reasons: Reasons) -> list[str]:
     """A family's name, modules pruned of how many, how they run, signs of its cells, and numbers of reasons."""
     name = escaped(str(row["name"])) + ("" if row["source"] == "transformers" else f" ({escaped(row['source'])})")
     said = {cell: str(row[cell]) for cell in CELLS if cell in row}
-    signs = "".join(mark(said[cell]) for cell in said)
-    why = [f"{cell} {reasons(text)}" for cell, text in said.items() if mark(text) == "✗"]
+    signs = "".join(mark(said[cell]) if cell in said else MISSING for cell in CELLS) if row.get("prunable") else ""
+    why = [f"{cell} {reasons(text)}" for cell, text in said.items() if mark(text) == FAILED]
     why += [f"{escaped(kind)} {reasons(text)}" for kind, text, _ in row.get("skipped", [])]
     why += [f"silent: {escaped(text)}" for text in row.get("silent", [])]
     if "failed" in row:
         why.append(escaped(plain(row["failed"])))
     counts = f"{row.get('prunable', '?')} of {row.get('attention', '?')}"
     ways = ", ".join(row.get("ways", {}))
-    return [name, f"{counts} {ways}".strip(), signs, "; ".join(why)]
+    return [name, f"{counts} {ways}".strip(), f"``{signs}``" if signs else "", "; ".join(why)]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], widths: str = "auto") -> str:
@@ -120,8 +123,21 @@ def by_cell(rows: Sequence[Row]) -> str:
     body = []
     for name in CELLS:
         counts = Counter(mark(str(row[name])) for row in rows if name in row)
-        body.append([name, *(str(counts[sign]) for sign in "✓✗–")])
-    return table(["cell", "passed", "a reason", "no meaning"], body)
+        missing = sum(name not in row for row in rows if row.get("prunable"))
+        body.append([name, *(str(counts[sign]) for sign in (MARKS[PASSED], FAILED, MARKS[NOTHING])), str(missing)])
+    return table(["cell", "passed", "a reason", "no meaning", "not tried"], body)
+
+
+EXPLAINED = (
+    "- channels, heads, ragged, qk != vo: the pruned model gives what the dense one gives with rows and columns at",
+    "  zero (:func:`attnprune.masked`), to 1e-8 in double precision; to 1e-5 where the host itself rounds to single.",
+    "  Half goes (of ragged heads 40 %; of qk a half and of vo a quarter), by magnitude.",
+    "- rotated: the same with heads rotated by data first, and nothing refitted.",
+    "- cache: five tokens with and without a cache, greedily and by two beams, and their logits, are the same.",
+    "- save/load: :func:`attnprune.save_pruned` and transformers' own ``save_pretrained``, read again.",
+    "- compile: TorchDynamo traces one graph where it does of the dense model; export: ``torch.export``, and a run.",
+    "- stock export: :func:`attnprune.export_stock`, read by plain transformers.",
+)
 
 
 def rendered(result: Mapping[str, Any]) -> str:
@@ -130,23 +146,22 @@ def rendered(result: Mapping[str, Any]) -> str:
     about = result["about"]
     shown = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     attending = [row for row in rows if group_of(row)]
-    letters = "; ".join(f"{number} {name}" for number, name in enumerate(CELLS, 1))
+    found = sum(row.get("attention", 0) for row in attending)
+    pruned = sum(row.get("prunable", 0) for row in attending)
+    older = sum(row["code"] != about["code"] for row in rows)
+    order = "; ".join(f"{number} {name}" for number, name in enumerate(CELLS, 1))
     parts = [
         "The matrix", "==========", "",
-        ".. This page is generated: make matrix.", "",
-        f"Of {len(attending)} model families with attention, tiny models with random weights were built, pruned, and run, "
-        f"on {about['date']}, with {shown}. ``make matrix`` does it again; ``benchmarks/results/matrix.json`` has "
-        "every reason in full.", "",
+        ".. Generated: make matrix", "",
+        f"{len(attending)} model families with attention, built tiny with random weights, pruned and run on "
+        f"{about['date']}: of their {found:,} attention modules {pruned:,} are pruned. With {shown}. ``make matrix`` "
+        "does it again, without a download; ``benchmarks/results/matrix.json`` has every reason in full.", "",
+        *([f"{older} rows are of an earlier state of the code.", ""] if older else []),
         summary(attending), "",
-        "A cell is ✓ passed, – of no meaning for the family (or the dense model itself cannot do it), or ✗ for a reason, "
-        f"whose number stands behind. In this order: {letters}.", "",
-        "Channels, heads, ragged heads and qk unlike vo: the pruned model's outputs equal those of the dense model with "
-        "rows and columns at zero (:func:`attnprune.masked`), to 1e-8 in float64; that is the first check of all. Rotated: "
-        "the same with heads rotated by data first. Cache: five tokens generated with and without a cache, greedily and "
-        "by two beams, are the same, and so are their logits. Save/load: :func:`attnprune.save_pruned`, and transformers' "
-        "own ``save_pretrained``, read by :func:`attnprune.from_pretrained`. Compile: TorchDynamo traces one graph where it "
-        "does of the dense model. Export: ``torch.export``, the program run. Stock export: "
-        ":func:`attnprune.export_stock`, read by plain transformers.", "",
+        f"A cell is {MARKS[PASSED]} passed, {FAILED} a reason (by its number, below), {MARKS[NOTHING]} without a "
+        "meaning for the family, or for its dense model, "
+        f"{MISSING} not tried. They stand in this order: {order}.", "",
+        *EXPLAINED, "",
         by_cell(attending), "",
     ]  # fmt: skip
     reasons = Reasons()

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -34,16 +34,18 @@ from .running import Host, gap, outputs, usable
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
-PACKAGES = ("torch", "transformers", "timm", "torchvision", "diffusers", "x-transformers", "open-clip-torch")
+PACKAGES = ("torch", "transformers", "timm", "torchvision", "diffusers", "x-transformers", "open_clip_torch")
 Row = dict[str, Any]
+SURVEY = ("attention", "prunable", "run", "skipped", "silent", "seen", "single")
+"""What is found before anything is pruned."""
 
 
-def digest() -> str:
-    """Of the code that is measured."""
-    found = hashlib.sha256()
+def digest(installed: Mapping[str, str]) -> str:
+    """Of the code that is measured and what is installed; rows of another one are filled in anew."""
+    found = hashlib.sha256(json.dumps(installed).encode())
     for path in sorted(Path(attnprune.__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+    return found.hexdigest()[:8]
 
 
 def versions() -> dict[str, str]:
@@ -82,7 +84,7 @@ def filled(host: Host, cells: Sequence[str], known: Row, send: Any) -> None:
     except Exception as error:
         send({"failed": f"survey: {short(error)}"})
         return
-    send({key: known[key] for key in ("attention", "prunable", "run", "skipped", "silent", "seen")})
+    send({key: known[key] for key in SURVEY})
     for name in cells if known["prunable"] else ():
         try:
             send(CELLS[name](case))
@@ -167,20 +169,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="also what is there of the same code and versions")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    about = {"code": digest(), "versions": versions(), "date": date.today().isoformat()}
-    result, same = read(args.out), {"code": about["code"], "versions": about["versions"]}
+    about = {"code": digest(versions()), "versions": versions(), "date": date.today().isoformat()}
+    result = read(args.out)
     result["about"] = about
     every = wanted(hosts(), args.only)
-    warm()
+    warm({host.source for host in every})
     for number, host in enumerate(every):
         key = f"{host.source}:{host.name}"
         row = result["rows"].get(key, {})
-        if args.again or {name: row.get(name) for name in same} != same:
+        if args.again or row.get("code") != about["code"]:
             row = {}
         cells = [name for name in args.cells if name not in row]
         if ("attention" in row and (not cells or not row["prunable"])) or "unusable" in row or "failed" in row:
             continue
-        result["rows"][key] = row = {**one_row(host, cells, row, args.seconds), **same}
+        result["rows"][key] = row = {**one_row(host, cells, row, args.seconds), "code": about["code"]}
         write(args.out, result)
         print(f"{number + 1}/{len(every)} {key}: {summary(row)}", flush=True)
 

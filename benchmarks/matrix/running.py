@@ -35,7 +35,7 @@ class Host:
     """More to say in its row."""
 
     def make(self) -> nn.Module:
-        """The model with random weights, the same at each call: double precision, every weight of a size that matters."""
+        """The model in double precision with random weights that matter, the same at each call."""
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -14,12 +15,27 @@ _FUSED = (
     "_transformer_encoder_layer_fwd",
 )  # fmt: skip
 
+_CASTS = ("float", "to", "type", "type_as")
+
+
+class Seen(NamedTuple):
+    """What running a model showed."""
+
+    attends: dict[str, str]
+    """Modules in which a softmax or a fused kernel of attention runs, by name with what was seen."""
+    ran: set[str]
+    """Modules that ran."""
+    single: bool
+    """Whether the model itself, in double precision, rounds to single precision on its way (some norms and rotary
+    embeddings do)."""
+
 
 class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[str] = [""]
         self.found: dict[str, str] = {}
+        self.single = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -27,11 +43,14 @@ class _Watch(TorchFunctionMode):
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if first is not None and (name in _FUSED or (name in ("softmax", "_softmax") and first.dim() >= 3)):
             self.found.setdefault(self.stack[-1], f"{name} of {first.dim()} dimensions")
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if first is not None and first.dtype == torch.float64 and name in _CASTS and isinstance(result, Tensor):
+            self.single |= result.dtype == torch.float32
+        return result
 
 
-def attended(model: nn.Module, run: Callable[[], object]) -> tuple[dict[str, str], set[str]]:
-    """Modules in which a softmax or a fused kernel of attention runs, by name with what was seen, and all that ran."""
+def attended(model: nn.Module, run: Callable[[], object]) -> Seen:
+    """Runs a model and looks on."""
     watch, ran = _Watch(), set()
     with ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -47,7 +66,7 @@ def attended(model: nn.Module, run: Callable[[], object]) -> tuple[dict[str, str
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         with watch:
             run()
-    return watch.found, ran
+    return Seen(watch.found, ran, watch.single)
 
 
 def unsaid(model: nn.Module, seen: dict[str, str], said: Iterable[str]) -> list[str]:
@@ -57,7 +76,7 @@ def unsaid(model: nn.Module, seen: dict[str, str], said: Iterable[str]) -> list[
 
     Args:
         model: the model.
-        seen: what :func:`attended` saw.
+        seen: where :func:`attended` saw it attend.
         said: names of modules that were found or skipped.
     """
     tops = set(said)

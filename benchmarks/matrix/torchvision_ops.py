@@ -12,7 +12,7 @@ import torch
 
 if find_spec("torchvision") is not None:
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
