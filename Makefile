@@ -5,12 +5,13 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures matrix test-exact fuzz bench bench-streaming
+.PHONY: help demo test lint types unit docs pictures matrix test-all test-exact fuzz bench bench-streaming
 .PHONY: test-compat test-latest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
-	@echo "make test         lint, types, tests, doctests, documentation"
+	@echo "make test         lint, types, tests, doctests, documentation; of long products of cases a covering part"
+	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
 	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/matrix.rst"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
@@ -24,14 +25,16 @@ help:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,docs]"
-	$(BIN)/pip install -q -c constraints.txt --no-deps timm  # without torchvision, which needs a build for this very torch
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps timm  # torchvision needs a build for this very torch
+	$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true  # as pip does, but on all cores
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-test: lint types docs unit
+test: lint
+	$(MAKE) -j 2 unit types docs  # types, then documentation, beside the tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,7 +44,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
@@ -61,8 +64,12 @@ matrix: .venv-matrix/.installed
 	  open_clip_torch scipy
 	@touch $@
 
+# All of what tests/selection.py and the markers in tests/conftest.py leave out of make test.
+test-all test-exact test-compat test-latest test-oldest: export ATTNPRUNE_ALL = 1
+test-all: unit
+
 test-exact: $(STAMP)
-	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS)
+	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS) --dist loadgroup
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_files
@@ -105,7 +112,7 @@ test-latest:
 	.venv-latest/bin/pip install -q -U --upgrade-strategy eager $(TORCH) -e ".[dev]"
 	.venv-latest/bin/pip install -q -U --no-deps timm
 	.venv-latest/bin/pip list
-	.venv-latest/bin/pytest -n $(JOBS)
+	.venv-latest/bin/pytest -n $(JOBS) --dist loadgroup
 
 # The oldest that pyproject.toml allows, or TORCH=torch==2.13.0 where that torch cannot be had.
 OLDEST = tests/test_compat.py tests/test_recognised.py tests/test_hosts.py tests/test_mha.py tests/test_hf.py \

@@ -18,6 +18,7 @@ from attnprune import AttentionView, LayerPlan, Plan, apply_plan, make_plan
 from attnprune.families.registry import all_views
 
 from .families import FAMILIES, Family, gradient
+from .selection import ALL
 
 
 @lru_cache(maxsize=None)
@@ -29,6 +30,12 @@ def family(name: str) -> Family:
 def _built(name: str, case: int) -> nn.Module:
     one = family(name)
     return one.build(**one.cases()[case])
+
+
+def cases(name: str, number: int) -> list[int]:
+    """A family's configurations: in ``make test`` the one that ``number`` comes to, else all."""
+    count = len(family(name).cases())
+    return list(range(count)) if ALL else [number % count]
 
 
 def fresh(name: str, case: int, dtype: torch.dtype = torch.float64, train: bool = False) -> nn.Module:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from .selection import ALL, covering
 
 settings.register_profile(
     "attnprune",
@@ -17,9 +21,50 @@ settings.register_profile(
 )
 settings.load_profile("attnprune")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tiny tensors: threads would only wait for one another."""
+    """Whatever a test before left."""
     torch.set_num_threads(1)
+
+
+MARKERS = (
+    "covering(strength): unless ATTNPRUNE_ALL=1, as few cases as meet every value of every parameter once (strength 1),"
+    " or every pair of values of two parameters (strength 2)",
+    "long: runs only with ATTNPRUNE_ALL=1, as others test the same in less time",
+    "xdist_group(name): tests of a group run in one process",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
+
+
+def pytest_itemcollected(item: Any) -> None:
+    """All that is tried on one family of models runs in one process: there it is built, and proven, once."""
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    if isinstance(name, str):
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.hookimpl(trylast=True)  # of what -k left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only ``make test-all`` runs."""
+    if ALL:
+        return
+    kept: list[pytest.Item] = []
+    for _, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cases: list[Any] = [item for item in group if item.get_closest_marker("long") is None]
+        marker = cases[0].get_closest_marker("covering") if cases else None
+        kept += cases if marker is None else covering({case: _values(case) for case in cases}, *marker.args)
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def _values(case: Any) -> dict[str, int]:
+    """Which value each parameter has; the values themselves need not be hashable."""
+    return {name: id(value) for name, value in case.callspec.params.items()}

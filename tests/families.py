@@ -20,6 +20,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from .selection import spread
+
 Part = tuple[Tensor, Tensor | None]
 Read = Callable[[Any], Any]
 
@@ -89,7 +91,8 @@ class HFFamily(Family):
     options: dict[str, Any] = IMAGE
     names = ("q_proj", "k_proj", "v_proj")
     o_name: str | None = "o_proj"
-    configs = tuple({"num_attention_heads": heads, "kernel": kernel} for heads in (4, 3, 2) for kernel in KERNELS) + (
+    configs = (
+        *({"num_attention_heads": heads, "kernel": kernel} for kernel, heads in spread(KERNELS, (4, 3, 2))),
         {"num_attention_heads": 4, "kernel": "eager", "qkv_bias": False},
     )
 
@@ -141,7 +144,7 @@ class CLIPText(HFFamily):
     model, config = transformers.CLIPTextModel, transformers.CLIPTextConfig
     options = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 12, "vocab_size": 20,
                "max_position_embeddings": 8, "eos_token_id": 19}  # fmt: skip
-    configs = HFFamily.configs[:6]
+    configs = HFFamily.configs[:-1]
     o_name = "out_proj"
 
     def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
@@ -152,9 +155,7 @@ class TwoModule(HFFamily):
     options = {**SMALL, "vocab_size": 20, "max_position_embeddings": 12}
     configs = tuple(
         {"num_attention_heads": heads, "kernel": kernel, "is_decoder": decoder, "add_cross_attention": decoder}
-        for heads in (4, 3)
-        for kernel in KERNELS
-        for decoder in (False, True)
+        for heads, kernel, decoder in spread((4, 3), KERNELS, (False, True), strength=2)
     )
 
     def inputs(self, generator: torch.Generator, is_decoder: bool = False, **_: Any) -> dict[str, Any]:

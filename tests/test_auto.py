@@ -33,6 +33,7 @@ def unmarked(model: nn.Module) -> bool:
     return not any(hasattr(model, mark) for mark in marks) and not any("quantization_config" in one for one in configs)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", ["decoupled", "ragged", "heads", "compensated"])
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_it_is_the_model_that_our_own_loader_gives(name: str, way: str, tmp_path: Path) -> None:

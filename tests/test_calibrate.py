@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from attnprune.errors import CalibrationError, DataError, NonFiniteError
 
 from .conformance import fresh, inputs
 from .families import FAMILIES
+from .processes import forked, in_processes
 
 
 def batches(name: str, case: int, seeds: range) -> list[dict[str, Any]]:
@@ -267,9 +267,9 @@ def _one_of_two(rank: int, meet: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@forked
 def test_two_processes_know_together_what_one_knows_alone(tmp_path: Path) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path / "meet"), str(tmp_path / "out")), nprocs=2)
+    in_processes(2, _one_of_two, str(tmp_path / "meet"), str(tmp_path / "out"))
     whole = calibrate(fresh("ViT", 0), batches("ViT", 0, range(4)), progress=False)
     for rank in range(2):
         same(Calibration.from_state_dict(torch.load(tmp_path / f"out{rank}")), whole, 1e-8)
@@ -286,8 +286,8 @@ def test_what_does_not_fit_is_refused() -> None:
     assert make_plan(model, 0.5, calibration=by_heads, compensate=False)
     with pytest.raises(CalibrationError, match="Merge"):
         by_heads.merge(calibrate(model, data, progress=False))
-    other = calibrate(fresh("ViT", 2), batches("ViT", 2, range(1)), progress=False)
-    with pytest.raises(CalibrationError, match="3 heads"):
+    other = calibrate(fresh("ViT", 1), batches("ViT", 1, range(1)), progress=False)
+    with pytest.raises(CalibrationError, match=r"[23] heads"):
         make_plan(model, 0.5, calibration=other)
     with pytest.raises(DataError, match="none"):
         calibrate(model, [], progress=False)

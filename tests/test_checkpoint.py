@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +27,10 @@ from attnprune.errors import CheckpointError, OptionError, StateDictError, Wrapp
 
 from .conformance import close, family, fresh, inputs
 from .families import FAMILIES
+from .processes import forked, in_processes
+from .selection import examples, spread
 
 DATA = Path(__file__).parent / "data" / "model_v1"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, for the same sums to the last bit
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"scope": "local"},
     "decoupled": {},
@@ -68,7 +66,7 @@ def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
     dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
     sizes = st.sampled_from(["5GB", 3000, "1KB"])
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=examples(10), deadline=None)
     @given(st.integers(0, cases - 1), st.sampled_from(sorted(WAYS)), dtypes, sizes, st.booleans(), st.integers(0, 99))
     def check(case: int, way: str, dtype: torch.dtype, size: Any, meta: bool, seed: int) -> None:
         model, folder = pruned(name, case, way, dtype, seed), tmp_path_factory.mktemp("saved")
@@ -93,11 +91,25 @@ def test_round_trip_is_bit_exact(name: str, tmp_path_factory: Any) -> None:
     check()
 
 
-def test_a_fresh_process_loads_every_family_and_way(tmp_path: Path) -> None:
+def _load_families(rank: int, folder: str, jobs: list[tuple[str, str, int, int]]) -> None:
+    found = {}
+    for name, way, case, i in jobs:
+        one = family(name)
+        dense = one.build(**one.cases()[case])
+        for parameter in dense.parameters():
+            parameter.data.fill_(7)
+        model = load_pruned(f"{folder}/{name}-{way}", dense)
+        given_ = None if i % 3 else one.run(model, inputs(name, case, i)).detach()
+        found[f"{name}-{way}"] = model.state_dict(), given_
+    torch.save(found, f"{folder}/out.pt")
+
+
+@forked
+def test_another_process_loads_every_family_and_way(tmp_path: Path) -> None:
     """Into dense models with other weights, built there; equal in all bits, and in what they give."""
-    names, kinds = list(FAMILIES), [torch.float64, torch.float32, torch.bfloat16]
+    kinds = [torch.float64, torch.float32, torch.bfloat16]
     expected, jobs = {}, []
-    for i, (name, way) in enumerate(itertools.product(names, WAYS)):
+    for i, (name, way) in enumerate(spread(FAMILIES, WAYS)):
         case = i % len(family(name).cases())
         model = pruned(name, case, way, kinds[i % 3], i)
         save_pruned(model, tmp_path / f"{name}-{way}", max_shard_size=("5GB", 3000)[i % 2])
@@ -105,21 +117,7 @@ def test_a_fresh_process_loads_every_family_and_way(tmp_path: Path) -> None:
         found = None if i % 3 else family(name).run(model, given).detach()
         expected[f"{name}-{way}"] = (model.state_dict(), found)
         jobs.append((name, way, case, i))
-    code = (
-        "import json, sys, torch, attnprune\n"
-        "from tests.conformance import family, inputs\n"
-        "found = {}\n"
-        "for name, way, case, i in json.loads(sys.argv[2]):\n"
-        "    one = family(name)\n"
-        "    dense = one.build(**one.cases()[case])\n"
-        "    [p.data.fill_(7) for p in dense.parameters()]\n"
-        "    model = attnprune.load_pruned(f'{sys.argv[1]}/{name}-{way}', dense)\n"
-        "    given = None if i % 3 else one.run(model, inputs(name, case, i)).detach()\n"
-        "    found[f'{name}-{way}'] = model.state_dict(), given\n"
-        "torch.save(found, f'{sys.argv[1]}/out.pt')"
-    )
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), json.dumps(jobs)], check=True, cwd=root, env=ONE_THREAD)
+    in_processes(1, _load_families, str(tmp_path), jobs)
     loaded = torch.load(tmp_path / "out.pt")
     assert loaded.keys() == expected.keys()
     for key, (state, given) in expected.items():
@@ -144,7 +142,16 @@ def logits(model: Any) -> torch.Tensor:
         return model(PIXELS).logits  # type: ignore[no-any-return]
 
 
-def test_a_fresh_process_loads_hugging_face_models_from_their_directories_alone(tmp_path: Path) -> None:
+def _load_directories(rank: int, folder: str) -> None:
+    found = {}
+    for path in sorted(Path(folder).glob("*/*")):
+        model = from_pretrained(path)
+        found[path.parent.name, path.name] = logits(model), model.state_dict(), model.training
+    torch.save(found, f"{folder}/out.pt")
+
+
+@forked
+def test_another_process_loads_hugging_face_models_from_their_directories_alone(tmp_path: Path) -> None:
     """Every kind of plan, by both ways to save, equal in all bits and outputs."""
     models = {}
     for way in WAYS:
@@ -153,18 +160,7 @@ def test_a_fresh_process_loads_hugging_face_models_from_their_directories_alone(
         prune_attention(model, {"qk": 0.5, "vo": 0.25} if way == "decoupled" else 0.5, **{**WAYS[way], **options})
         save_pruned(model, tmp_path / way / "ours", max_shard_size="5KB")
         model.save_pretrained(tmp_path / way / "theirs")
-    code = (
-        "import sys, torch, attnprune\n"
-        "from pathlib import Path\n"
-        "x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)\n"
-        "found = {}\n"
-        "torch.set_grad_enabled(False)\n"
-        "for path in sorted(Path(sys.argv[1]).glob('*/*')):\n"
-        "    model = attnprune.from_pretrained(path)\n"
-        "    found[path.parent.name, path.name] = model(x).logits.detach(), model.state_dict(), model.training\n"
-        "torch.save(found, sys.argv[2])"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out.pt")], check=True, env=ONE_THREAD)
+    in_processes(1, _load_directories, str(tmp_path))
     loaded = torch.load(tmp_path / "out.pt")
     assert len(loaded) == 2 * len(WAYS)
     for (way, _), (found, state, training) in loaded.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -460,16 +461,25 @@ def test_bench_and_export_ask_for_inputs_that_nobody_can_make_up(run: Run, monke
         assert "--data: expected inputs for this model" in err
 
 
-def test_as_a_process(place: Path) -> None:
-    command = [sys.executable, "-m", "attnprune"]
-    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    assert shown.stdout == f"attnprune {attnprune.__version__}\n"
-    failed = subprocess.run([*command, "report", str(place / "none")], capture_output=True, text=True, check=False)
-    assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr.count("\n") == 1
-    # whoever reads the output may stop
+def test_the_version(run: Run) -> None:
+    assert run("--version") == (0, f"attnprune {attnprune.__version__}\n", "")
+
+
+def test_a_failure_is_the_end_of_the_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["attnprune", "report", str(place / "none")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("attnprune", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (1, "", 1)
+
+
+def test_whoever_reads_the_output_may_stop(place: Path) -> None:
     with subprocess.Popen(
-        [*command, "inspect", str(place / "dense")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "attnprune", "inspect", str(place / "dense")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as one:
         assert one.stdout is not None
         assert one.stderr is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -22,8 +21,9 @@ from attnprune.planning.decide import in_bases
 from attnprune.planning.scorers import Gate, Magnitude
 from attnprune.values.channel_maps import ChannelMaps
 
-from .conformance import close, family, forward_backward, fresh, inputs
+from .conformance import cases, close, family, forward_backward, fresh, inputs
 from .families import FAMILIES
+from .selection import spread
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -79,7 +79,7 @@ def project(name: str, oracle: nn.Module, plan: Plan) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_computes_what_its_maps_say(name: str, way: str) -> None:
     """Every family, every way: forward and input gradients, against a dense model with projected Q and O."""
-    for case in range(len(family(name).cases())):
+    for case in cases(name, list(WAYS).index(way)):
         model, given_ = fresh(name, case), inputs(name, case, 50)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         options = {"qkvo_ratios": 0.5, **WAYS[way]}
@@ -102,7 +102,7 @@ def test_a_model_computes_what_its_maps_say(name: str, way: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exact_at_full_rank(name: str) -> None:
     """All directions stay: the rotated model is the dense one, with one batch and with many, masked and by surgery."""
-    for case, count in itertools.product(range(len(family(name).cases())), (1, 6)):
+    for case, count in spread(range(len(family(name).cases())), (1, 6)):
         model, given_ = fresh(name, case), inputs(name, case, 50)
         expected, grads = forward_backward(name, model, given_)
         calibration = calibrate(model, batches(name, case, count), progress=False)

@@ -184,6 +184,7 @@ def check(model: nn.Module, inputs: dict[str, Tensor], plan: Plan) -> None:
             close(parameter.grad, others[key].grad, f"gradient of {key}")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     ("kind", "mode"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)

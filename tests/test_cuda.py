@@ -1,6 +1,6 @@
 """On an NVIDIA GPU: the laws, layouts, half precision, compiled models, training loops, tables and files.
 
-Where there is none, what is not of CUDA alone runs on the CPU, with fewer tokens.
+Where there is none, what is not of CUDA alone runs on the CPU, with fewer tokens and in fewer combinations.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .families import FAMILIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MANY = 600 if DEVICE == "cuda" else 40
+few = pytest.mark.covering(1) if DEVICE == "cpu" else (lambda test: test)
 only_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
 
@@ -53,6 +54,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@few
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_plan_made_on_the_gpu_is_exact_on_both(name: str, options: dict[str, Any]) -> None:
@@ -100,6 +102,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, mask: Tensor | 
     return found
 
 
+@few
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("how", ["auto", "separate", "buckets", "groups", "padded", "products"])
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -43,6 +43,21 @@ def encoder() -> Built:
     return model, {"src": torch.randn(2, 6, 24)}, frozenset({"src"})
 
 
+class SelfAttention(nn.Module):
+    """Attention and nothing else: the least to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(24, 4, batch_first=True)
+
+    def forward(self, src: Tensor) -> Tensor:
+        return self.inner(src, src, src, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+def attention() -> Built:
+    return SelfAttention(), {"src": torch.randn(2, 6, 24)}, frozenset({"src"})
+
+
 def bert() -> Built:
     config = transformers.BertConfig(**SMALL, vocab_size=20, max_position_embeddings=32)
     mask = torch.ones(2, 6, dtype=torch.long)
@@ -51,7 +66,9 @@ def bert() -> Built:
     return transformers.BertModel(config, add_pooling_layer=False), inputs, frozenset(inputs)
 
 
-MODELS: dict[str, Callable[[], Built]] = {"AST": ast, "ViT": vit, "TransformerEncoder": encoder, "BERT": bert}
+MODELS: dict[str, Callable[[], Built]] = {
+    "AST": ast, "ViT": vit, "TransformerEncoder": encoder, "BERT": bert, "attention": attention,
+}  # fmt: skip
 PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "uniform": (0.5, {"scope": "local"}),
     "decoupled": ({"qk": 2 / 3, "vo": 1 / 3}, {"scope": "local"}),
@@ -59,6 +76,7 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 CASES = [pytest.param(model, plan, id=f"{model}-{plan}") for model in ("AST", "ViT", "TransformerEncoder")
          for plan in PLANS]  # fmt: skip
+few = pytest.mark.covering(1)  # to trace takes seconds
 
 
 @lru_cache(maxsize=None)
@@ -103,6 +121,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
 
 
+@few
 @pytest.mark.parametrize(("name", "plan"), CASES + [pytest.param("BERT", "ragged", id="BERT-ragged")])
 def test_torch_export_with_dynamic_batch_and_length(name: str, plan: str) -> None:
     model, inputs, lengths = pruned(name, plan)
@@ -124,6 +143,7 @@ def test_exported_programs_need_nothing_of_this_library(strict: bool) -> None:
         close(program.module()(x), model(x))
 
 
+@few
 @pytest.mark.parametrize(("name", "plan"), CASES + [pytest.param("BERT", "ragged", id="BERT-ragged")])
 def test_onnx_at_other_sizes_than_exported(name: str, plan: str, tmp_path: Path) -> None:
     import onnxruntime
@@ -147,6 +167,7 @@ def test_onnx_at_other_sizes_than_exported(name: str, plan: str, tmp_path: Path)
         close(torch.from_numpy(ours), run(model, given), 1e-4)
 
 
+@few
 @pytest.mark.parametrize(("name", "plan"), CASES)
 def test_compile_without_a_graph_break(name: str, plan: str) -> None:
     model, inputs, lengths = pruned(name, plan)
@@ -160,7 +181,9 @@ def test_compile_without_a_graph_break(name: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("how", get_args(Execution))
-@pytest.mark.parametrize("name", ["AST", "TransformerEncoder"])
+@pytest.mark.parametrize(
+    "name", ["attention", *(pytest.param(name, marks=pytest.mark.long) for name in ("AST", "TransformerEncoder"))]
+)
 def test_every_layout_compiles_without_a_graph_break(name: str, how: Any) -> None:
     model, inputs, _ = pruned(name, "ragged")
     expected = run(model, inputs)
@@ -201,6 +224,7 @@ def test_compiled_heads_run_by_themselves_or_are_arranged_at_run_time() -> None:
     assert all(qk == vo for _, qk, vo in calls[2])
 
 
+@few
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("threads", [1, 9])
 def test_what_is_arranged_at_run_time_is_exact(backend: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,16 +255,17 @@ def test_the_operator_holds_what_operators_promise() -> None:
     torch.library.opcheck(torch.ops.attnprune.attention, (q, k, v, [5, 3, 5, 3, 5, 6], mask, False, 0.5))
 
 
-def test_compile_twelve_layers_of_other_shapes() -> None:
+def test_compile_more_layers_of_other_shapes_than_the_limit() -> None:
     """One graph for a whole model; one for each layer where layers are compiled one by one and the limit allows it."""
+    number = 4
     layer = nn.TransformerEncoderLayer(64, 4, 16, batch_first=True)
-    model = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False).eval()
+    model = nn.TransformerEncoder(layer, number, enable_nested_tensor=False).eval()
     prune_attention(model, 0.5, heads="ragged", scorer="random")
     shapes = {(spec.qk_dims, spec.vo_dims) for spec in find_attention(model)}
-    assert len(shapes) == 12
+    assert len(shapes) == number
     x, counter = torch.randn(2, 5, 64), CompileCounter()
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch._dynamo.config.patch(recompile_limit=number - 1), torch.no_grad():
         expected = model(x)
         close(torch.compile(model, fullgraph=True, backend=counter)(x), expected)
         assert counter.frame_count == 1
@@ -249,7 +274,7 @@ def test_compile_twelve_layers_of_other_shapes() -> None:
         for one in model.layers:
             one.compile(backend=counter, recompile_limit=len(model.layers))
         close(model(x), expected)
-        assert counter.frame_count == 12
+        assert counter.frame_count == number
 
 
 @pytest.mark.parametrize("name", ["AST", "TransformerEncoder"])
@@ -267,9 +292,11 @@ def test_compile_forward_and_backward(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile_with_inductor() -> None:
-    model, inputs, _ = pruned("AST", "ragged")
+    layer, x = ragged_attention(), torch.randn(2, 5, 32)
     torch._dynamo.reset()
-    close(run(torch.compile(model, fullgraph=True, backend="inductor"), inputs), run(model, inputs))
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor")
+    with torch.no_grad():
+        close(compiled(x, x, x, need_weights=False)[0], layer(x, x, x, need_weights=False)[0])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -348,9 +375,8 @@ def test_onnx_is_compared_at_other_sizes(tmp_path: Path, monkeypatch: pytest.Mon
             return super().run(names, given)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Spy)
-    model, inputs, _ = pruned("BERT", "ragged")
-    export_onnx(model, tmp_path / "a.onnx", inputs)
-    assert sizes == [dict.fromkeys(inputs, (2, 6)), dict.fromkeys(inputs, (3, 5))]
+    export_onnx(_Widths(), tmp_path / "a.onnx", {"x": torch.randn(2, 6, 6), "pairs": torch.randn(2, 5, 6)})
+    assert sizes == [{"x": (2, 6, 6), "pairs": (2, 5, 6)}, {"x": (3, 6, 6), "pairs": (3, 4, 6)}]
 
 
 def test_onnx_writes_nothing_unless_all_is_well(tmp_path: Path) -> None:
@@ -381,8 +407,7 @@ def test_onnx_weights_beside_a_large_model(tmp_path: Path, monkeypatch: pytest.M
     import attnprune.checkpoint.onnx
 
     monkeypatch.setattr(attnprune.checkpoint.onnx, "_LARGEST", 100)
-    model, inputs, _ = pruned("TransformerEncoder", "decoupled")
-    found = export_onnx(model, tmp_path / "model.onnx", inputs)
+    found = export_onnx(_Widths(), tmp_path / "model.onnx", (torch.randn(2, 6, 6), torch.randn(2, 5, 6)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert found.error is not None
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +30,10 @@ from attnprune.errors import (
     WrappedModelError,
 )
 from attnprune.integrations.accelerate import AcceleratedPruner
+
+from .processes import forked, in_processes
+
+pytestmark = forked
 
 
 def build() -> nn.TransformerEncoder:
@@ -245,7 +249,6 @@ PARTS = (ddp, own_gradients, one_saw_nothing, shared_data, shared_scores, with_p
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {part.__name__: part(rank) for part in PARTS}
     found["accelerated"] = accelerated(rank, folder)
@@ -257,7 +260,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: Any) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    in_processes(2, worker, str(folder))
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 

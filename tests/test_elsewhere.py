@@ -47,6 +47,7 @@ def options_of(name: str, way: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pruning(name: str, way: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from .fuzz_files import kill, run
+from .processes import forked, in_processes
 
 
+def _fuzz(rank: int) -> None:
+    there, wrong = kill(10, seed=1)
+    assert sum(there.values()) == 10
+    ends, more, _, _ = run(200, seed=1)
+    assert sum(ends.values()) == 200
+    assert not wrong + more
+
+
+@forked
 def test_broken_directories_and_killed_saves() -> None:
-    told = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz_files", "--cases", "200", "--kills", "10", "--seed", "1"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert told.returncode == 0, told.stdout + told.stderr[-2000:]
-    assert "200 cases" in told.stdout
+    in_processes(1, _fuzz)

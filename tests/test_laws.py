@@ -22,6 +22,7 @@ from attnprune.families.registry import all_views
 
 from .conformance import check_exact, close, family, forward_backward, fresh, inputs, random_plan
 from .families import FAMILIES
+from .selection import ALL, examples
 from .test_exact import MODES, ratios, reachable, seeds
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -33,13 +34,13 @@ def plans(model: nn.Module, seed: int, ratio: float, mode: tuple[str, str, str])
     return random_plan(model, seed, qkvo_ratios=ratio, granularity=granularity, scope=scope, heads=heads)
 
 
-def for_cases(name: str, examples: int) -> Callable[[Callable[..., None]], Callable[[], None]]:
+def for_cases(name: str, number: int) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Runs a check over random cases of a family."""
 
     def wrap(check: Callable[..., None]) -> Callable[[], None]:
         case = st.integers(0, len(family(name).cases()) - 1)
         strategy = given(seed=seeds, ratio=ratios, mode=st.sampled_from(MODES), case=case)
-        return settings(max_examples=examples)(strategy(check))
+        return settings(max_examples=examples(number))(strategy(check))
 
     return wrap
 
@@ -90,10 +91,13 @@ def test_shapes(name: str) -> None:
                 continue
             linears = view.linears
             assert linears is not None
-            qk, vo = sum(layer.after.qk_dims), sum(layer.after.vo_dims)
-            shapes = {"q": (qk, view.spec.q_in), "k": (qk, view.spec.k_in), "v": (vo, view.spec.v_in)}
+            after = layer.after
+            key_of = [key for key, count in enumerate(after.groups) for _ in range(count)]
+            q, o = (sum(dims[key] for key in key_of) for dims in (after.qk_dims, after.vo_dims))
+            k, v = sum(after.qk_dims), sum(after.vo_dims)
+            shapes = {"q": (q, view.spec.q_in), "k": (k, view.spec.k_in), "v": (v, view.spec.v_in)}
             for p, linear in linears.items():
-                out_features, in_features = shapes.get(p, (view.spec.d_model, vo))
+                out_features, in_features = shapes.get(p, (view.spec.d_model, o))
                 assert linear.weight.shape == (out_features, in_features)
                 assert (linear.out_features, linear.in_features) == (out_features, in_features)
                 for tensor in (linear.weight, linear.bias):
@@ -200,11 +204,11 @@ def test_all_or_nothing(name: str, mapped: bool) -> None:
         data = [{k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs(name, 0).items()}]
         plan = make_plan(model, 0.5, data=data, heads="ragged", progress=False)
     before = snapshot(model)
-    at, step = 1, 7
+    at, step = 1, 7 if ALL else 37
     while commit_with_fault(Surgeon.prepare(model, views, plan), at):
         assert same(before, snapshot(model)), f"fault at line {at}"
         at += step
-    assert at > 10 * step, "too few steps to be a test"
+    assert at > 10 * step, "too few lines to be a test"
     assert not same(before, snapshot(model))
 
 
@@ -268,7 +272,7 @@ def test_deterministic(name: str) -> None:
 def test_order(name: str) -> None:
     """Law 7: permuting heads and channels of the model permutes the plan and nothing else."""
 
-    @settings(max_examples=10)
+    @settings(max_examples=examples(10))
     @given(seed=seeds, mode=st.sampled_from(MODES))
     def check(seed: int, mode: tuple[str, str, str]) -> None:
         granularity, scope, heads = mode
@@ -352,7 +356,7 @@ def test_copies_and_files(name: str) -> None:
 def test_any_plan(name: str) -> None:
     """Law 1 for plans that no allocation would make."""
 
-    @settings(max_examples=24)
+    @settings(max_examples=examples(24))
     @given(st.data())
     def check(data: st.DataObject) -> None:
         case = data.draw(st.integers(0, len(family(name).cases()) - 1))

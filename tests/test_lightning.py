@@ -15,12 +15,14 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from attnprune import AttentionPruner, find_attention
 from attnprune.errors import CheckpointError, OptionError, WrappedModelError
 from attnprune.integrations.lightning import PruningCallback, _check_strategy, restore_shapes
+
+from .processes import forked, in_processes
 
 EMAWeightAveraging: Any = getattr(callbacks, "EMAWeightAveraging", None)  # since Lightning 2.6
 pytestmark = [
@@ -206,8 +208,7 @@ def test_training_is_that_of_a_plain_loop(tmp_path: Path, kind: str) -> None:
     assert same(dict(module.state_dict()), dict(expected.state_dict()))
 
 
-def in_two_processes(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def one_of_two(rank: int, folder: str, port: int) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     trainer, module, pruner = build(Path(folder), strategy="ddp", devices=2, num_sanity_val_steps=0)
     trainer.fit(module, Batches(batches()[rank::2]), batches(1))
@@ -224,11 +225,12 @@ def in_two_processes(rank: int, folder: str, port: int) -> None:
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
+@forked
 def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = Net()
     pruner = by_hand(expected)
-    multiprocessing.spawn(in_two_processes, (str(tmp_path), find_free_network_port()), nprocs=2)
+    in_processes(2, one_of_two, str(tmp_path), find_free_network_port())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first, second)
     assert first["done"]

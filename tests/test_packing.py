@@ -19,6 +19,7 @@ from attnprune.nn import projection as packed
 
 from .conformance import check_gradients, close, family, forward_backward, fresh, inputs, random_plan, without_fast_path
 from .families import FAMILIES
+from .selection import examples
 
 seeds = st.integers(0, 10_000)
 
@@ -48,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_the_same(name: str) -> None:
-    @settings(max_examples=8)
+    @settings(max_examples=examples(8))
     @given(
         seed=seeds, case=st.integers(0, len(family(name).cases()) - 1), heads=st.sampled_from(["uniform", "ragged"]),
         ratio=st.sampled_from([0.0, 0.5]),

@@ -22,6 +22,8 @@ from attnprune.values.asked import Asked
 from attnprune.values.budget import Budget
 from attnprune.values.channel_maps import ChannelMaps
 
+from .selection import ALL
+
 DATA = Path(__file__).parent / "data"
 GOLDEN, GOLDEN_2, GOLDEN_1 = (DATA / f"plan_v{version}.json" for version in (3, 2, 1))
 DIGEST = "47836c8c69be5eb21825898f5a639ae88d2c36bf26aff7485ec42843e0f1e942"
@@ -422,12 +424,16 @@ def test_truncation() -> None:
 
 
 def test_bit_flips() -> None:
-    """One flipped bit gives another valid plan (in a name, a number) or PlanFormatError, nothing else."""
-    raw, good = GOLDEN.read_bytes(), 0
+    """One flipped bit gives another valid plan (in a name, a number) or PlanFormatError, nothing else.
+
+    In ``make test`` one bit of every byte, another one in the next.
+    """
+    raw, good, tried = GOLDEN.read_bytes(), 0, 0
     for position in range(len(raw)):
-        for bit in range(8):
+        for bit in range(8) if ALL else [position % 8]:
             flipped = bytearray(raw)
             flipped[position] ^= 1 << bit
+            tried += 1
             try:
                 plan = Plan.from_json(bytes(flipped))
             except PlanFormatError:
@@ -435,7 +441,7 @@ def test_bit_flips() -> None:
             good += 1
             assert isinstance(plan, Plan)
             assert Plan.from_json(plan.to_json()) == plan
-    assert 0 < good < len(raw) * 4
+    assert 0 < good < tried / 2
 
 
 # then

@@ -253,7 +253,7 @@ def test_refusals() -> None:
         energy_curves(model, basis="eigen")
     with pytest.raises(OptionError, match="split"):
         score_attention(model, split="maybe")  # type: ignore[arg-type]
-    other = calibrate(fresh("ViT", 2), batches("ViT", 2, range(1)), progress=False)
+    other = calibrate(fresh("ViT", 1), batches("ViT", 1, range(1)), progress=False)
     with pytest.raises(CalibrationError):
         energy_curves(model, other)
     with pytest.raises(CalibrationError):

@@ -19,6 +19,7 @@ from attnprune import AttentionPruner, export_stock, make_plan, prune_attention,
 from attnprune.errors import AllocationError, NotExpressibleError, OptionError
 
 from .conformance import close, family, fresh, inputs
+from .selection import examples, spread
 from .test_checkpoint import PIXELS, vit
 
 KEYWORDS = Path(__file__).parents[1] / "examples/keywords/checkpoint"
@@ -32,15 +33,16 @@ def test_a_stock_export_gives_the_same_logits_without_attnprune(tmp_path: Path) 
         "channels": {}, "heads": {"granularity": "head"}, "rotated": {"basis": "rotated", "progress": False},
     }  # fmt: skip
     expected = {}
-    for name, dense, x in (("image", vit(), PIXELS), ("audio", keywords, SOUND)):
-        for way, options in ways.items():
-            model = copy.deepcopy(dense)
-            prune_attention(model, 0.5, stock=True, **options, data=[x] if way == "rotated" else None)
-            before = copy.deepcopy(model.state_dict())
-            export_stock(model, tmp_path / f"{name}-{way}")
-            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-            with torch.no_grad():
-                expected[f"{name}-{way}"] = model(x).logits
+    models = {"audio": (keywords, SOUND), "image": (vit(), PIXELS)}
+    for name, way in spread(models, ways):
+        dense, x = models[name]
+        model = copy.deepcopy(dense)
+        prune_attention(model, 0.5, stock=True, **ways[way], data=[x] if way == "rotated" else None)
+        before = copy.deepcopy(model.state_dict())
+        export_stock(model, tmp_path / f"{name}-{way}")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        with torch.no_grad():
+            expected[f"{name}-{way}"] = model(x).logits
     code = (
         "import sys; sys.modules['attnprune'] = None\n"
         "import torch; from pathlib import Path; from transformers import AutoModelForImageClassification as Image\n"
@@ -84,7 +86,7 @@ def test_stock_plans_can_always_be_exported(name: str, tmp_path_factory: Any) ->
     """Whatever else is asked: the plan fits a stock config, and the plain model computes what the pruned one does."""
     cases = len(family(name).cases())
 
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=examples(5), deadline=None)
     @given(
         st.integers(0, cases - 1), st.floats(0, 0.95), st.sampled_from(["head", "channel"]),
         st.sampled_from(["channels", "rotated"]), st.sampled_from([1, 2, "auto"]), st.sampled_from(["local", "global"]),

@@ -24,6 +24,7 @@ from attnprune.errors import CheckpointError, NonFiniteError, OptionError, PlanM
 
 from .conformance import family, fresh, inputs
 from .families import FAMILIES
+from .selection import examples
 from .test_checkpoint import PIXELS, WAYS, same, vit
 
 
@@ -37,7 +38,7 @@ def test_files_take_a_plan_as_models_do(name: str, tmp_path_factory: Any) -> Non
     """Every family, every kind of plan, several dtypes and file sizes; once more on what came out."""
     cases = len(family(name).cases())
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=examples(6), deadline=None)
     @given(
         st.integers(0, cases - 1), st.sampled_from(sorted(WAYS)), st.sampled_from([torch.float64, torch.float16]),
         st.sampled_from(["5GB", 2000]), st.integers(0, 99),

@@ -16,6 +16,8 @@ from attnprune import AttentionPruner
 from attnprune.errors import CheckpointError, OptionError, WrappedModelError
 from attnprune.integrations.transformers import FILE, PruningCallback, resume
 
+from .processes import forked, in_processes
+
 CONFIG = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
           "image_size": 8, "patch_size": 4, "num_labels": 3}  # fmt: skip
 
@@ -193,7 +195,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def _two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
@@ -211,8 +212,9 @@ def _two(rank: int, folder: str) -> None:
     os._exit(0)  # gloo's threads may outlive the interpreter
 
 
+@forked
 def test_two_processes_train_prune_and_resume_alike(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two, (str(tmp_path),), nprocs=2)
+    in_processes(2, _two, str(tmp_path))
     found = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     plan, weights = found[0]["whole"]
     assert plan.fraction("q") == 0.5

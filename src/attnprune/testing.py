@@ -162,7 +162,9 @@ def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
             layer = plan[view.name]
             for key, slot in view.slots.items():
                 rows = _gone(layer, view.side(key), view)
-                slot.cut(slot.parameter.detach())[rows] = 0
+                channels = slot.cut(slot.parameter.detach()).clone()
+                channels[rows] = 0
+                slot.write(channels)
     return oracle
 
 
@@ -295,8 +297,7 @@ def _order(module: nn.Module) -> None:
             for key, slot in view.slots.items():
                 spans = view.spans(view.side(key))
                 rows = [row for span in reversed(spans) for row in range(*span)]
-                channels = slot.cut(slot.parameter.detach())
-                channels.copy_(channels[rows].clone())
+                slot.write(slot.cut(slot.parameter.detach())[rows])
     other = make_plan(reordered, 0.5, scope="local", granularity="channel", scorer="magnitude")
     for mine, theirs in zip(plan, other, strict=True):
         for kind in KINDS:

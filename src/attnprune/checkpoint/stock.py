@@ -50,7 +50,7 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             gain = view.spec.scale / theirs[view.name].scale
             for key, slot in view.slots.items():
                 if key.startswith("q."):
-                    slot.cut(slot.parameter.detach()).mul_(gain)
+                    slot.write(slot.cut(slot.parameter.detach()) * gain)
     stock.save_pretrained(directory)
     return Path(directory)
 

@@ -141,7 +141,7 @@ def _maker(
         old = _finite(weights, key)
         if change.map is None:  # O's bias
             return (old.double() + shifts[id(change.old)]()).to(old.dtype)
-        new = along(old, change.axis, change.start, change.size, change.map)
+        new = along(old, change.axis, change.places, change.map)
         return new.mul_(change.gain) if change.gain != 1.0 else new
 
     return make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ class AttentionView:
         host: the module that holds all four projections, where ``module`` does not; what is run to prove what it is.
         verdict: what running it showed; None for modules that were pruned before.
         masks_by_head: whether the model may hand it masks with a row for every dense head.
+        orders: by order, other slots that may be meant; the first that holds is found by running it.
     """
 
     spec: AttentionSpec
@@ -47,6 +48,7 @@ class AttentionView:
     host: nn.Module | None = None
     verdict: Verdict | None = None
     masks_by_head: bool = False
+    orders: Mapping[str, Mapping[str, Slot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         usual = {name: KIND_OF[p] for name in self.slots for p in PROJECTIONS if name.startswith(f"{p}.")}
@@ -67,6 +69,10 @@ class AttentionView:
     def top(self) -> nn.Module:
         """The module that holds all four projections."""
         return self.module if self.host is None else self.host
+
+    def lying(self, order: str) -> AttentionView:
+        """With the slots of one of its orders; of none, as it is."""
+        return replace(self, slots=self.orders[order], orders={}) if order in self.orders else self
 
     # weights
 
@@ -125,6 +131,11 @@ class AttentionView:
         return self.slots[f"{projection}.weight"].owner
 
     @property
+    def joint(self) -> bool:
+        """Whether a parameter holds several projections."""
+        return len({(id(slot.owner), slot.name) for slot in self.slots.values()}) < len(self.slots)
+
+    @property
     def called(self) -> bool:
         """Whether each projection is a module that is called, not a parameter of the attention itself."""
         return all(self.owner(p) is not self.module for p in PROJECTIONS)
@@ -133,11 +144,8 @@ class AttentionView:
     def linears(self) -> dict[Projection, nn.Linear] | None:
         """The four Linear modules, or None where several projections lie in one, or in other parameters."""
         owners = {p: self.owner(p) for p in PROJECTIONS}
-        if len({id(owner) for owner in owners.values()}) < len(PROJECTIONS):
-            return None
-        if not all(isinstance(owner, nn.Linear) for owner in owners.values()):
-            return None
-        return {p: owner for p, owner in owners.items() if isinstance(owner, nn.Linear)}
+        linears: dict[Projection, nn.Linear] = {p: o for p, o in owners.items() if isinstance(o, nn.Linear)}
+        return linears if len({id(one) for one in linears.values()}) == len(PROJECTIONS) else None
 
     def port(self, projection: Projection) -> Port:
         """What a projection writes (Q, K, V) or reads (O) while the model runs."""
@@ -192,16 +200,14 @@ class AttentionView:
         """The class with a forward of ours that runs, or may run, the module."""
         if isinstance(self.module, Decoupled):
             return type(self.module).__bases__[0]
-        if self.verdict is not None:
-            return self.verdict.decoupled
-        return next(iter(self.adapter.decoupled_for(self)), None)
+        known = self.verdict
+        return next(iter(self.adapter.decoupled_for(self)), None) if known is None else known.decoupled
 
     @property
     def fixed(self) -> dict[Kind, str]:
         """Kinds whose channels may be removed but not mixed, each with the reason."""
-        state = self.state
-        seen = {} if self.verdict is None else self.verdict.fixed
-        return {**(seen if state is None else state.fixed), **self.adapter.fixed(self)}
+        seen = self.verdict if self.state is None else self.state
+        return {**({} if seen is None else seen.fixed), **self.adapter.fixed(self)}
 
     # what the family says
 
@@ -251,10 +257,9 @@ class AttentionView:
             numbers: of each kind, per key head that is left, the dense numbers of its channels; None: those it has.
             packed: whether the weights of Q, K and V lie side by side.
         """
-        module = self.module
-        spec = self.spec if spec is None else spec
+        module, spec = self.module, self.spec if spec is None else spec
         state = self.next_state(spec, kept)._replace(packed=packed)
-        if mixin.tells(host_class(module)):
+        if mixin.tells_channels(host_class(module)):
             state = telling(state, self.state, self.spec, spec, self.numbers if numbers is None else numbers)
         module.__class__ = decoupled_class(mixin, host_class(module))
         module.attnprune_state = state  # type: ignore[assignment]
@@ -271,11 +276,9 @@ class AttentionView:
 
     def next_state(self, spec: AttentionSpec, kept: Sequence[int] | None = None) -> State:
         """What the module will know once it has this shape."""
-        before = self.state
+        before, heads = self.state, sorted(self.heads_may_go)
         stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
-        return next_state(
-            before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=sorted(self.heads_may_go)
-        )  # fmt: skip
+        return next_state(before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=heads)
 
 
 class Adapter(ABC):
@@ -315,8 +318,7 @@ class Adapter(ABC):
     def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
         """Whether the host's own forward can run this shape. The default: equal heads with qk_dim equal to vo_dim, in
         groups of one size, and no projection that shares its parameter with another."""
-        alone = len({(id(slot.owner), slot.name) for slot in view.slots.values()}) == len(view.slots)
-        return alone and not spec.ragged and spec.qk_dim == spec.vo_dim and len(set(spec.groups)) == 1
+        return not view.joint and not spec.ragged and spec.qk_dim == spec.vo_dim and len(set(spec.groups)) == 1
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         """What Q is multiplied with where the host itself computes the softmax scale from the pruned head dim."""
@@ -329,9 +331,8 @@ class Adapter(ABC):
     def fixed(self, view: AttentionView) -> Mapping[Kind, str]:
         """Kinds whose channels may be removed but not mixed, each with the reason; none by default.
 
-        A norm or a rotary embedding between projection and product sets qk channels apart from one another: a rotated
-        basis would change what it does. Such kinds keep their channels, and the report says why. What running the
-        module finds is added to what is said here.
+        A norm or a rotary embedding between projection and product sets qk channels apart: a rotated basis would change
+        what it does. Such kinds keep their channels, and the report says why. What running finds is added.
         """
         return {}
 
@@ -363,8 +364,7 @@ class Adapter(ABC):
     def small(self, view: AttentionView) -> Small:
         """A smaller size at which the host computes the same way, for a stand-in of it.
 
-        What happens between the projections does not depend on the model's width; wide weights take long to make. The
-        default cuts what Q, K and V read and O writes to 64.
+        What happens between projections does not depend on the model's width. The default cuts that to 64.
 
         Returns:
             The spec of the stand-in, shapes by the id of a parameter, and attributes to set by the id of a module.
@@ -376,25 +376,25 @@ class Adapter(ABC):
         name: str,
         module: nn.Module,
         *,
-        q: Any,
-        k: Any,
-        v: Any,
-        o: Any,
         heads: int,
         scale: float | None = None,
+        kv_heads: int | None = None,
+        order: str | None = None,
+        **parts: Any,
     ) -> AttentionView:
-        """A view of a module whose projections are four Linears.
+        """A view of a module whose projections are Linears.
 
         Args:
-            name: the module's name in the model.
-            module: the module whose forward splits heads.
-            q: the query projection; likewise ``k``, ``v`` and the output projection ``o``.
-            heads: number of heads.
+            name, module: the module whose forward splits heads, and its name in the model.
+            heads, kv_heads: number of heads, and of key heads; by default as many as the projections' sizes say.
             scale: what the host multiplies the logits with; by default one over the square root of the qk dim.
+            order: how several projections lie in one, as ``"qkv h d"`` (three blocks) or ``"h qkv d"`` (by head); by
+                default the first of the usual orders that proof finds right.
+            parts: ``q``, ``k``, ``v``, ``o``; or ``qkv``, ``kv`` or ``qk`` for one that holds several, and the others.
 
         Raises:
             AdapterError: the projections' sizes do not fit one another or the number of heads.
         """
         state: State | None = module.__dict__.get("attnprune_state")
-        spec, slots = linears.described(name, {"q": q, "k": k, "v": v, "o": o}, heads, scale, state)
-        return AttentionView(spec, module, self, slots)
+        spec, slots, orders = linears.described(name, parts, heads, scale, state, kv_heads, order)
+        return AttentionView(spec, module, self, slots, orders=orders)

@@ -23,6 +23,7 @@ SOURCES = ("key_value_states", "encoder_hidden_states", "context", "memory", "en
 KEYS, VALUES = ("key", "keys", "k", "key_states"), ("value", "values", "v", "value_states")
 ANGLES = ("position_embeddings", "rotary_pos_emb", "rope", "freqs_cis", "rotary_emb")
 PLACES = ("cache_position",)
+POSITIONS = ("position_ids",)
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
 Arguments = dict[str, Any]
@@ -80,6 +81,7 @@ class Signature:
     """What a host's forward takes, by role."""
 
     def __init__(self, host: nn.Module) -> None:
+        self.host = host
         parameters = inspect.signature(type(host).forward).parameters
         kinds = inspect.Parameter
         named = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
@@ -101,22 +103,38 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
         return []
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
     # what an argument that may be missing may still have to be
-    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), MASKS):
-        inputs = _Inputs(signature, spec, more)
-        if more and not inputs.optional:
-            continue
-        try:
-            found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
-            host(*positional(found), **found)
-        except Exception:  # the next one, then
-            continue
-        return list(_variants(signature, spec, inputs))
+    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS):
+        for inputs in (_Inputs(signature, spec, more), _Inputs(signature, spec, more, by_pair=True)):
+            if (more and not inputs.optional) or (inputs.by_pair and inputs.angles is None):
+                continue
+            try:
+                found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
+                host(*positional(found), **found)
+            except Exception:  # the next one, then
+                continue
+            return list(_variants(signature, spec, inputs))
     return [Call("plain inputs", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
 
 
 def positional(arguments: Arguments) -> list[Any]:
     """Takes the argument without a name out of the others."""
     return [arguments.pop(PLACE)] if PLACE in arguments else []
+
+
+def rotary_width(host: nn.Module, spec: AttentionSpec) -> int:
+    """How many channels of a head the tables of a host's rotary embedding have, by what it and its config say."""
+    for module in host.modules():
+        for name in ("rotary_ndims", "rotary_dim", "rotary_emb_dim"):
+            width = module.__dict__.get(name)
+            if isinstance(width, int) and 0 < width <= spec.qk_dim:
+                return width
+        config = module.__dict__.get("config")
+        found = getattr(config, "rope_parameters", None)
+        share = found.get("partial_rotary_factor") if isinstance(found, Mapping) else None
+        share = getattr(config, "partial_rotary_factor", None) if share is None else share
+        if isinstance(share, float) and 0 < share < 1:
+            return int(spec.qk_dim * share)
+    return spec.qk_dim
 
 
 class _Inputs:
@@ -126,9 +144,13 @@ class _Inputs:
         signature: what the host takes.
         spec: the attention.
         more: names of arguments to give although they may be missing.
+        by_pair: whether rotary tables have one angle for each pair of channels.
     """
 
-    def __init__(self, signature: Signature, spec: AttentionSpec, more: Sequence[str]) -> None:
+    def __init__(
+        self, signature: Signature, spec: AttentionSpec, more: Sequence[str], *, by_pair: bool = False
+    ) -> None:
+        self.by_pair, self.width = by_pair, rotary_width(signature.host, spec) // (2 if by_pair else 1)
         self.spec, self.hidden, self.required = spec, signature.names[0], signature.required
         self.key, self.value = (
             name if name in signature.required else None for name in (signature.first(KEYS), signature.first(VALUES))
@@ -141,6 +163,7 @@ class _Inputs:
             self.source = signature.first(SOURCES)
         self.angles = next((name for name in (*signature.required, *wanted) if name in ANGLES), None)
         self.places = next((name for name in wanted if name in PLACES), None)
+        self.positions = next((name for name in wanted if name in POSITIONS), None)
 
     def __call__(
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
@@ -158,10 +181,12 @@ class _Inputs:
         if self.source is not None:
             found[self.source] = normal(tokens + 2, spec.k_in)
         if self.angles is not None:
-            turn = torch.randn(batch, tokens, spec.qk_dim, generator=generator, dtype=dtype, device="cpu")
+            turn = torch.randn(batch, tokens, self.width, generator=generator, dtype=dtype, device="cpu")
             found[self.angles] = (turn.cos(), turn.sin())
         if self.places is not None:
             found[self.places] = torch.arange(tokens, device="cpu")
+        if self.positions is not None:
+            found[self.positions] = _positions(found[self.hidden])
         if self.padding is not None:
             found[self.padding] = torch.ones(batch, self.keys(found), dtype=torch.long, device="cpu")
         return {**dict.fromkeys(self.required), **found}
@@ -256,6 +281,8 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         if flag in signature.names or (signature.open and flag in ("output_attentions", "is_causal")):
             for on in (True, False):
                 yield call(f"{flag}={on}", lambda g, dtype, _, flag=flag, on=on: {flag: on})
+    for name in (name for name in signature.names if name in POSITIONS):
+        yield call(f"a {name}", lambda g, dtype, found, name=name: {name: _positions(found[inputs.hidden])})
     if inputs.source is None:
         for source in (name for name in signature.names if name in SOURCES):
             yield call(
@@ -275,6 +302,10 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
             return found
 
         yield Call("a cache", cached)
+
+
+def _positions(hidden: Tensor) -> Tensor:
+    return torch.arange(hidden.shape[1], device="cpu").expand(hidden.shape[:2])
 
 
 def recorded_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:

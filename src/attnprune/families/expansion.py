@@ -49,21 +49,20 @@ class Joint(NamedTuple):
         return self.keys[0][0] == "o"
 
     def places(self, view: AttentionView, rows: Mapping[Projection, Sequence[int]]) -> dict[str, list[int]]:
-        """For every slot (``""`` for what lies between them), the places along the axis that stay, in order.
+        """For every slot (``""`` for what is in none), the places along the axis that stay, in the order in which they
+        will lie: each slot becomes a run.
 
         Args:
             view: the attention.
             rows: of each projection, the stored channels that stay.
         """
-        found: dict[str, list[int]] = {}
-        end = 0
-        for key in self.keys:
-            slot = view.slots[key]
-            found[f"before {key}"] = list(range(end, slot.start))
-            found[key] = [slot.start + row for row in rows[view.side(key)]]
-            end = slot.start + slot.size
-        found[""] = list(range(end, self.slot.size))
-        return found
+        found = {key: [view.slots[key].places[row] for row in rows[view.side(key)]] for key in self.keys}
+        return {**found, "": self.rest(view)}
+
+    def rest(self, view: AttentionView) -> list[int]:
+        """The places along the axis that are in no slot, ascending."""
+        held = {place for key in self.keys for place in view.slots[key].places}
+        return [place for place in range(self.slot.size) if place not in held]
 
 
 def joints(view: AttentionView) -> list[Joint]:
@@ -73,7 +72,7 @@ def joints(view: AttentionView) -> list[Joint]:
         found.setdefault((id(slot.owner), slot.name), []).append(key)
     result = []
     for keys in found.values():
-        keys.sort(key=lambda key: view.slots[key].start)
+        keys.sort(key=lambda key: view.slots[key].places[0])
         first = view.slots[keys[0]]
         result.append(Joint(first.owner, first.name, first.axis, tuple(keys)))
     return result

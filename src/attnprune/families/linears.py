@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn.decoupled import State, host_class
 from ..nn.rotary import Pairs
-from ..values.layout import PROJECTIONS, HeadLayout, Projection
+from ..values.layout import PROJECTIONS, HeadLayout
 from ..values.spec import AttentionSpec
+from .orders import check_order, orders_of, places_of
 from .slots import Slot
 
 Small = tuple[AttentionSpec, Mapping[int, torch.Size], Mapping[int, Mapping[str, Any]]]
@@ -46,47 +48,87 @@ def slim(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Sma
     return replace(spec, d_model=SLIM, q_in=SLIM, k_in=SLIM, v_in=SLIM), shapes, attributes
 
 
+Slots = dict[str, Slot]
+
+
 def described(
-    name: str, linears: Mapping[Projection, Any], heads: int, scale: float | None, state: State | None
-) -> tuple[AttentionSpec, dict[str, Slot]]:
-    """The spec and the slots of an attention with four Linears (:meth:`attnprune.Adapter.of_linears`)."""
-    for p, linear in linears.items():
+    name: str,
+    parts: Mapping[str, Any],
+    heads: int,
+    scale: float | None,
+    state: State | None,
+    kv_heads: int | None = None,
+    order: str | None = None,
+) -> tuple[AttentionSpec, Slots, dict[str, Slots]]:
+    """The spec and the slots of an attention whose projections are Linears (:meth:`attnprune.Adapter.of_linears`), and
+    by order all slots that may be meant where one of them holds several projections."""
+    for p, linear in parts.items():
         check_linear(f"{name}: {p}", linear)
-    sizes: dict[Projection, tuple[int, int]] = {p: size_of(linear) for p, linear in linears.items()}
-    (qs, q_in), (ks, k_in), (vs, v_in), (d_model, os) = (sizes[p] for p in PROJECTIONS)
+    sizes = {p: size_of(linear) for p, linear in parts.items()}
+    fused = next((p for p in parts if len(p) > 1), "")
     if state is not None:
         layout, scale = state.layout, state.scale
     else:
-        layout = layout_of(heads, qs, ks, vs, os)
-    if [layout.channels(p) for p in PROJECTIONS] != [qs, ks, vs, os]:
+        layout = _layout_of_parts(heads, {p: sizes[p][p == "o"] for p in parts}, fused, kv_heads)
+    fit: dict[str, int] = {p: layout.channels(p) for p in PROJECTIONS}
+    if any(sum([fit[p] for p in part]) != size[part == "o"] for part, size in sizes.items()):
         raise AdapterError(
             name,
             f"Q divisible by {heads} heads, K and V by a number of key heads that divides it, O as the heads of V",
             ", ".join(f"{p} {tuple(size)}" for p, size in sizes.items()),
             "write an adapter that tells how this module splits heads",
         )
-    bias = tuple(linears[p].bias is not None for p in PROJECTIONS)
-    slots = {}
-    for p in PROJECTIONS:
-        turned = int(transposed(linears[p]))
-        size = layout.channels(p)
-        slots[f"{p}.weight"] = Slot(linears[p], "weight", size, 1 - turned if p == "o" else turned)
-        if p != "o" and linears[p].bias is not None:
-            slots[f"{p}.bias"] = Slot(linears[p], "bias", size)
+    owners: dict[str, Any] = {p: linear for part, linear in parts.items() for p in part}
+    read = {p: sizes[part][1] for part in parts for p in part}
+    bias = tuple([owners[p].bias is not None for p in PROJECTIONS])
     spec = AttentionSpec(
         name,
-        d_model,
+        sizes["o"][0],
         layout.qk,
         layout.vo,
         layout.qk[0] ** -0.5 if scale is None else float(scale),
-        q_in,
-        k_in,
-        v_in,
+        read["q"],
+        read["k"],
+        read["v"],
         bias,  # type: ignore[arg-type]
+        fused=fused == "qkv",
         groups=layout.groups,
         **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
-    return spec, slots
+
+    def slots(places: Mapping[str, Sequence[int]]) -> Slots:
+        found = {}
+        for p in PROJECTIONS:
+            owner, lies = owners[p], places.get(p, range(layout.channels(p)))
+            start, apart = (lies.start, None) if isinstance(lies, range) else (0, tuple(lies))
+            turned = int(transposed(owner))
+            found[f"{p}.weight"] = Slot(owner, "weight", len(lies), 1 - turned if p == "o" else turned, start, apart)
+            if p != "o" and owner.bias is not None:
+                found[f"{p}.bias"] = Slot(owner, "bias", len(lies), 0, start, apart)
+        return found
+
+    if not fused:
+        return spec, slots({}), {}
+    if order is not None:
+        check_order(name, order, fused)
+    found = {one: slots(places_of(one, layout)) for one in ([order] if order else orders_of(fused, layout))}
+    return spec, next(iter(found.values())), found
+
+
+def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
+    """How equal heads lie in projections of so many channels, one of which may hold several projections."""
+    of = dict(channels)
+    if fused == "qkv":
+        left = max(of[fused] - of["o"], 0) // 2
+        of.update(q=of["o"], k=left, v=left)
+    elif fused == "kv":
+        of.update(k=of[fused] // 2, v=of[fused] // 2)
+    elif fused == "qk":
+        of.update(q=of[fused] // 2, k=of[fused] // 2)
+    layout = layout_of(heads, *(of[p] for p in PROJECTIONS))
+    if kv_heads is not None and len(layout.qk) != kv_heads:
+        return HeadLayout((1,) * kv_heads, (1,) * kv_heads, (max(heads // kv_heads, 1),) * kv_heads)  # fits nothing
+    return layout
 
 
 def rotary_facts(pairs: Pairs) -> dict[str, Any]:
@@ -116,6 +158,26 @@ def check_linear(where: str, module: Any) -> None:
 def is_linear(module: Any) -> bool:
     """Whether a module may be a projection: an nn.Linear, or what stands in for one."""
     return isinstance(module, nn.Module) and (hasattr(module, "out_features") or transposed(module))
+
+
+def computes_linear(module: nn.Linear) -> bool:
+    """Whether an nn.Linear's forward, or a subclass's, makes of weight and bias alone what nn.Linear does."""
+    kind = host_class(module)
+    if kind.forward is nn.Linear.forward:
+        return True
+    own = {key for key in module._buffers if not key.startswith("attnprune")}
+    if own or module._modules or not {*module._parameters} <= {"weight", "bias"}:
+        return False
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=()):
+        usual = nn.Linear(3, 2, bias=module.bias is not None, dtype=torch.float64)
+        x, probe = torch.randn(2, 4, 3, dtype=torch.float64), copy.copy(usual)
+        object.__setattr__(probe, "__class__", kind)
+        probe.__dict__.update({key: value for key, value in module.__dict__.items() if key not in usual.__dict__})
+        try:
+            found = [probe.train(mode)(x) for mode in (True, False)]
+            return all(torch.allclose(one, usual(x), rtol=1e-10, atol=1e-12) for one in found)
+        except Exception:  # whatever a class raises that is more than a Linear
+            return False
 
 
 def transposed(module: Any) -> bool:

@@ -10,16 +10,28 @@ from torch import nn
 from .linears import is_linear
 
 Q, K, V, O = (
-    ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear"),
-    ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear"),
-    ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear"),
-    ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj"),
-)
-HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads")
+    ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
+     "q_head", "q_attn"),
+    ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
+     "k_head"),
+    ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
+     "v_head"),
+    ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj", "Wo",
+     "w_o", "proj_out", "output_proj", "projection_layer", "attention_out", "linear_o", "post_proj", "post", "output",
+     "out"),
+)  # fmt: skip
+QKV = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj", "in_proj_qkv",
+       "att_proj", "linear_qkv", "w_qkv")  # fmt: skip
+KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_value", "c_attn")
+QK = ("qk", "to_qk", "qk_proj", "query_key")
+"""What holds several of them in one."""
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",
+         "nhead", "no_heads")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads", "num_key_value_head")
 SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "n_kv_groups")
 """Query heads per key head."""
-HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head")
+HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head", "head_size", "head_width",
+            "hidden_size_per_attention_head")  # fmt: skip
 SCALE = ("scaling", "scale", "softmax_scale")
 
 
@@ -35,6 +47,36 @@ def part_of(module: nn.Module, names: Sequence[str]) -> Any:
         if children.get(name) is not None:
             return children[name]
     return None
+
+
+def parts_of(module: nn.Module) -> dict[str, Any]:
+    """The projections for queries, keys and values by the letters of what they hold; empty where some are missing."""
+    for names in ({"q": Q, "k": K, "v": V}, {"q": Q, "kv": KV}, {"qk": QK, "v": V}, {"qkv": QKV}):
+        found = {letters: part_of(module, among) for letters, among in names.items()}
+        if None not in found.values() and (len(found) == 3 or all(map(is_linear, found.values()))):
+            return found
+    return {}
+
+
+def tells_heads(module: nn.Module) -> bool:
+    """Whether a module, or its config, says how many heads it has."""
+    return first(HEADS + HEAD_DIM, module.__dict__) is not None or _of_config(module) is not None
+
+
+def heads_of(module: nn.Module, channels: int) -> int:
+    """The number of heads that a module says, itself or by their dim in so many channels, or its config; 1 if none."""
+    name, dim = first(HEADS, module.__dict__), first(HEAD_DIM, module.__dict__)
+    if name is not None:
+        found = getattr(module, name)
+    else:
+        found = _of_config(module) if dim is None else channels // (int(getattr(module, dim)) or 1)
+    return int(found or 1)
+
+
+def _of_config(module: nn.Module) -> int | None:
+    config = module.__dict__.get("config")
+    found = (getattr(config, name, None) for name in HEADS)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def output_of(module: nn.Module) -> Any:

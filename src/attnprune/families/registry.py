@@ -12,9 +12,9 @@ from warnings import warn
 from torch import nn
 
 from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError
-from ..nn import host_class
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
+from .linears import computes_linear
 from .looks import Skipped, attending, looks_like
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
@@ -140,13 +140,13 @@ class Survey:
 
 
 def _judged(view: AttentionView, verdict: Verdict) -> AttentionView:
-    return replace(view, verdict=verdict, spec=verdict.told(view.spec))
+    return replace(view.lying(verdict.order), verdict=verdict, spec=verdict.told(view.spec))
 
 
 def _plain(view: AttentionView) -> bool:
     """Whether nothing wraps the module or its projections; what does is refused by name, before anything is pruned."""
     for module in view.modules:
-        linear = isinstance(module, nn.Linear) and host_class(module).forward is not nn.Linear.forward
+        linear = isinstance(module, nn.Linear) and not computes_linear(module)
         tuner = any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
         if "forward" in module.__dict__ or linear or tuner:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,16 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole
 
 
+def channels_of(tensor: Tensor, axis: int, places: Sequence[int]) -> Tensor:
+    """``(places, ...)``: what lies at places along an axis of a tensor; a view where they are a range."""
+    if isinstance(places, range):
+        return tensor.narrow(axis, places.start, len(places)).movedim(axis, 0)
+    return tensor.index_select(axis, torch.tensor(places, dtype=torch.long, device=tensor.device)).movedim(axis, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A run of channels in one parameter: all of it, or a part of a packed one."""
+    """The channels of one projection in one parameter: all of it, a run in a packed one, or places anywhere in it."""
 
     owner: nn.Module
     """The module that holds the parameter."""
@@ -34,6 +41,9 @@ class Slot:
     """The parameter's dimension along which channels run."""
     start: int = 0
     """The first channel's place along it."""
+    apart: tuple[int, ...] | None = None
+    """Every channel's place along it, where they are no run (as where each head's query, key and value lie together).
+    """
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -41,9 +51,26 @@ class Slot:
         parameter: nn.Parameter = getattr(self.owner, self.name)
         return parameter
 
+    @property
+    def places(self) -> Sequence[int]:
+        """Every channel's place along the axis, in stored order."""
+        return range(self.start, self.start + self.size) if self.apart is None else self.apart
+
     def cut(self, tensor: Tensor) -> Tensor:
-        """``(channels, ...)``: these channels of a tensor shaped like the parameter, first; a view."""
-        return tensor.narrow(self.axis, self.start, self.size).movedim(self.axis, 0)
+        """``(channels, ...)``: these channels of a tensor shaped like the parameter, first; to be read."""
+        return channels_of(tensor, self.axis, self.places)
+
+    def write(self, channels: Tensor, first: int = 0) -> None:
+        """Puts ``(channels, ...)`` in place in the parameter, from the ``first``-th of the slot's channels on.
+
+        A graph that is still to be differentiated does not notice.
+        """
+        along = self.parameter.data.movedim(self.axis, 0)
+        places = self.places[first : first + len(channels)]
+        if isinstance(places, range):
+            along.narrow(0, places.start, len(places)).copy_(channels)
+        else:
+            along[torch.tensor(places, dtype=torch.long, device=along.device)] = channels.to(along)
 
     @property
     def values(self) -> Tensor:
@@ -72,13 +99,11 @@ class Port:
 
     def _places(self, x: Tensor) -> Tensor | None:
         """Where the channels are in the last dimension of what the owner hands on; None: all of it."""
-        start, size = self.slot.start, self.slot.size
+        channels = self.slot.places
         if isinstance(self.owner, Expanded):
-            channels = self.owner.attnprune_channels[start : start + size]
-        elif size == x.shape[-1]:
+            channels = [self.owner.attnprune_channels[place] for place in channels]
+        elif len(channels) == x.shape[-1]:
             return None
-        else:
-            channels = tuple(range(start, start + size))
         return torch.tensor(channels, dtype=torch.long, device=x.device)
 
     def own(self, x: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ class Verdict:
     rotary_dim: int = 0
     """How many channels of every head it rotates."""
 
+    order: str = ""
+    """The order of the view's in which channels lie."""
+
     def told(self, spec: AttentionSpec) -> AttentionSpec:
         """A spec that says so."""
         if self.rotary == "none":

@@ -50,7 +50,7 @@ class Decoupled(nn.Module):
     attnprune_state: State
 
     @classmethod
-    def tells(cls, host: type[Any]) -> bool:
+    def tells_channels(cls, host: type[Any]) -> bool:
         """Whether the forward needs to know which of the dense model's channels are left."""
         return False
 

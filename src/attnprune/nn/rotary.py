@@ -24,6 +24,8 @@ class Pairs(NamedTuple):
     """Per key head, how many of the channels left are rotated: the first ones."""
     numbers: tuple[tuple[int, ...], ...]
     """Per key head, the dense numbers of its channels."""
+    by_pair: bool = False
+    """Whether the tables have an angle for each pair, not for each channel, in their first half."""
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -98,8 +100,8 @@ def _shares(layout: HeadLayout, device: torch.device) -> Tensor:
 
 
 def _places(pairs: Pairs, key: int) -> list[int]:
-    turned = pairs.turned[key]
-    return [number if place < turned else pairs.width for place, number in enumerate(pairs.numbers[key])]
+    turned, by = pairs.turned[key], 2 if pairs.by_pair else 1
+    return [number // by if place < turned else pairs.width for place, number in enumerate(pairs.numbers[key])]
 
 
 @kept

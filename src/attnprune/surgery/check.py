@@ -19,9 +19,9 @@ from ..errors import (
     WrappedModelError,
 )
 from ..families.base import AttentionView
+from ..families.linears import computes_linear
 from ..families.registry import attention_names
 from ..families.slots import Slot, gathered
-from ..nn import host_class
 from ..values.layer_plan import difference
 from ..values.plan import Plan
 
@@ -79,7 +79,7 @@ def _check_owner(where: str, slot: Slot) -> None:
     if any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__):  # PEFT's: LoRA and its kind
         found = f"a {kind.__module__}.{kind.__qualname__} whose adapters are not merged"
         raise WrappedModelError(where, "a plain nn.Linear", found, "merge them first: model = model.merge_and_unload()")
-    changed = isinstance(owner, nn.Linear) and host_class(owner).forward is not nn.Linear.forward
+    changed = isinstance(owner, nn.Linear) and not computes_linear(owner)
     if not changed and "forward" not in owner.__dict__ and isinstance(owner, nn.Module):
         return
     found = f"a {kind.__module__}.{kind.__qualname__} with a forward of its own"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..families.base import AttentionView
 from ..families.expansion import Joint
+from ..families.slots import channels_of
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, HeadLayout, Projection
 
@@ -61,7 +62,32 @@ class Mix:
         return all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in pairs)
 
 
-ChannelMap = Pick | Mix
+@dataclass(frozen=True, eq=False)
+class Several:
+    """Channels of several projections, each changed by its own map: ``new = concatenate(map(old[places]))``."""
+
+    parts: tuple[tuple[Sequence[int], Pick | Mix], ...]
+
+    def _each(self, channels: Tensor, change: Callable[[Pick | Mix, Tensor], Tensor]) -> Tensor:
+        return torch.cat([change(one, channels_of(channels, 0, places)) for places, one in self.parts])
+
+    def __call__(self, channels: Tensor) -> Tensor:
+        return self._each(channels, lambda one, own: one(own))
+
+    def dual(self, channels: Tensor) -> Tensor:
+        return self._each(channels, lambda one, own: one.dual(own))
+
+    def squared(self, channels: Tensor) -> Tensor:
+        return self._each(channels, lambda one, own: one.squared(own))
+
+    def same(self, other: ChannelMap) -> bool:
+        if not isinstance(other, Several) or len(self.parts) != len(other.parts):
+            return False
+        pairs = zip(self.parts, other.parts, strict=True)
+        return all([*a] == [*b] and one.same(another) for (a, one), (b, another) in pairs)
+
+
+ChannelMap = Pick | Mix | Several
 
 
 def _mix(blocks: Sequence[tuple[int, int, Tensor]], channels: Tensor) -> Tensor:
@@ -82,35 +108,20 @@ def kept_channels(view: AttentionView, layer: LayerPlan, projection: Projection)
     return rows
 
 
-def joined(view: AttentionView, joint: Joint, maps: Mapping[str, ChannelMap]) -> ChannelMap:
+def joined(view: AttentionView, joint: Joint, maps: Mapping[str, Pick | Mix]) -> ChannelMap:
     """How all of a parameter changes that several projections may share: their maps, one after the other."""
-    parts: list[tuple[int, int, ChannelMap]] = []
-    end = 0
-    for key in joint.keys:
-        slot = view.slots[key]
-        if slot.start > end:
-            parts.append((end, slot.start, Pick(tuple(range(slot.start - end)))))
-        end = slot.start + slot.size
-        parts.append((slot.start, end, maps[key]))
-    if joint.slot.size > end:
-        parts.append((end, joint.slot.size, Pick(tuple(range(joint.slot.size - end)))))
-    if all(isinstance(part, Pick) for _, _, part in parts):
-        return Pick(tuple(start + row for start, _, part in parts for row in part.rows))  # type: ignore[union-attr]
-
-    def blocks(dual: bool) -> Blocks:
-        found: list[tuple[int, int, Tensor]] = []
-        for start, stop, part in parts:
-            if isinstance(part, Pick):
-                found.append((start, stop, torch.eye(stop - start, dtype=torch.float64)[list(part.rows)]))
-            else:
-                own = part.duals if dual else part.blocks
-                found += [(start + first, start + last, matrix) for first, last, matrix in own]
-        return tuple(found)
-
-    return Mix(blocks(False), lambda: blocks(True))
+    rest = joint.rest(view)
+    parts: list[tuple[Sequence[int], Pick | Mix]] = [(view.slots[key].places, maps[key]) for key in joint.keys]
+    parts += [(rest, Pick(tuple(range(len(rest)))))] if rest else []
+    rows: list[int] = []
+    for places, one in parts:
+        if not isinstance(one, Pick):
+            return Several(tuple(parts))
+        rows += [places[row] for row in one.rows]
+    return Pick(tuple(rows))
 
 
-def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, ChannelMap]:
+def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, Pick | Mix]:
     """For every slot of a view, how its channels (in stored order) change."""
     if layer.fold is None:
         picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in PROJECTIONS}

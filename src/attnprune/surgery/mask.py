@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
+from ..families.slots import Slot
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
 from ..values.plan import Plan
@@ -35,36 +36,36 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])
     _check_shared(work)
-    saved: list[tuple[Tensor, Tensor]] = []
+    saved: list[tuple[Slot, Tensor]] = []
     try:
         with torch.no_grad():
             for view, layer in work:
-                for channels, values in _masked(view, layer):
-                    saved.append((channels, channels.clone()))
-                    channels.copy_(values)
+                for slot, values in _masked(view, layer):
+                    saved.append((slot, slot.cut(slot.parameter.detach()).clone()))
+                    slot.write(values)
         yield
     finally:
         with torch.no_grad():
-            for channels, values in reversed(saved):
-                channels.copy_(values)
+            for slot, values in reversed(saved):
+                slot.write(values)
 
 
-def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
-    """The channels of every parameter of a view (in place), and what they are inside the block."""
+def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Slot, Tensor]]:
+    """The slots of a view, and what their channels are inside the block."""
     maps = channel_maps(view, layer)
     bias = view.owner("o")._parameters.get("bias")
     if layer.fold is not None and layer.fold.shift is not None and bias is not None:
         gained = mean_output(view, layer.fold.shift)  # before O changes
-        yield bias.data, (bias.detach().double() + gained).to(bias.dtype)
+        yield Slot(view.owner("o"), "bias", len(bias)), (bias.detach().double() + gained).to(bias.dtype)
     for key, slot in view.slots.items():
-        channels = slot.cut(slot.parameter.data)  # a graph that is still to be differentiated does not notice
+        channels = slot.cut(slot.parameter.detach())
         if layer.fold is None:
             values = channels.clone()
             rows = removed_channels(view, layer, view.side(key))
-            yield channels, values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
+            yield slot, values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
         else:
             places = torch.tensor(kept_channels(view, layer, view.side(key)), device=channels.device)
-            yield channels, torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
+            yield slot, torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
 
 
 def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
@@ -74,7 +75,7 @@ def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
         for key, slot in view.slots.items():
             if layer.fold is None:
                 continue
-            place = id(slot.parameter) if slot.whole else hash((id(slot.parameter), slot.start))
+            place = id(slot.parameter) if slot.whole else hash((id(slot.parameter), slot.places[0]))
             other = users.setdefault(place, f"{view.name}: {key}")
             if other != f"{view.name}: {key}":
                 raise TiedWeightsError(

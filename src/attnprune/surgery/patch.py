@@ -14,7 +14,7 @@ from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..families.expansion import expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
-from ..families.slots import Slot
+from ..families.slots import Slot, channels_of
 from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, HeadLayout
@@ -41,9 +41,8 @@ class ParamChange:
     """What the values were multiplied with; 1 unless a softmax scale was folded into Q."""
     map: ChannelMap | None = None
     """How channels change, given those of the slot first; None for O's bias, whose entries are no channels."""
-    start: int = 0
-    size: int = 0
-    """The slot's channels in the old parameter: ``size`` of them from ``start``."""
+    places: Sequence[int] = ()
+    """Where the slot's channels lie along the axis of the old parameter."""
 
     def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
         """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
@@ -61,13 +60,12 @@ class ParamChange:
         if self.map is None:
             return tensor.clone()
         change = self.map.squared if squared else self.map.dual
-        return along(tensor, self.axis, self.start, self.size, change) / (self.gain**2 if squared else self.gain)
+        return along(tensor, self.axis, self.places, change) / (self.gain**2 if squared else self.gain)
 
 
-def along(tensor: Tensor, axis: int, start: int, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A run of channels of a tensor, changed; owned and contiguous."""
-    channels = tensor.narrow(axis, start, size).movedim(axis, 0)
-    return change(channels).movedim(0, axis).contiguous()
+def along(tensor: Tensor, axis: int, places: Sequence[int], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Channels of a tensor, changed; owned and contiguous."""
+    return change(channels_of(tensor, axis, places)).movedim(0, axis).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +96,10 @@ class _Tensors:
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
         for known, other in self.changes.get(id(old), []):
-            same = (slot.axis, slot.start, slot.size) == (other.axis, other.start, other.size)
+            same = (slot.axis, [*slot.places]) == (other.axis, [*other.places])
             if same and known.gain == gain and known.map is not None and change.same(known.map):
                 return known.new
-            if same or max(slot.start, other.start) < min(slot.start + slot.size, other.start + other.size):
+            if same or not {*slot.places}.isdisjoint(other.places):
                 raise TiedWeightsError(
                     where,
                     "projections that share a parameter to lose the same channels",
@@ -110,17 +108,17 @@ class _Tensors:
                 )
         index = None
         if isinstance(change, Pick):
-            index = torch.tensor([slot.start + row for row in change.rows], device=old.device)
+            index = torch.tensor([slot.places[row] for row in change.rows], device=old.device)
         if slot.whole and gain == 1.0 and isinstance(change, Pick) and change.rows == tuple(range(slot.size)):
             new = old
         else:
             new = _parameter(
                 old,
-                along(old.detach(), slot.axis, slot.start, slot.size, change),
-                lambda grad: along(grad, slot.axis, slot.start, slot.size, change.dual),
+                along(old.detach(), slot.axis, slot.places, change),
+                lambda grad: along(grad, slot.axis, slot.places, change.dual),
                 gain,
             )
-        found = ParamChange(old, new, slot.axis, index, gain, change, slot.start, slot.size)
+        found = ParamChange(old, new, slot.axis, index, gain, change, slot.places)
         self.changes.setdefault(id(old), []).append((found, slot))
         return new
 
@@ -137,7 +135,7 @@ class _Tensors:
         gained = mean_output(view, shift)
         new = _parameter(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
         slot = Slot(owner, "bias", len(old))
-        self.changes[id(old)] = [(ParamChange(old, new, 0, None, size=len(old)), slot)]
+        self.changes[id(old)] = [(ParamChange(old, new, 0, None, places=range(len(old))), slot)]
         return new
 
     def check_ties(self, model: nn.Module) -> None:
@@ -353,5 +351,5 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
 
 
 def _alias(slot: Slot) -> nn.Parameter:
-    part = slot.parameter.detach().narrow(slot.axis, slot.start, slot.size)
+    part = slot.cut(slot.parameter.detach()).movedim(0, slot.axis)
     return nn.Parameter(part, requires_grad=slot.parameter.requires_grad)

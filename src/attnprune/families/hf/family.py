@@ -14,8 +14,8 @@ from ...nn import Decoupled, host_class
 from ...nn.decoupled import forward_of
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
-from ..linears import is_linear
-from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, K, Q, V, first, output_of, part_of
+from ..linears import is_linear, size_of
+from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, first, heads_of, output_of, parts_of, tells_heads
 from .forward import (
     HFClosedSelfAttention,
     HFCrossAttention,
@@ -25,7 +25,7 @@ from .forward import (
     describe,
     parameters_of,
 )
-from .staged import HFStaged, HFStagedNormLast, roles_of, shares_keys
+from .staged import HFStaged, HFStagedByPair, HFStagedNormLast, roles_of, shares_keys
 
 
 class HFEncoderAdapter(Adapter):
@@ -38,11 +38,15 @@ class HFEncoderAdapter(Adapter):
         return self._of(name, module, output_of(module))
 
     def _of(self, name: str, module: nn.Module, o: nn.Module | None) -> AttentionView:
-        q, k, v = (part_of(module, names) for names in (Q, K, V))
-        return self.of_linears(name, module, q=q, k=k, v=v, o=o, heads=_heads(module, q), scale=_scale(module))
+        parts = {**parts_of(module), "o": o}
+        part = "q" if "q" in parts else "o"
+        channels = size_of(parts[part])[part == "o"] if is_linear(parts[part]) else 0
+        return self.of_linears(name, module, heads=heads_of(module, channels), scale=_scale(module), **parts)
 
     def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
         host = host_class(view.module)
+        if view.joint:
+            return ()
         try:
             parts, names = describe(host), parameters_of(host)
         except (TypeError, AttributeError, ValueError):  # projections under other names; not written in Python
@@ -51,7 +55,8 @@ class HFEncoderAdapter(Adapter):
             return (HFEagerSelfAttention,)
         roles = roles_of(host)
         if roles.angles or roles.norms or roles.source == "key_value_states" or view.spec.layout.grouped:
-            return (HFStaged, HFStagedNormLast) if roles.norms else (HFStaged,)
+            last, pairs = (HFStagedNormLast,) * bool(roles.norms), (HFStagedByPair,) * bool(roles.angles)
+            return (HFStaged, *last, *pairs)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
         return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention)
@@ -100,18 +105,7 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
 
 def _splits(module: nn.Module) -> bool:
     """Whether a module has projections for queries, keys and values, and a number of heads."""
-    if any(part_of(module, names) is None for names in (Q, K, V)):
-        return False
-    return first(HEADS + HEAD_DIM, module.__dict__) is not None
-
-
-def _heads(module: nn.Module, q: nn.Module) -> int:
-    name = first(HEADS, module.__dict__)
-    if name is not None:
-        return int(getattr(module, name))
-    dim = first(HEAD_DIM, module.__dict__)
-    assert dim is not None
-    return int(q.out_features) // int(getattr(module, dim))  # type: ignore[arg-type]
+    return bool(parts_of(module)) and tells_heads(module)
 
 
 def _scale(module: nn.Module) -> float | None:

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...nn.attend import Kernel
@@ -85,7 +86,7 @@ def _rotary_code(forward: Any) -> Iterator[tuple[str, ...]]:
 
 def shares_keys(layout: HeadLayout) -> bool:
     """Whether an attention function can share keys among query heads by itself: equal heads in groups of one size."""
-    return layout.uniform and len(set(layout.groups)) == 1 and layout.qk[0] == layout.vo[0]
+    return layout.uniform and len(set(layout.groups)) == 1
 
 
 class HFStaged(HFAttention):
@@ -93,6 +94,8 @@ class HFStaged(HFAttention):
 
     norm_first: ClassVar[bool] = True
     """Whether queries and keys are normalised before they are rotated."""
+    by_pair: ClassVar[bool] = False
+    """Whether rotary tables have an angle for each pair of neighbours in their first half."""
     _roles: ClassVar[Roles]
 
     @classmethod
@@ -101,7 +104,7 @@ class HFStaged(HFAttention):
         return {"_parts": parts._replace(asks=parts.asks and not roles.hands_on), "_roles": roles}
 
     @classmethod
-    def tells(cls, host: type[Any]) -> bool:
+    def tells_channels(cls, host: type[Any]) -> bool:
         roles = roles_of(host)
         return roles.angles is not None or roles.norms is not None
 
@@ -161,6 +164,7 @@ class HFStaged(HFAttention):
         if angles is not None:
             cos, sin = angles
             pairs = self.attnprune_state.pairs
+            pairs = pairs._replace(by_pair=True) if self.by_pair else pairs
             q, k = (x.float() if self._roles.upcasts else x for x in (heads.q, heads.k))
             q, k = (x.to(heads.q.dtype) for x in rotated(q, k, cos, sin, heads.layout, pairs))
             heads = heads._replace(q=q, k=k) if keys else heads._replace(q=q)
@@ -188,13 +192,15 @@ class HFStaged(HFAttention):
         layout = heads.layout
         if not layout.grouped:
             return super()._finish(heads, kernel, plain)
+        qk, vo = layout.qk[0], layout.vo[0]
+        wide = max(qk, vo)  # fused kernels want equal dims: zeros change no product
         q, k, v = (
-            x.view(*x.shape[:-1], -1, dim).transpose(1, 2)
-            for x, dim in ((heads.q, layout.qk[0]), (heads.k, layout.qk[0]), (heads.v, layout.vo[0]))
+            F.pad(x.view(*x.shape[:-1], -1, dim), (0, wide - dim)).transpose(1, 2)
+            for x, dim in ((heads.q, qk), (heads.k, qk), (heads.v, vo))
         )
         context, weights = kernel(q, k, v, layout.buckets[0])
         o = self._parts.o
-        context = context.transpose(1, 2).flatten(2)
+        context = context[..., :vo].transpose(1, 2).flatten(2)
         return context if o is None else getattr(self, o)(context), weights
 
     def _repeated(self, heads: Projected) -> Projected:
@@ -212,6 +218,12 @@ class HFStagedNormLast(HFStaged):
     """The same where queries and keys are rotated first, then normalised."""
 
     norm_first = False
+
+
+class HFStagedByPair(HFStaged):
+    """The same where neighbours are rotated by tables that have an angle for each pair: GLM."""
+
+    by_pair = True
 
 
 def _of_queries(x: Tensor, layout: HeadLayout, side: Projection) -> Tensor:

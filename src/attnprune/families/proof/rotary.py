@@ -40,7 +40,7 @@ def rotary_of(stand_in: StandIn, call: Call, same: Callable[[Call, Sequence[Call
                 structured, width = _structured(call, style)
                 if same(structured, [lambda: _rotate(stand_in, "none", 0)]):
                     return "none", 0
-                for turned in dict.fromkeys([width or dim, dim, dim // 2, dim // 4, 3 * dim // 4]):
+                for turned in dict.fromkeys([width or dim, 2 * width, dim, dim // 2, dim // 4, 3 * dim // 4]):
                     rotate = lambda style=style, turned=turned: _rotate(stand_in, style, turned)  # noqa: E731
                     if turned and turned % 2 == 0 and turned <= dim and same(structured, [rotate]):
                         return style, turned
@@ -102,7 +102,7 @@ def _rotate(stand_in: StandIn, style: Rotary, turned: int) -> None:
                 start, stop = layout.span(view.side(name), head)
                 channels = slot.cut(slot.parameter.detach())[start:stop]
                 flat = channels.reshape(dim, prod(channels.shape[1:]))
-                channels.copy_((matrix.to(flat.dtype) @ flat).view_as(channels))
+                slot.write((matrix.to(flat.dtype) @ flat).view_as(channels), start)
 
 
 def mix(stand_in: StandIn, kind: Kind) -> None:
@@ -122,7 +122,7 @@ def mix(stand_in: StandIn, kind: Kind) -> None:
             start, stop = layout.span(view.side(name), head)
             channels = slot.cut(slot.parameter.detach())[start:stop]
             mixed = (matrix if side == kind[0] else dual) @ channels.reshape(dim, -1)
-            channels.copy_(mixed.view_as(channels))
+            slot.write(mixed.view_as(channels), start)
 
 
 def _pairs(style: Rotary, turned: int) -> Iterator[tuple[int, int]]:

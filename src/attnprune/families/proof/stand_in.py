@@ -121,9 +121,12 @@ class StandIn:
         slots: dict[str, Slot] = {}
         for name, slot in view.slots.items():
             size, before = (one.layout.channels(view.side(name)) for one in (spec, view.spec))
-            start = slot.start * size // before
-            slots[name] = Slot(memo[id(slot.owner)], slot.name, slot.size * size // before, slot.axis, start)
-        self.view = AttentionView(spec, memo[id(view.module)], view.adapter, slots, view.kinds, self.host)
+            size, start = slot.size * size // before, slot.start * size // before
+            slots[name] = replace(slot, owner=memo[id(slot.owner)], size=size, start=start)
+        orders = {order: _owned(found, memo) for order, found in view.orders.items()}
+        self.view = AttentionView(
+            spec, memo[id(view.module)], view.adapter, slots, view.kinds, self.host, orders=orders
+        )  # fmt: skip
 
     def copy(self) -> StandIn:
         """Another one with the very same parameters and buffers, whose modules may be changed."""
@@ -138,14 +141,19 @@ class StandIn:
         new.fresh = {}
         new.host = copy.deepcopy(self.host, memo)
         view = self.view
-        slots = {name: replace(slot, owner=memo[id(slot.owner)]) for name, slot in view.slots.items()}
-        new.view = replace(view, module=memo[id(view.module)], slots=slots, host=new.host)
+        slots = _owned(view.slots, memo)
+        new.view = replace(view, module=memo[id(view.module)], slots=slots, host=new.host, orders={})
         return new
 
     @property
     def tells(self) -> bool:
         """Whether something was computed from the layer's number."""
         return any(getattr(module.__dict__.get("layer_idx"), "used", False) for module in self.host.modules())
+
+
+def _owned(slots: Mapping[str, Slot], memo: Mapping[int, Any]) -> dict[str, Slot]:
+    """The slots of a copy."""
+    return {name: replace(slot, owner=memo[id(slot.owner)]) for name, slot in slots.items()}
 
 
 def _random(like: nn.Parameter, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> nn.Parameter:
@@ -162,10 +170,13 @@ def _random(like: nn.Parameter, shape: torch.Size, dtype: torch.dtype, generator
 
 
 def _buffer(buffer: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A buffer's values, those of real numbers scaled one by one, so that no special value hides what it does."""
+    """A buffer's values, those of real numbers scaled one by one, so that no special value hides what it does; what
+    holds zeros and ones, a mask, stays."""
     if buffer.is_meta:
         buffer = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
     buffer = buffer.detach().cpu()
     if not buffer.is_floating_point():
         return buffer.clone()
+    if bool(buffer.any()) and bool(((buffer == 0) | (buffer == 1)).all()) and not bool(buffer.all()):
+        return buffer.to(dtype)
     return buffer.to(dtype) * (torch.rand(buffer.shape, generator=generator, dtype=dtype, device="cpu") * 0.5 + 0.5)

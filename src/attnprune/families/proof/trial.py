@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...nn import Decoupled, host_class
 from ...values.layout import KINDS, Kind
 from ...values.spec import AttentionSpec, Rotary
+from ..base import AttentionView
 from ..calls import CACHES, PLACE, Call, Signature
 from ..expansion import expand_view, joints, numbers_left
 from ..ways import Verdict
+from .heads import Heads
 from .removal import Removal
 from .rotary import mix, rotary_of
 from .runs import Result, Softmax, run, short, tensors, with_dropout, without_dropout
@@ -49,6 +51,8 @@ class Trial:
                 continue
             self.calls.append(call)
         self.reasons: dict[str, str] = {}
+        self.order = ""
+        """The order in which several projections lie in one, where that had to be found."""
 
     def _unseen(self) -> list[str]:
         """Arguments of the host that no call gave, or that it refused."""
@@ -69,6 +73,7 @@ class Trial:
             run(self.stand_in.host, self.calls[0], self.dtype)
         view, adapter = self.view, self.view.adapter
         unseen = self._unseen()
+        self._find_order()
         rotary, turned = self._rotary()
         for way in ("stock", "decoupled") if unseen else ():
             self.reasons[way] = f"nobody knows what its argument {unseen[0]} does"
@@ -91,14 +96,15 @@ class Trial:
         decoupled = next((mixin for way, mixin in mixins.items() if way in ways), None)
         if not view.called:
             self.reasons["expanded"] = "its projections are not modules of their own"
-        if "expanded" in ways and decoupled is None and "stock" not in ways and not self._heads_lie():
+        if "expanded" in ways and decoupled is None and "stock" not in ways and not self._heads(self.view).lie():
+            self.reasons["expanded"] = "its heads do not lie one after the other in its projections"
             ways.pop("expanded")
-        plain = decoupled is not None and not decoupled.tells(host_class(self.view.module))
+        plain = decoupled is not None and not decoupled.tells_channels(host_class(self.view.module))
         fixed = {} if plain else self._fixed()
         heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
         return Verdict(
             "stock" in ways, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons),
-            rotary=rotary, rotary_dim=turned,
+            rotary=rotary, rotary_dim=turned, order=self.order,
         )  # fmt: skip
 
     def _rotary(self) -> tuple[Rotary, int]:
@@ -107,12 +113,12 @@ class Trial:
 
         def same(call: Call, changes: Sequence[Callable[[], None]]) -> bool:
             expected = self._outputs([call])[0]
-            before = [(slot, slot.parameter.detach().clone()) for slot in self.view.slots.values()]
+            before = [(slot.parameter.detach(), slot.parameter.detach().clone()) for slot in self.view.slots.values()]
             for change in changes:
                 change()
             found = self._outputs([call])[0]
-            for slot, values in before:
-                slot.parameter.detach().copy_(values)
+            for parameter, values in before:
+                parameter.copy_(values)
             return self._alike("rotary", replace(call, rounding=1e3 * call.rounding), found, expected)
 
         style, turned = rotary_of(self.stand_in, call, same)
@@ -123,8 +129,26 @@ class Trial:
         return style, turned
 
     def _told(self, spec: AttentionSpec) -> None:
-        """The stand-in's spec is this from now on."""
-        self.view = self.stand_in.view = replace(self.stand_in.view, spec=spec)
+        """The stand-in's spec is this from now on, and its channels lie in the order that was found."""
+        self.view = self.stand_in.view = replace(self.stand_in.view.lying(self.order), spec=spec)
+
+    def _find_order(self) -> None:
+        """Takes the first order of the view's in which its heads lie; without one that of the view."""
+        tries = [(order, strictly) for strictly in (True, False) for order in self.view.orders]
+        found = (o for o, strictly in tries if self._heads(self.view.lying(o)).in_order(strictly))
+        self.order = next(found, "")
+        self._told(self.view.spec)
+
+    def _heads(self, view: AttentionView) -> Heads:
+        def outputs() -> Result:
+            return self._outputs(self.calls[:1])[0]
+
+        def alike(one: Result, other: Result) -> bool:
+            found = self._alike("lie", self.calls[0], one, other)
+            self.reasons.pop("lie", None)
+            return found
+
+        return Heads(view, outputs, alike)
 
     def _try(
         self, removal: Removal, mixins: Mapping[str, type[Decoupled]], unseen: Sequence[str], ways: dict[str, set[bool]]
@@ -209,8 +233,9 @@ class Trial:
     def _zero(self, removal: Removal) -> None:
         with torch.no_grad():
             for key, slot in self.view.slots.items():
-                rows = removal.gone[self.view.side(key)]
-                slot.cut(slot.parameter.detach())[torch.tensor(rows, dtype=torch.long)] = 0
+                channels = slot.cut(slot.parameter.detach()).clone()
+                channels[torch.tensor(removal.gone[self.view.side(key)], dtype=torch.long)] = 0
+                slot.write(channels)
 
     def _same(self, way: str, other: StandIn, removal: Removal) -> bool:
         """Whether a pruned copy computes what the stand-in, with zeros, computes."""
@@ -321,68 +346,12 @@ class Trial:
             return False
         return True
 
-    def _heads_lie(self) -> bool:
-        """Whether heads lie where the spec says: keys of a head whose queries are zero matter to nobody, or values that
-        O does not read do not (a norm over all heads couples one of the two); and those of a head that O reads do."""
-        spec = self.view.spec
-        zero = [key for key in range(spec.kv_heads) if self._is_zero(key)]
-        generator = torch.Generator("cpu").manual_seed(4)
-        calls = self.calls[:1]
-        expected = self._outputs(calls)
-        free = []
-        for key in ("k.weight", "v.weight") if zero else ():
-            channels = self._channels(key, zero[0])
-            with torch.no_grad():
-                channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
-                found = self._outputs(calls)
-                channels.zero_()
-            pairs = zip(calls, found, expected, strict=True)
-            free.append(all(self._alike("lie", call, one, other) for call, one, other in pairs))
-        self.reasons.pop("lie", None)
-        if zero and not (any(free) and all(self._matters(key) for key in range(spec.kv_heads) if key not in zero)):
-            self.reasons["expanded"] = "its heads do not lie one after the other in its projections"
-            return False
-        return True
-
-    def _matters(self, head: int) -> bool:
-        """Whether keys, and values, of a key head change the output where O reads no other heads than its own."""
-        generator, found = torch.Generator("cpu").manual_seed(6), []
-        layout = self.view.spec.layout
-        with torch.no_grad():
-            read = self._channels("o.weight")
-            columns = read.clone()
-            for other, span in enumerate(layout.spans("o")):
-                if layout.key_of[other] != head:
-                    read[slice(*span)] = 0
-            calls = self.calls[:1]
-            expected = self._outputs(calls)
-            for key in ("k.weight", "v.weight"):
-                channels = self._channels(key, head)
-                before = channels.clone()
-                channels.copy_(torch.randn(channels.shape, generator=generator, dtype=self.dtype))
-                pairs = zip(calls, self._outputs(calls), expected, strict=True)
-                found.append(not all(self._alike("lie", call, one, other) for call, one, other in pairs))
-                channels.copy_(before)
-            read.copy_(columns)
-        self.reasons.pop("lie", None)
-        return all(found)
-
-    def _channels(self, key: str, head: int | None = None) -> Tensor:
-        """The channels of a slot, or those of a head in it; live."""
-        slot = self.view.slots[key]
-        channels = slot.cut(slot.parameter.detach())
-        return channels if head is None else channels[slice(*self.view.spec.layout.span(self.view.side(key), head))]
-
     def _outputs(self, calls: Sequence[Call]) -> list[Result]:
         """What calls give, without what comes along: weights; keys and values, of a host that returns them."""
         found = [Result(self.stand_in.host, call, self.dtype) for call in calls]
         for one in found:
             one.weights = []
         return found
-
-    def _is_zero(self, head: int) -> bool:
-        """Whether all queries of a key head are zero."""
-        return not any(bool(self._channels("q.weight", one).any()) for one in self.view.spec.layout.queries(head))
 
     def _fixed(self) -> dict[Kind, str]:
         """Kinds whose channels may not be mixed: one head is turned, which must not change the output."""

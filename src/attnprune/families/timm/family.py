@@ -8,17 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import AdapterError
 from ...nn import Decoupled, host_class
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
-from ..linears import check_linear, is_linear, linear_of, may_attend, size_of, transposed
-from ..names import HEADS, first, output_of, part_of
-from ..slots import Slot
+from ..linears import is_linear, linear_of, may_attend, size_of
+from ..names import SCALE, first, heads_of, output_of, parts_of, tells_heads
 from .forward import DecoupledFusedAttention, calls_kernel
-
-FUSED = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj")
-"""What hosts call the projection that holds Q, K and V."""
 
 
 class FusedQKVAdapter(Adapter):
@@ -59,7 +54,7 @@ class FusedQKVAdapter(Adapter):
             return not self.classes or any(host.forward is one.forward for one in self.classes)
         if self.classes:
             return any(host.forward is one.forward for one in self.classes)
-        return None not in _parts(module) and first(HEADS, module.__dict__) is not None
+        return bool(_parts(module)) and tells_heads(module)
 
     def view(self, name: str, module: Any) -> AttentionView:
         if isinstance(module, DecoupledFusedAttention):
@@ -67,34 +62,14 @@ class FusedQKVAdapter(Adapter):
                 name, module, q=module.q_proj, k=module.k_proj, v=module.v_proj, o=module.proj,
                 heads=len(module.attnprune_state.kept),
             )  # fmt: skip
-        qkv, proj = _parts(module)
-        for part, linear in (("qkv", qkv), ("proj", proj)):
-            check_linear(f"{name}: {part}", linear)
-        (rows, read), (d_model, width) = size_of(qkv), size_of(proj)
-        heads = int(getattr(module, first(HEADS, module.__dict__) or "", 0) or 1)
-        if rows != 3 * width or width % heads:
-            raise AdapterError(
-                name,
-                f"qkv with three times as many rows as proj has columns, divisible by {heads} heads",
-                f"qkv {rows}, proj {width}",
-                "write an adapter that tells how this module splits heads",
-            )
-        slots, turned = {}, int(transposed(qkv))
-        for i, p in enumerate("qkv"):
-            slots[f"{p}.weight"] = Slot(qkv, "weight", width, turned, i * width)
-            if qkv.bias is not None:
-                slots[f"{p}.bias"] = Slot(qkv, "bias", width, 0, i * width)
-        slots["o.weight"] = Slot(proj, "weight", width, 1 - int(transposed(proj)))
-        bias, reads = qkv.bias is not None, dict.fromkeys(("q_in", "k_in", "v_in"), read)
-        kernel = getattr(module, "fused_attn", calls_kernel(host_class(module)))
-        ignored = not self.classes and kernel  # timm leaves the scale to the kernel
-        scale = None if ignored else getattr(module, "scale", None)
-        spec = AttentionSpec.of(
-            name, heads=heads, head_dim=width // heads, d_model=d_model, fused=True,
-            bias=(bias, bias, bias, proj.bias is not None), **reads,
-            **({"scale": float(scale)} if isinstance(scale, (int, float)) else {}),
+        parts = _parts(module)
+        scale = first(SCALE, module.__dict__)
+        if not self.classes and getattr(module, "fused_attn", calls_kernel(host_class(module))):
+            scale = None  # timm leaves the scale to the kernel
+        return self.of_linears(
+            name, module, heads=heads_of(module, size_of(parts["o"])[1]),
+            scale=None if scale is None else _number(getattr(module, scale)), **parts,
         )  # fmt: skip
-        return AttentionView(spec, module, self, slots)
 
     def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
         named = {"qkv", "proj"} <= view.module._modules.keys()
@@ -115,7 +90,9 @@ class FusedQKVAdapter(Adapter):
     def attended(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         given = inspect.signature(host_class(view.module).forward).bind(view.module, *args, **kwargs).arguments
         mask = given.get("attn_mask")
-        return None if mask is None else may_attend(mask[(None,) * (4 - mask.dim())])
+        if mask is None:
+            return super().attended(view, args, kwargs)
+        return may_attend(mask[(None,) * (4 - mask.dim())])
 
     def expresses(self, view: AttentionView, spec: AttentionSpec) -> bool:
         return False  # the host reads qkv
@@ -127,7 +104,11 @@ class FusedQKVAdapter(Adapter):
             setattr(module, key, values[key])
 
 
-def _parts(module: nn.Module) -> tuple[Any, Any]:
-    """The fused projection and O, as far as the module has them."""
-    fused = part_of(module, FUSED)
-    return (fused, output_of(module)) if is_linear(fused) else (None, None)
+def _parts(module: nn.Module) -> dict[str, Any]:
+    """The fused projection and O; empty unless the module has both."""
+    parts, o = parts_of(module), output_of(module)
+    return {**parts, "o": o} if "qkv" in parts and is_linear(o) else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
