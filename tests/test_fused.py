@@ -72,6 +72,14 @@ def exact(model: nn.Module, run: Callable[[nn.Module], Tensor], **options: Any) 
     return report
 
 
+@pytest.fixture
+def registered() -> Iterator[Callable[..., None]]:
+    adapters: list[attnprune.Adapter] = []
+    yield lambda *args, **parts: adapters.append(attnprune.register_adapter(*args, **parts))
+    for adapter in adapters:
+        attnprune.unregister_adapter(adapter)
+
+
 ORDERS = {
     **{order: (order, 4) for order in orders_of("qkv", HeadLayout((1,) * 4, (1,) * 4))},
     "grouped blocks": ("qkv h d", 2),
@@ -140,6 +148,42 @@ def test_gradients_come_along() -> None:
         for row, grad in zip(p.movedim(axis, 0), p.grad.movedim(axis, 0), strict=True):
             place = (dense[name].movedim(axis, 0) == row).flatten(1).all(1) if p.dim() > 1 else dense[name] == row
             assert torch.equal(grads[name].movedim(axis, 0)[place][0], grad)
+
+
+class Gated(Fused):
+    """More rows than those of queries, keys and values: a gate of the output, first."""
+
+    def __init__(self) -> None:
+        super().__init__("h qkv d")
+        self.qkv = nn.Linear(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, rows = self.qkv(x).split((WIDTH, 3 * WIDTH), -1)
+        q, k, v = rows.unflatten(-1, (4, 3, DIM)).transpose(1, 2).unbind(-2)
+        return self.proj(gate.sigmoid() * attend(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class GatedAdapter(attnprune.Adapter):
+    """Slots by hand."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, Gated)
+
+    def view(self, name: str, module: Any) -> Any:
+        slots = {"o.weight": attnprune.Slot(module.proj, "weight", WIDTH, axis=1)}
+        for p, places in module.places.items():
+            for key in ("weight", "bias"):
+                slots[f"{p}.{key}"] = attnprune.Slot(module.qkv, key, WIDTH, apart=tuple(WIDTH + i for i in places))
+        spec = attnprune.AttentionSpec.of(name, heads=4, head_dim=DIM, d_model=WIDTH, bias=(True, True, True, False))
+        return attnprune.AttentionView(spec, module, self, slots)
+
+
+def test_rows_of_no_projection_stay(registered: Callable[..., None]) -> None:
+    registered(GatedAdapter())
+    model = randomised(Gated())
+    gate = model.qkv.weight[:WIDTH].clone()
+    exact(model, lambda m: m(X))
+    assert torch.equal(model.qkv.weight[-WIDTH:], gate)
 
 
 # hosts of transformers
@@ -240,14 +284,6 @@ class Strange(Fused):
         q, k, v = self.mixed(x).unflatten(-1, (4, 3, DIM)).unbind(-2)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         return self.last(attend(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def registered() -> Iterator[Callable[..., None]]:
-    adapters: list[attnprune.Adapter] = []
-    yield lambda *args, **parts: adapters.append(attnprune.register_adapter(*args, **parts))
-    for adapter in adapters:
-        attnprune.unregister_adapter(adapter)
 
 
 def test_four_linears_by_name(registered: Callable[..., None]) -> None:
