@@ -40,6 +40,8 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     model = plain(model)
     views = all_views(model)
     theirs = check_stock(model, [view.spec for view in views])
+    for view in views:
+        _check_runs(view, view.spec)
     stock: Any = copy.deepcopy(model)
     config = stock_config(model, [view.spec for view in views])
     for module in stock.modules():
@@ -53,6 +55,21 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
                     slot.write(slot.cut(slot.parameter.detach()) * gain)
     stock.save_pretrained(directory)
     return Path(directory)
+
+
+def _check_runs(view: AttentionView, spec: AttentionSpec) -> None:
+    """Raises unless the host's own forward computes the same in this shape, as was proven."""
+    state = view.state
+    if state is None and spec is view.spec:
+        return  # it runs by its host's own forward
+    if state is not None and (state.dense or (state.stock and not view.runs_expanded and view.expresses(spec))):
+        return
+    if state is None and view.way(spec) == "stock":
+        return
+    reasons = view.verdict.reasons if view.verdict is not None else {}
+    found = reasons.get("stock") or f"{spec.describe()}, by a forward of attnprune"
+    remedy = f'use granularity="head" where only channels stand in the way, or save_pruned: {_STOCK}'
+    raise NotExpressibleError(view.name, "a shape in which its own forward computes the same", found, remedy)
 
 
 def check_possible(model: nn.Module, views: Sequence[AttentionView], granularity: str) -> None:
@@ -71,7 +88,8 @@ def check_possible(model: nn.Module, views: Sequence[AttentionView], granularity
     for view in views:
         _check_alike(view.spec, views[0].spec)
     half = []
-    for spec in (view.spec for view in views):
+    for view in views:
+        spec = view.spec
         units, dim = spec.head_units, spec.qk_dim
         if granularity == "head":
             units = units[: max(len(units) // 2, 1)]
@@ -81,6 +99,8 @@ def check_possible(model: nn.Module, views: Sequence[AttentionView], granularity
         dims = [dim] * len(spec.keys_of(heads))
         half.append(spec.keep(heads, dims, dims))
     check_stock(model, half)
+    for view, spec in zip(views, half, strict=True):
+        _check_runs(view, spec)
 
 
 def check_stock(model: nn.Module, after: Sequence[AttentionSpec]) -> dict[str, AttentionSpec]:

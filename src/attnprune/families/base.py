@@ -177,9 +177,10 @@ class AttentionView:
         elif verdict is not None:
             word = not (verdict.ran and verdict.attends) and not verdict.expanded  # the family's, if anybody's
             stock, expanded = verdict.stock, verdict.expanded or (word and self.called)
-        fewer = spec.heads < self.spec.heads
-        heads = self.heads_may_go if fewer else EVERY
-        if stock and "stock" in heads and self.expresses(spec) and not (fewer and self.masks_by_head):
+        heads = self.heads_may_go if (fewer := spec.heads < self.spec.heads) else EVERY
+        alone = fewer and verdict is not None and verdict.stock_heads and spec.dims_of == self.spec.dims_of
+        shaped = self.expresses(spec) and not (fewer and self.masks_by_head)
+        if shaped and (alone or (stock and "stock" in heads)):
             return "stock"
         if decoupled is not None and "decoupled" in heads:
             return "decoupled"

@@ -304,6 +304,23 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         yield Call("a cache", cached)
 
 
+def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
+    """A call with its arguments in the host's order instead of by name; None where they are so already."""
+    signature = Signature(host)
+    if call.recorded or PLACE in signature.names:
+        return None
+    given = call.arguments(torch.Generator("cpu").manual_seed(1), dtype)[0]
+    parameters = inspect.signature(type(host).forward).parameters
+    last = max((place for place, name in enumerate(signature.names) if name in given), default=0)
+    args: list[Any] = []
+    for parameter in (parameters[name] for name in signature.names[: last + 1]):
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            break
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        args.append(given.pop(parameter.name, default))
+    return Call("arguments by position", lambda *_: [dict(given)], recorded=tuple(args))
+
+
 def _positions(hidden: Tensor) -> Tensor:
     return torch.arange(hidden.shape[1], device="cpu").expand(hidden.shape[:2])
 

@@ -44,6 +44,8 @@ class Verdict:
 
     order: str = ""
     """The order of the view's in which channels lie."""
+    stock_heads: bool = False
+    """Whether it runs fewer heads of its own dims, where it runs no others: rotary tables, norms of a head."""
 
     def told(self, spec: AttentionSpec) -> AttentionSpec:
         """A spec that says so."""

@@ -36,7 +36,7 @@ class State(NamedTuple):
     numbers: Any = None
     """Of every kind, per key head, the dense numbers of its channels, where a forward of ours tells them apart."""
     pairs: Any = None
-    """What a rotary embedding rotates (:class:`attnprune.nn.rotary.Pairs`)."""
+    """What a rotary embedding rotates (``attnprune.nn.rotary.Pairs``)."""
     dense: bool = False
     """Whether it was never pruned, so that its host's own forward runs it too."""
     dense_qk: int = 0

@@ -33,6 +33,8 @@ def kept(make: Callable[Args, Made]) -> Callable[Args, Made]:
 
     @wraps(make)
     def found(*args: Args.args, **kwargs: Args.kwargs) -> Made:
+        if torch.compiler.is_compiling():  # first: what comes after cannot be compiled
+            return make(*args, **kwargs)
         return once(*args, **kwargs) if _eager() else make(*args, **kwargs)  # type: ignore[arg-type]
 
     return found

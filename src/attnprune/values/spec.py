@@ -112,6 +112,11 @@ class AttentionSpec:
         return max(self.vo_dims)
 
     @property
+    def dims_of(self) -> frozenset[tuple[int, int]]:
+        """The qk and vo dims that heads have."""
+        return frozenset(zip(self.qk_dims, self.vo_dims, strict=True))
+
+    @property
     def ragged(self) -> bool:
         """Whether heads differ in their number of channels."""
         return not self.layout.uniform

@@ -59,7 +59,7 @@ class HFEncoderAdapter(Adapter):
             return (HFStaged, *last, *pairs)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
-        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention)
+        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention, HFStaged)
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if _scale(view.module) is not None or not self.expresses(view, spec):

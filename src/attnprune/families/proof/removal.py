@@ -15,9 +15,10 @@ class Removal:
         spec: the attention.
         heads: whether most heads go whole, too.
         ragged: whether heads keep different numbers of channels, and of qk others than of vo.
+        channels: whether channels go at all.
     """
 
-    def __init__(self, spec: AttentionSpec, heads: bool, ragged: bool) -> None:
+    def __init__(self, spec: AttentionSpec, heads: bool, ragged: bool, channels: bool = True) -> None:
         layout, last = spec.layout, spec.kv_heads - 1
         keys = [key for key in range(spec.kv_heads) if not heads or key in (min(1, last), last)]
         self.heads = [head for key in keys for head in layout.queries(key)]
@@ -32,6 +33,9 @@ class Removal:
             kept[kind] = []
             for key in keys:
                 units = spec.units(kind, key)
+                if not channels:
+                    kept[kind].append(list(range(spec.dims(kind)[key])))
+                    continue
                 size = least if not (ragged and (key + other) % 2) else -(-least // 2 // pair) * pair
                 kept[kind].append(_some([*units[(key + other) % 2 :: 2], *units], max(size, len(units[0]))))
         turned = [sum(c < spec.rotary_dims[key] for c in some) for key, some in zip(keys, kept["qk"], strict=True)]

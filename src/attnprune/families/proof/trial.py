@@ -13,7 +13,7 @@ from ...nn import Decoupled, host_class
 from ...values.layout import KINDS, Kind
 from ...values.spec import AttentionSpec, Rotary
 from ..base import AttentionView
-from ..calls import CACHES, PLACE, Call, Signature
+from ..calls import CACHES, PLACE, Call, Signature, by_position
 from ..expansion import expand_view, joints, numbers_left
 from ..ways import Verdict
 from .heads import Heads
@@ -102,10 +102,25 @@ class Trial:
         plain = decoupled is not None and not decoupled.tells_channels(host_class(self.view.module))
         fixed = {} if plain else self._fixed()
         heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
+        stock = "stock" in ways
         return Verdict(
-            "stock" in ways, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons),
-            rotary=rotary, rotary_dim=turned, order=self.order,
+            stock, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons), rotary=rotary,
+            rotary_dim=turned, order=self.order, stock_heads=not stock and not unseen and self._loses_heads(spec),
         )  # fmt: skip
+
+    def _loses_heads(self, spec: AttentionSpec) -> bool:
+        """Whether the host runs fewer heads of the dims that it has, as its attributes say them."""
+        removal = Removal(spec, True, False, channels=False)
+        if not removal.removes_heads or not self.view.adapter.expresses(self.view, removal.after):
+            return False
+        before = dict(self.reasons)
+        self.stand_in = self.again()
+        self._told(spec)
+        other = self._made("stock", self._stock(removal))
+        self._zero(removal)
+        same = other is not None and self._finite() and self._same("stock", other, removal)
+        self.reasons = before
+        return same
 
     def _rotary(self) -> tuple[Rotary, int]:
         """What a rotary embedding rotates together; from then on the spec says so."""
@@ -292,7 +307,21 @@ class Trial:
             self.reasons[way] = f"a forward of ours is not called as it is ({short(error)})"
             return False
         alike = self._alike(way, plain, found, Result(self.stand_in.host, plain, self.dtype))
+        alike = alike and self._by_position(way, other)
         return alike and self._in_training(way, other) and self._written_out(way, other)
+
+    def _by_position(self, way: str, other: StandIn) -> bool:
+        """Whether a forward of ours takes arguments in the host's order, as models that call by position give them."""
+        call = by_position(self.stand_in.host, self.calls[0], self.dtype)
+        if call is None:
+            return True
+        try:
+            expected = Result(self.stand_in.host, call, self.dtype)
+            found = Result(other.host, call, self.dtype)
+        except Exception as error:
+            self.reasons[way] = f"a forward of ours is not called as it is, by position ({short(error)})"
+            return False
+        return self._alike(way, call, found, expected)
 
     def _written_out(self, way: str, other: StandIn) -> bool:
         """Whether the same holds where transformers is told to write attention out, as users do to see its weights."""
