@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ KEYS, VALUES = ("key", "keys", "k", "key_states"), ("value", "values", "v", "val
 ANGLES = ("position_embeddings", "rotary_pos_emb", "rope", "freqs_cis", "rotary_emb")
 PLACES = ("cache_position",)
 POSITIONS = ("position_ids",)
+LENGTHS = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens", "cu_seqlens_q")
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
 Arguments = dict[str, Any]
@@ -104,8 +105,9 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
     # what an argument that may be missing may still have to be
     for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS):
-        for inputs in (_Inputs(signature, spec, more), _Inputs(signature, spec, more, by_pair=True)):
-            if (more and not inputs.optional) or (inputs.by_pair and inputs.angles is None):
+        for form in FORMS:
+            inputs = _Inputs(signature, spec, more, form)
+            if (more and not inputs.optional) or not inputs.possible:
                 continue
             try:
                 found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
@@ -137,6 +139,20 @@ def rotary_width(host: nn.Module, spec: AttentionSpec) -> int:
     return spec.qk_dim
 
 
+class Form(NamedTuple):
+    """How a host takes what it is called with."""
+
+    by_pair: bool = False
+    """Rotary tables have one angle for each pair of channels."""
+    single: bool = False
+    """Rotary tables serve the whole batch, and have no batch dimension."""
+    packed: bool = False
+    """Sequences of several lengths lie one after the other, without a batch dimension."""
+
+
+FORMS = (Form(), Form(by_pair=True), Form(single=True), Form(single=True, packed=True))
+
+
 class _Inputs:
     """Makes arguments that every call of a host needs.
 
@@ -144,13 +160,12 @@ class _Inputs:
         signature: what the host takes.
         spec: the attention.
         more: names of arguments to give although they may be missing.
-        by_pair: whether rotary tables have one angle for each pair of channels.
+        form: how it takes them.
     """
 
-    def __init__(
-        self, signature: Signature, spec: AttentionSpec, more: Sequence[str], *, by_pair: bool = False
-    ) -> None:
-        self.by_pair, self.width = by_pair, rotary_width(signature.host, spec) // (2 if by_pair else 1)
+    def __init__(self, signature: Signature, spec: AttentionSpec, more: Sequence[str], form: Form = FORMS[0]) -> None:
+        self.form, self.width = form, rotary_width(signature.host, spec) // (2 if form.by_pair else 1)
+        self.lengths = signature.first(LENGTHS)
         self.spec, self.hidden, self.required = spec, signature.names[0], signature.required
         self.key, self.value = (
             name if name in signature.required else None for name in (signature.first(KEYS), signature.first(VALUES))
@@ -169,9 +184,10 @@ class _Inputs:
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
     ) -> Arguments:
         spec = self.spec
+        lead = () if self.form.packed else (batch,)
 
         def normal(tokens: int, width: int) -> Tensor:
-            return torch.randn(batch, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
+            return torch.randn(*lead, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
 
         found: Arguments = {self.hidden: normal(tokens, spec.q_in)}
         if self.key is not None:
@@ -181,20 +197,31 @@ class _Inputs:
         if self.source is not None:
             found[self.source] = normal(tokens + 2, spec.k_in)
         if self.angles is not None:
-            turn = torch.randn(batch, tokens, self.width, generator=generator, dtype=dtype, device="cpu")
+            rows = () if self.form.single else (batch,)
+            turn = torch.randn(*rows, tokens, self.width, generator=generator, dtype=dtype, device="cpu")
             found[self.angles] = (turn.cos(), turn.sin())
         if self.places is not None:
             found[self.places] = torch.arange(tokens, device="cpu")
         if self.positions is not None:
             found[self.positions] = _positions(found[self.hidden])
+        if self.form.packed and self.lengths is not None:
+            ends = [0, tokens] if tokens < 3 else [0, tokens - 2, tokens]
+            found[self.lengths] = torch.tensor(ends, dtype=torch.int32, device="cpu")
         if self.padding is not None:
             found[self.padding] = torch.ones(batch, self.keys(found), dtype=torch.long, device="cpu")
         return {**dict.fromkeys(self.required), **found}
 
+    @property
+    def possible(self) -> bool:
+        """Whether the host has arguments of this form."""
+        if self.form.packed:
+            return self.lengths is not None
+        return self.angles is not None or not (self.form.by_pair or self.form.single)
+
     def keys(self, found: Arguments) -> int:
         """How many keys there are."""
         read: Tensor = found[self.key or self.source or self.hidden]
-        return int(read.shape[1])
+        return int(read.shape[-2])
 
 
 def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Iterator[Call]:
@@ -235,8 +262,8 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         source = signature.first(SOURCES) if of_source else None
 
         def square(found: Arguments, source: str | None = source) -> tuple[int, int]:
-            keys = found[source].shape[1] if source is not None else inputs.keys(found)
-            return found[inputs.hidden].shape[1], keys
+            keys = found[source].shape[-2] if source is not None else inputs.keys(found)
+            return found[inputs.hidden].shape[-2], keys
 
         def sourced(g: torch.Generator, dtype: torch.dtype, source: str | None = source) -> Arguments:
             return {} if source is None else {source: normal(g, dtype, 2, 7, spec.k_in)}
@@ -322,7 +349,7 @@ def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
 
 
 def _positions(hidden: Tensor) -> Tensor:
-    return torch.arange(hidden.shape[1], device="cpu").expand(hidden.shape[:2])
+    return torch.arange(hidden.shape[-2], device="cpu").expand(hidden.shape[:-1])
 
 
 def recorded_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:

@@ -11,14 +11,14 @@ from .linears import is_linear
 
 Q, K, V, O = (
     ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
-     "q_head", "q_attn"),
+     "W_q", "q_head", "q_attn"),
     ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
-     "k_head"),
+     "W_k", "k_head"),
     ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
-     "v_head"),
+     "W_v", "v_head"),
     ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj", "Wo",
-     "w_o", "proj_out", "output_proj", "projection_layer", "attention_out", "linear_o", "post_proj", "post", "output",
-     "out"),
+     "W_o", "w_o", "proj_out", "output_proj", "projection_layer", "attention_out", "linear_o", "post_proj", "post",
+     "output", "out"),
 )  # fmt: skip
 QKV = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj", "in_proj_qkv",
        "att_proj", "linear_qkv", "w_qkv")  # fmt: skip
@@ -26,7 +26,7 @@ KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_val
 QK = ("qk", "to_qk", "qk_proj", "query_key")
 """What holds several of them in one."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",
-         "nhead", "no_heads")  # fmt: skip
+         "nhead", "no_heads", "h")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads", "num_key_value_head")
 SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "n_kv_groups")
 """Query heads per key head."""
