@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from .selection import ALL, covering
+from .selection import ALIKE, ALL, covering
 
 settings.register_profile(
     "attnprune",
@@ -57,12 +57,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     kept: list[pytest.Item] = []
     for _, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
-        cases: list[Any] = [item for item in group if item.get_closest_marker("long") is None]
+        cases: list[Any] = [item for item in group if item.get_closest_marker("long") is None and not _alike(item)]
         marker = cases[0].get_closest_marker("covering") if cases else None
         kept += cases if marker is None else covering({case: _values(case) for case in cases}, *marker.args)
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+def _alike(item: Any) -> bool:
+    """Whether a case is of a family that another one stands for."""
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    return isinstance(name, str) and name in ALIKE
 
 
 def _values(case: Any) -> dict[str, int]:

@@ -9,6 +9,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
 ALL = os.environ.get("ATTNPRUNE_ALL") == "1"
+ALIKE = {"DeiT": "ViT", "DINOv2": "ViT", "Roberta": "Bert", "TorchvisionViT": "MHA", "TimmAttention": "Timm"}
+"""Families that another one stands for, as the same forward of ours runs both."""
 Case = TypeVar("Case", bound=Hashable)
 
 

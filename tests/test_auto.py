@@ -40,7 +40,8 @@ def test_it_is_the_model_that_our_own_loader_gives(name: str, way: str, tmp_path
     model: Any = pruned(name, 0, way, torch.float64)
     model.save_pretrained(tmp_path)
     extra = {} if getattr(model, "pooler", model) is not None else {"add_pooling_layer": False}
-    again = load(type(model), tmp_path, dtype="auto", attn_implementation="eager", **extra)
+    kernel = model.config._attn_implementation
+    again = load(type(model), tmp_path, dtype="auto", attn_implementation=kernel, **extra)
     same(model, again)
     assert find_attention(again) == find_attention(model)
     assert unmarked(again)

@@ -24,6 +24,7 @@ KEYS, VALUES = ("key", "keys", "k", "key_states"), ("value", "values", "v", "val
 ANGLES = ("position_embeddings", "rotary_pos_emb", "rope", "freqs_cis", "rotary_emb")
 PLACES = ("cache_position",)
 POSITIONS = ("position_ids",)
+LONGEST = ("max_seqlen", "max_seq_len", "max_length_q")
 LENGTHS = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens", "cu_seqlens_q")
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
@@ -308,6 +309,8 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         if flag in signature.names or (signature.open and flag in ("output_attentions", "is_causal")):
             for on in (True, False):
                 yield call(f"{flag}={on}", lambda g, dtype, _, flag=flag, on=on: {flag: on})
+    for name in (name for name in signature.names if name in LONGEST):
+        yield call(f"a {name}", lambda g, dtype, found, name=name: {name: int(found[inputs.hidden].shape[-2])})
     for name in (name for name in signature.names if name in POSITIONS):
         yield call(f"a {name}", lambda g, dtype, found, name=name: {name: _positions(found[inputs.hidden])})
     if inputs.source is None:
