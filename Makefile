@@ -9,7 +9,7 @@ JOBS ?= 2
 .PHONY: test-compat test-latest test-oldest test-wheel clean
 
 help:
-	@echo "make demo         prune a keyword recogniser in several ways (no download, under three minutes)"
+	@echo "make demo         prune a keyword recogniser in several ways (no download, about four minutes)"
 	@echo "make test         lint, types, tests, doctests, documentation; of long products of cases a covering part"
 	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
