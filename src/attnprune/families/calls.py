@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Call:
     """The argument with a row for every head, in its second dimension."""
     recorded: Sequence[Any] = field(default=())
     """Positional arguments, of a recorded call."""
+    exactly: bool = False
+    """Whether it is computed in float64 throughout, as the host rounds to less (``attnprune.nn.exactly``)."""
 
 
 class ProbeCache:
@@ -348,7 +350,7 @@ def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
             break
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         args.append(given.pop(parameter.name, default))
-    return Call("arguments by position", lambda *_: [dict(given)], recorded=tuple(args))
+    return replace(call, what="arguments by position", arguments=lambda *_: [dict(given)], recorded=tuple(args))
 
 
 def _positions(hidden: Tensor) -> Tensor:

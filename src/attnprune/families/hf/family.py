@@ -59,7 +59,10 @@ class HFEncoderAdapter(Adapter):
             return (HFStaged, *last, *pairs)
         if "encoder_hidden_states" in names:
             return (HFCrossAttention,)
-        return (HFLegacySelfAttention,) if "head_mask" in names else (HFSelfAttention, HFClosedSelfAttention, HFStaged)
+        if "head_mask" in names:
+            return (HFLegacySelfAttention,)
+        named = (HFStaged,) if len(names) > 1 and names[1] != "attention_mask" else ()  # its order is another
+        return (HFSelfAttention, HFClosedSelfAttention, *named)
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if _scale(view.module) is not None or not self.expresses(view, spec):

@@ -53,6 +53,14 @@ class Trial:
         self.reasons: dict[str, str] = {}
         self.order = ""
         """The order in which several projections lie in one, where that had to be found."""
+        if self.calls and dtype == torch.float64 and self._rounds():
+            self.calls = [replace(call, exactly=True) for call in self.calls]
+
+    def _rounds(self) -> bool:
+        """Whether the host rounds to less than float64 somewhere."""
+        calls = self.calls[0], replace(self.calls[0], exactly=True)
+        first, second = (Result(self.stand_in.host, call, self.dtype).outputs for call in calls)
+        return not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def _unseen(self) -> list[str]:
         """Arguments of the host that no call gave, or that it refused."""
@@ -74,11 +82,15 @@ class Trial:
         view, adapter = self.view, self.view.adapter
         unseen = self._unseen()
         self._find_order()
-        rotary, turned = self._rotary()
         for way in ("stock", "decoupled") if unseen else ():
             self.reasons[way] = f"nobody knows what its argument {unseen[0]} does"
         forwards = () if unseen else adapter.decoupled_for(view)
-        mixins = {f"decoupled {mixin.__name__}": mixin for mixin in forwards if self._decoupled(mixin)}
+        telling = [mixin for mixin in forwards if mixin.tells_channels(host_class(view.module))]
+        fitting = [mixin for mixin in forwards if mixin not in telling and self._decoupled(mixin)]
+        # what a forward computes that tells no channels apart has no rotary embedding
+        rotary, turned = self._rotary() if not fitting else ("none", 0)
+        fitting += [mixin for mixin in telling if self._decoupled(mixin)]
+        mixins = {f"decoupled {mixin.__name__}": mixin for mixin in fitting}
         spec = self.view.spec
         ways: dict[str, set[bool]] = {}  # whether heads may go, where the way is open
         for removal in (Removal(spec, False, False), Removal(spec, True, False), Removal(spec, True, True)):
@@ -300,28 +312,14 @@ class Trial:
         other = self._made(way, self._cut(mixin, None))
         if other is None:
             return False
-        plain = self.calls[0]
+        plain = by_position(self.stand_in.host, self.calls[0], self.dtype) or self.calls[0]  # by name they follow
         try:
             found = Result(other.host, plain, self.dtype)
         except Exception as error:
             self.reasons[way] = f"a forward of ours is not called as it is ({short(error)})"
             return False
         alike = self._alike(way, plain, found, Result(self.stand_in.host, plain, self.dtype))
-        alike = alike and self._by_position(way, other)
         return alike and self._in_training(way, other) and self._written_out(way, other)
-
-    def _by_position(self, way: str, other: StandIn) -> bool:
-        """Whether a forward of ours takes arguments in the host's order, as models that call by position give them."""
-        call = by_position(self.stand_in.host, self.calls[0], self.dtype)
-        if call is None:
-            return True
-        try:
-            expected = Result(self.stand_in.host, call, self.dtype)
-            found = Result(other.host, call, self.dtype)
-        except Exception as error:
-            self.reasons[way] = f"a forward of ours is not called as it is, by position ({short(error)})"
-            return False
-        return self._alike(way, call, found, expected)
 
     def _written_out(self, way: str, other: StandIn) -> bool:
         """Whether the same holds where transformers is told to write attention out, as users do to see its weights."""
