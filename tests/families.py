@@ -63,13 +63,13 @@ class Family(ABC):
         return cls.configs
 
 
-def _randomise(model: nn.Module) -> nn.Module:
+def randomised(model: nn.Module, size: float = 0.3) -> Any:
     """Weights large enough that every unit matters, biases not zero, float64."""
     generator = torch.Generator().manual_seed(0)
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * size)
     return model.eval()
 
 
@@ -99,7 +99,7 @@ class HFFamily(Family):
     def build(self, kernel: str, **config: Any) -> nn.Module:
         built = self.config(**{**self.options, **config})
         built._attn_implementation = kernel
-        return _randomise(self.model(built))
+        return randomised(self.model(built))
 
     def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
         return {"pixel_values": normal(generator, 2, 3, 16, 16)}
@@ -225,7 +225,7 @@ class MHA(TorchFamily):
     )
 
     def build(self, mask: str = "", need_weights: bool = False, unbatched: bool = False, **options: Any) -> nn.Module:
-        return _randomise(_Attention(**options))
+        return randomised(_Attention(**options))
 
     def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
         queries, keys, batch = 5, 6, 2
@@ -277,7 +277,7 @@ class Encoder(TorchFamily):
         layer = nn.TransformerEncoderLayer(24, dim_feedforward=12, dropout=0.0, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # says when the nested path is off
-            return _randomise(nn.TransformerEncoder(layer, 2))
+            return randomised(nn.TransformerEncoder(layer, 2))
 
     def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
         shape = (2, 5, 24) if config.get("batch_first") else (5, 2, 24)
@@ -306,7 +306,7 @@ class Transformer(TorchFamily):
     def build(self, **options: Any) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _randomise(nn.Transformer(24, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=12,
+            return randomised(nn.Transformer(24, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=12,
                                              dropout=0.0, **options))  # fmt: skip
 
     def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
@@ -343,7 +343,7 @@ class TorchvisionViT(TorchFamily):
     configs = ({"heads": 4}, {"heads": 3})
 
     def build(self, heads: int) -> nn.Module:
-        return _randomise(nn.Sequential(OrderedDict(a=_EncoderBlock(heads), b=_EncoderBlock(heads))))
+        return randomised(nn.Sequential(OrderedDict(a=_EncoderBlock(heads), b=_EncoderBlock(heads))))
 
     def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
         return {"input": normal(generator, 2, 5, 24)}
@@ -396,7 +396,7 @@ class Timm(Family):
         )
         for block in model.blocks:
             block.attn.fused_attn = fused
-        return _randomise(model)
+        return randomised(model)
 
     def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
         return {"x": normal(generator, 2, 3, 16, 16)}
@@ -428,7 +428,7 @@ class TimmAttention(Timm):
         layers = [attention(24, heads, **config) for _ in range(2)]
         for layer in layers:
             layer.fused_attn = fused
-        return _randomise(_Chain(layers))
+        return randomised(_Chain(layers))
 
     def inputs(self, generator: torch.Generator, **config: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"x": normal(generator, 2, 5, 24)}
@@ -472,7 +472,7 @@ class Decoder(HFFamily):
     def build(self, kind: str, kernel: str, **config: Any) -> nn.Module:
         built = getattr(transformers, f"{kind}Config")(**{**DECODER, **config, "eos_token_id": 1, "bos_token_id": 1})
         built._attn_implementation = kernel
-        return _randomise(getattr(transformers, f"{kind}Model")(built))
+        return randomised(getattr(transformers, f"{kind}Model")(built))
 
     def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
         mask = torch.ones(2, 6, dtype=torch.long)
@@ -491,7 +491,7 @@ class Seq2Seq(HFFamily):
                  for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 12))}  # fmt: skip
         built = transformers.BartConfig(vocab_size=20, d_model=24, max_position_embeddings=16, dropout=0.0, **sides)
         built._attn_implementation = kernel
-        return _randomise(transformers.BartModel(built))
+        return randomised(transformers.BartModel(built))
 
     def inputs(self, generator: torch.Generator, **_: Any) -> dict[str, Any]:
         mask = torch.ones(2, 7, dtype=torch.long)

@@ -30,18 +30,9 @@ from attnprune.families.registry import Survey, all_views
 from attnprune.nn.expanded import Expanded
 
 from .conformance import family, fresh, inputs
-from .families import FAMILIES
+from .families import FAMILIES, randomised
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-
-
-def randomised(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
-    return model
 
 
 def cohere() -> Any:
@@ -280,9 +271,9 @@ def test_a_wrong_result_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_takes_three_passes_at_most() -> None:
     counts = []
     for verify in (False, True):
-        model, calls = fresh("ViT", 0, torch.float32), []
+        model, calls = fresh("ViT", 0), []
         model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        given = {key: value.detach() for key, value in inputs("ViT", 0, dtype=torch.float32).items()}
+        given = {key: value.detach() for key, value in inputs("ViT", 0).items()}
         report = prune_attention(model, 0.5, example_inputs=given, verify=verify)
         counts.append(len(calls))
         assert (report.verified is not None) == verify

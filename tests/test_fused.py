@@ -21,6 +21,8 @@ from attnprune.families.registry import Survey, all_views
 from attnprune.testing import check_family, zeroed
 from attnprune.values.layout import HeadLayout
 
+from .families import randomised
+
 WIDTH, DIM = 24, 6
 X = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -41,15 +43,6 @@ class Fused(nn.Module):
         share = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
         return self.proj(torch.tanh(attend(q, k, v, is_causal=True)).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
-def randomised(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.4)
-    return model
 
 
 @torch.no_grad()
