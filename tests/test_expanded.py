@@ -280,6 +280,37 @@ def test_verify_takes_three_passes_at_most() -> None:
     assert counts[1] - counts[0] <= 3
 
 
+class Steep(nn.Module):
+    """Makes of differences in the last digit some in the ninth; may round to float32, as norms of transformers do."""
+
+    def __init__(self, rounds: bool) -> None:
+        super().__init__()
+        self.rounds = rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        steep = x + 0.1 * (x * 1e8).sin()
+        return steep + (x.float().double() - x) if self.rounds else steep
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_verify_knows_of_hosts_that_round_in_float64(rounds: bool) -> None:
+    attention = randomised(nn.TransformerEncoderLayer(24, 4, 48, 0.0, batch_first=True))
+    model, x = nn.Sequential(attention, Steep(rounds)), torch.randn(3, 9, 24, dtype=torch.float64)
+
+    def pruned() -> attnprune.Report:
+        return prune_attention(
+            model, {"qk": 0.5, "vo": 0.25}, heads="ragged", scorer="random", example_inputs=x, verify=True
+        )
+
+    if rounds:
+        verified = pruned().verified
+        assert verified is not None
+        assert 1e-10 < verified.error < 1e-6
+        return
+    with pytest.raises(VerificationError):
+        pruned()
+
+
 def test_verify_says_what_it_saw() -> None:
     model = fresh("ViT", 0, torch.float32)
     data = [{key: value.detach() for key, value in inputs("ViT", 0, dtype=torch.float32).items()}]
