@@ -35,7 +35,7 @@ from .selection import examples
 attend_module = importlib.import_module("attnprune.nn.attend")  # the package has a function of this name
 GRANULARITIES, SCOPES, HEADS = ("head", "channel", "joint"), ("local", "global"), ("uniform", "ragged")
 MODES = list(itertools.product(GRANULARITIES, SCOPES, HEADS))
-CASES = int(os.environ.get("ATTNPRUNE_CASES", "4"))  # for every family and mode
+CASES = int(os.environ.get("ATTNPRUNE_CASES", "5"))  # for every family and mode
 seeds = st.integers(0, 10_000)
 ratios = st.sampled_from([0.0, 0.2, 0.4, 0.5, 0.6, 0.75, 0.8])
 
