@@ -327,7 +327,7 @@ def test_missing_extra_and_double_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 4),
+        (("version",), 5),
         (("version",), 0),
         (("format",), "attnprune.Plan"),
         (("asked", "ratios", "q"), 1.0),

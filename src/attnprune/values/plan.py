@@ -18,7 +18,7 @@ from .layout import PROJECTIONS, Projection
 from .spec import AttentionSpec
 
 FORMAT = "attnprune.plan"
-VERSION = 3
+VERSION = 4
 _SINCE_2: dict[str, Any] = {"basis": "channels", "compensate": "no", "target_error": None}
 _SINCE_3: dict[str, Any] = {"match_dims": False, "budget": None}
 
@@ -102,8 +102,13 @@ class Plan:
         """One line of JSON, keys sorted; the same bytes for equal plans."""
         asked = self.asked.to_dict() if self.asked else None
         layers = [layer.to_dict() for layer in self.layers]
-        whole = {"format": FORMAT, "version": VERSION, "asked": asked, "layers": layers}
+        whole = {"format": FORMAT, "version": self._version, "asked": asked, "layers": layers}
         return json.dumps(whole, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def _version(self) -> int:
+        """The lowest version that says all: 4 brought grouped queries and rotary pairs, which most plans have not."""
+        return VERSION if any(spec.heads > spec.kv_heads or spec.rotary != "none" for spec in self.specs) else 3
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -121,7 +126,7 @@ class Plan:
                 "plan: version", f"at most {VERSION}, the newest that this attnprune reads", str(version),
                 "update attnprune",
             )  # fmt: skip
-        if version < VERSION:
+        if version < 3:
             _from_older(found, version)
         try:
             layers = fields.array("layers", found["layers"])
@@ -130,7 +135,10 @@ class Plan:
             for i, one in enumerate(layers):
                 layers[i] = None  # maps may be large: their text goes as soon as it is read
                 read.append(LayerPlan.from_dict(one, f"layers[{i}]"))
-            return cls(tuple(read), asked)
+            plan = cls(tuple(read), asked)
+            if version < plan._version and plan._version > 3:
+                fields.fail("version", f"{plan._version}, as attention has grouped queries or rotary pairs", version)
+            return plan
         except PlanFormatError as error:
             if len(str(error)) < 1000:
                 raise
