@@ -213,6 +213,29 @@ def test_a_patched_class_is_proven_anew() -> None:
     torch.testing.assert_close(outputs(model), expected, rtol=1e-9, atol=1e-9)
 
 
+class Told(nn.Module):
+    """Computes what a list of its own says."""
+
+    def __init__(self, gains: list[float]) -> None:
+        super().__init__()
+        self.num_heads, self.gains = 4, gains
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        gains = torch.tensor(self.gains, dtype=x.dtype)
+        gains = torch.nn.functional.pad(gains, (0, q.shape[-1] - len(gains)), value=1.0)
+        context = nn.functional.scaled_dot_product_attention(q * gains, k, v, scale=0.4)
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+
+def test_lists_among_attributes_make_another_host() -> None:
+    """Of two hosts of a class, one may mix its channels and the other may not."""
+    alike, apart = (Survey(Told(gains).double()).views[0] for gains in ([1.0], [3.0]))
+    assert not alike.fixed
+    assert apart.fixed.keys() == {"qk"}
+
+
 def test_proof_leaves_no_trace() -> None:
     model = Two(host_of(["context gated"]))
     seen: list[Any] = []

@@ -55,14 +55,16 @@ def key_of(host: nn.Module) -> tuple[Any, ...]:
     key. A layer's number is left out (:class:`Told` finds out whether that is right).
     """
     found: list[Any] = []
+    configs: dict[int, Any] = {}  # one serves many modules
     for name, module in host.named_modules():
         found.append((name, *_code(type(module)), module.__dict__.get("forward")))
         found.append(tuple(sorted(_plain(module.__dict__))))
         for table in (module._parameters, module._buffers):
             found.append(tuple((k, None if t is None else (tuple(t.shape), t.dtype)) for k, t in table.items()))
         config = module.__dict__.get("config")
-        if config is not None:
-            found.append((type(config), tuple(sorted(_plain(getattr(config, "__dict__", {}))))))
+        if config is not None and id(config) not in configs:
+            configs[id(config)] = (type(config), tuple(sorted(_plain(getattr(config, "__dict__", {})))))
+        found.append(configs.get(id(config)))
     return tuple(found)
 
 
@@ -78,8 +80,17 @@ def _code(kind: type) -> Iterator[Any]:
 
 def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in attributes.items():
-        if type(value) in _PLAIN and key not in _NAMES:
+        if key not in _NAMES and _is_plain(value):
             yield key, repr(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text or the like, or a collection of such alone."""
+    if type(value) in _PLAIN:
+        return True
+    if type(value) is dict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return type(value) in (list, tuple, set, frozenset) and all(map(_is_plain, value))
 
 
 class StandIn:
