@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.decoupled import State
-from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
+from ..values.layout import KIND_OF, PROJECTIONS, SIDES, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
 from .calls import Call, calls_of
@@ -32,7 +32,7 @@ class AttentionView:
         module: the module whose forward splits heads.
         adapter: the module's family: who made the view, and who can give the module another shape.
         slots: where channels lie, by name: ``q.weight``, ``q.bias`` (if there is one), ``k.weight`` … ``o.weight``,
-            and whatever else runs along channels (:class:`torch.nn.MultiheadAttention`'s ``bias_k``, ``bias_v``).
+            ``x.weight`` (``q_extra``), and what runs along them besides (``bias_k`` of ``nn.MultiheadAttention``).
         kinds: for every slot, whose channels it follows: ``"qk"`` or ``"vo"``.
         host: the module that holds all four projections, where ``module`` does not; what is run to prove what it is.
         verdict: what running it showed; None for modules that were pruned before.
@@ -51,7 +51,7 @@ class AttentionView:
     orders: Mapping[str, Mapping[str, Slot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        usual = {name: KIND_OF[p] for name in self.slots for p in PROJECTIONS if name.startswith(f"{p}.")}
+        usual = {name: KIND_OF[p] for name in self.slots for p in SIDES if name.startswith(f"{p}.")}
         object.__setattr__(self, "kinds", {**usual, **self.kinds})
 
     @property
@@ -118,7 +118,7 @@ class AttentionView:
     def side(self, key: str) -> Projection:
         """The projection whose channels a slot follows: its own; what lies along qk or vo channels besides follows K or
         V."""
-        own: dict[str, Projection] = {p: p for p in PROJECTIONS}
+        own: dict[str, Projection] = {p: p for p in SIDES}
         return own.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
 
     # modules

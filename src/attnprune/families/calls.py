@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -106,18 +107,18 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
     if not signature.names:
         return []
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
-    # what an argument that may be missing may still have to be
-    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS):
-        for form in FORMS:
-            inputs = _Inputs(signature, spec, more, form)
-            if (more and not inputs.optional) or not inputs.possible:
-                continue
-            try:
-                found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
-                host(*positional(found), **found)
-            except Exception:  # the next one, then
-                continue
-            return list(_variants(signature, spec, inputs))
+    # what an argument that may be missing may still have to be; Q may read less than what comes in, through a low rank
+    given = ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS)
+    for width, more, form in product(dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
+        inputs = _Inputs(signature, spec, more, form, width)
+        if (more and not inputs.optional) or not inputs.possible:
+            continue
+        try:
+            found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
+            host(*positional(found), **found)
+        except Exception:  # the next one, then
+            continue
+        return list(_variants(signature, spec, inputs))
     return [Call("plain inputs", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
 
 
@@ -128,10 +129,11 @@ def positional(arguments: Arguments) -> list[Any]:
 
 def rotary_width(host: nn.Module, spec: AttentionSpec) -> int:
     """How many channels of a head the tables of a host's rotary embedding have, by what it and its config say."""
+    most = spec.qk_dim + spec.q_extra
     for module in host.modules():
-        for name in ("rotary_ndims", "rotary_dim", "rotary_emb_dim"):
+        for name in ("rotary_ndims", "rotary_dim", "rotary_emb_dim", "qk_rope_head_dim"):
             width = module.__dict__.get(name)
-            if isinstance(width, int) and 0 < width <= spec.qk_dim:
+            if isinstance(width, int) and 0 < width <= most:
                 return width
         config = module.__dict__.get("config")
         found = getattr(config, "rope_parameters", None)
@@ -139,7 +141,7 @@ def rotary_width(host: nn.Module, spec: AttentionSpec) -> int:
         share = getattr(config, "partial_rotary_factor", None) if share is None else share
         if isinstance(share, float) and 0 < share < 1:
             return int(spec.qk_dim * share)
-    return spec.qk_dim
+    return spec.q_extra or spec.qk_dim
 
 
 class Form(NamedTuple):
@@ -151,9 +153,13 @@ class Form(NamedTuple):
     """Rotary tables serve the whole batch, and have no batch dimension."""
     packed: bool = False
     """Sequences of several lengths lie one after the other, without a batch dimension."""
+    complex: bool = False
+    """Rotary tables hold one complex number for each pair of channels."""
 
 
-FORMS = (Form(), Form(by_pair=True), Form(single=True), Form(single=True, packed=True))
+FORMS = (
+    Form(), Form(by_pair=True), Form(by_pair=True, complex=True), Form(single=True), Form(single=True, packed=True)
+)  # fmt: skip
 
 
 class _Inputs:
@@ -164,9 +170,18 @@ class _Inputs:
         spec: the attention.
         more: names of arguments to give although they may be missing.
         form: how it takes them.
+        hidden: width of what it reads; None: that of what Q reads.
     """
 
-    def __init__(self, signature: Signature, spec: AttentionSpec, more: Sequence[str], form: Form = FORMS[0]) -> None:
+    def __init__(
+        self,
+        signature: Signature,
+        spec: AttentionSpec,
+        more: Sequence[str],
+        form: Form = FORMS[0],
+        hidden: int | None = None,
+    ) -> None:
+        self.read = spec.q_in if hidden is None else hidden
         self.form, self.width = form, rotary_width(signature.host, spec) // (2 if form.by_pair else 1)
         self.lengths = signature.first(LENGTHS)
         self.spec, self.hidden, self.required = spec, signature.names[0], signature.required
@@ -192,7 +207,7 @@ class _Inputs:
         def normal(tokens: int, width: int) -> Tensor:
             return torch.randn(*lead, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
 
-        found: Arguments = {self.hidden: normal(tokens, spec.q_in)}
+        found: Arguments = {self.hidden: normal(tokens, self.read)}
         if self.key is not None:
             found[self.key] = normal(tokens, spec.k_in)
         if self.value is not None:
@@ -202,7 +217,8 @@ class _Inputs:
         if self.angles is not None:
             rows = () if self.form.single else (batch,)
             turn = torch.randn(*rows, tokens, self.width, generator=generator, dtype=dtype, device="cpu")
-            found[self.angles] = (turn.cos(), turn.sin())
+            cos, sin = turn.cos(), turn.sin()
+            found[self.angles] = torch.complex(cos, sin) if self.form.complex else (cos, sin)
         if self.places is not None:
             found[self.places] = torch.arange(tokens, device="cpu")
         if self.positions is not None:

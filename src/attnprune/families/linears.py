@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn.decoupled import State, host_class
 from ..nn.rotary import Pairs
-from ..values.layout import PROJECTIONS, HeadLayout
+from ..values.layout import PROJECTIONS, SIDES, HeadLayout
 from ..values.spec import AttentionSpec
+from .calls import KEYS, SOURCES, VALUES
 from .orders import check_order, orders_of, places_of
 from .slots import Slot
 
@@ -27,12 +29,21 @@ SLIM = 64
 def slim(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Small:
     """:meth:`attnprune.Adapter.small` of projections that are called: the model's width is :data:`SLIM`."""
     width = spec.d_model
-    if not spec.q_in == spec.k_in == spec.v_in == width or width <= 4 * SLIM:
+    q, k, v = (SLIM if spec.width(p) == width else spec.width(p) for p in PROJECTIONS[:3])
+    through = reads_low_rank(spec, host)
+    apart = any(spec.width(p) != width for p in PROJECTIONS[:3])
+    if (apart and not through) or width <= 4 * SLIM:
         return spec, {}, {}
     shapes: dict[int, torch.Size] = {}
     attributes: dict[int, dict[str, Any]] = {}
+    held = {id(slot.owner) for slot in slots.values()}
+    for module in host.modules() if through else ():
+        if isinstance(module, nn.Linear) and module.in_features == width and id(module) not in held:
+            shapes[id(module.weight)] = torch.Size([module.out_features, SLIM])
+            attributes[id(module)] = {"in_features": SLIM}
     for name, slot in slots.items():
-        if name.endswith(".weight"):
+        side: Any = name.split(".")[0]
+        if name.endswith(".weight") and spec.width(side) == width:
             shape = list(slot.parameter.shape)
             shape[1 - slot.axis] = SLIM
             shapes[id(slot.parameter)] = torch.Size(shape)
@@ -45,7 +56,14 @@ def slim(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Sma
                 shapes[id(parameter)] = torch.Size([SLIM])
         if getattr(module, "normalized_shape", None) == (width,):
             attributes[id(module)] = {"normalized_shape": (SLIM,)}
-    return replace(spec, d_model=SLIM, q_in=SLIM, k_in=SLIM, v_in=SLIM), shapes, attributes
+    return replace(spec, d_model=SLIM, q_in=q, k_in=k, v_in=v), shapes, attributes
+
+
+def reads_low_rank(spec: AttentionSpec, host: nn.Module) -> bool:
+    """Whether keys are made from less than what comes in, through a low rank, as in multi-head latent attention: K
+    reads another width than O writes, and there is no other stream to read."""
+    names = inspect.signature(inspect.unwrap(host_class(host).forward)).parameters
+    return spec.k_in != spec.d_model and not any(name in names for name in (*SOURCES, *KEYS, *VALUES))
 
 
 Slots = dict[str, Slot]
@@ -66,12 +84,12 @@ def described(
         check_linear(f"{name}: {p}", linear)
     sizes = {p: size_of(linear) for p, linear in parts.items()}
     fused = next((p for p in parts if len(p) > 1), "")
+    channels = {p: sizes[p][p == "o"] for p in parts}
     if state is not None:
         layout, scale = state.layout, state.scale
     else:
-        layout = _layout_of_parts(heads, {p: sizes[p][p == "o"] for p in parts}, fused, kv_heads)
-    fit: dict[str, int] = {p: layout.channels(p) for p in PROJECTIONS}
-    if any(sum([fit[p] for p in part]) != size[part == "o"] for part, size in sizes.items()):
+        layout = _layout_of_parts(heads, channels, fused, kv_heads)
+    if not _fits(layout, channels):
         raise AdapterError(
             name,
             f"Q divisible by {heads} heads, K and V by a number of key heads that divides it, O as the heads of V",
@@ -93,13 +111,14 @@ def described(
         bias,  # type: ignore[arg-type]
         fused=fused == "qkv",
         groups=layout.groups,
+        q_extra=layout.extra,
         **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
 
     def slots(places: Mapping[str, Sequence[int]]) -> Slots:
         found = {}
-        for p in PROJECTIONS:
-            owner, lies = owners[p], places.get(p, range(layout.channels(p)))
+        for p in SIDES if layout.extra else PROJECTIONS:
+            owner, lies = owners["q" if p == "x" else p], places.get(p, range(layout.channels(p)))
             start, apart = (lies.start, None) if isinstance(lies, range) else (0, tuple(lies))
             turned = int(transposed(owner))
             found[f"{p}.weight"] = Slot(owner, "weight", len(lies), 1 - turned if p == "o" else turned, start, apart)
@@ -107,16 +126,51 @@ def described(
                 found[f"{p}.bias"] = Slot(owner, "bias", len(lies), 0, start, apart)
         return found
 
-    if not fused:
-        return spec, slots({}), {}
     if order is not None:
         check_order(name, order, fused)
-    found = {one: slots(places_of(one, layout)) for one in ([order] if order else orders_of(fused, layout))}
-    return spec, next(iter(found.values())), found
+    choices = [([order] if order else orders_of(fused, layout)) if fused else []]
+    choices += [orders_of("qx", layout)] if layout.extra else []
+    found = {
+        ", ".join(words): slots({p: where for one in words for p, where in places_of(one, layout).items()})
+        for words in product(*filter(None, choices))
+        if words
+    }
+    return spec, next(iter(found.values()), None) or slots({}), found
+
+
+def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
+    """Whether projections of so many channels hold such heads; Q holds what K has not, too."""
+    of: dict[str, int] = {p: layout.channels(p) for p in SIDES}
+    held = {part: f"{part}x" if "q" in part else part for part in channels}
+    return all(sum(of[p] for p in held[part]) == size for part, size in channels.items())
 
 
 def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
     """How equal heads lie in projections of so many channels, one of which may hold several projections."""
+    layout = _usual_layout(heads, channels, fused, kv_heads)
+    other = None if _fits(layout, channels) or fused not in ("", "kv") else _layout_by_output(heads, channels)
+    if other is None or not _fits(other, channels) or kv_heads not in (None, len(other.qk)):
+        return layout
+    return other
+
+
+def _layout_by_output(heads: int, channels: Mapping[str, int]) -> HeadLayout | None:
+    """How equal heads lie by what O reads, where Q may have more channels than K; None where none can.
+
+    >>> _layout_by_output(4, {"q": 48, "kv": 56, "o": 24})
+    HeadLayout(qk=(8, 8, 8, 8), vo=(6, 6, 6, 6), groups=(1, 1, 1, 1), extra=4)
+    """
+    vo = channels["o"] // heads
+    keys = channels["v"] // max(vo, 1) if "v" in channels else heads
+    qk = (channels["k"] if "k" in channels else channels["kv"] - keys * vo) // max(keys, 1)
+    extra = channels["q"] // heads - qk
+    if min(vo, keys, qk) < 1 or extra < 0 or heads % keys:
+        return None
+    return HeadLayout((qk,) * keys, (vo,) * keys, (heads // keys,) * keys, extra)
+
+
+def _usual_layout(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
+    """How equal heads lie where Q and K have as many channels in each."""
     of = dict(channels)
     if fused == "qkv":
         left = max(of[fused] - of["o"], 0) // 2
