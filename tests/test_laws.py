@@ -101,7 +101,7 @@ def test_shapes(name: str) -> None:
             for linear, p in linears.items():
                 rows = shapes[p][0]
                 if view.joint and p != "o":  # of several projections, in one
-                    rows = sum(slot.size for key, slot in view.slots.items() if slot.owner is linear and "weight" in key)
+                    rows = sum(s.size for key, s in view.slots.items() if s.owner is linear and "weight" in key)
                     assert all(view.weight(p).shape == shapes[p] for p in PROJECTIONS[:3])
                 assert linear.weight.shape == (rows, shapes[p][1])
                 assert (linear.out_features, linear.in_features) == (rows, shapes[p][1])
