@@ -148,20 +148,20 @@ def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
 def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
     """How equal heads lie in projections of so many channels, one of which may hold several projections."""
     layout = _usual_layout(heads, channels, fused, kv_heads)
-    other = None if _fits(layout, channels) or fused not in ("", "kv") else _layout_by_output(heads, channels)
-    if other is None or not _fits(other, channels) or kv_heads not in (None, len(other.qk)):
+    if _fits(layout, channels) or fused not in ("", "kv"):
         return layout
-    return other
+    other = _layout_by_output(heads, channels, kv_heads)
+    return layout if other is None or not _fits(other, channels) else other
 
 
-def _layout_by_output(heads: int, channels: Mapping[str, int]) -> HeadLayout | None:
+def _layout_by_output(heads: int, channels: Mapping[str, int], kv_heads: int | None = None) -> HeadLayout | None:
     """How equal heads lie by what O reads, where Q may have more channels than K; None where none can.
 
     >>> _layout_by_output(4, {"q": 48, "kv": 56, "o": 24})
     HeadLayout(qk=(8, 8, 8, 8), vo=(6, 6, 6, 6), groups=(1, 1, 1, 1), extra=4)
     """
     vo = channels["o"] // heads
-    keys = channels["v"] // max(vo, 1) if "v" in channels else heads
+    keys = kv_heads or (channels["v"] // max(vo, 1) if "v" in channels else heads)
     qk = (channels["k"] if "k" in channels else channels["kv"] - keys * vo) // max(keys, 1)
     extra = channels["q"] // heads - qk
     if min(vo, keys, qk) < 1 or extra < 0 or heads % keys:

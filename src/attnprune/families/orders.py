@@ -17,7 +17,8 @@ def orders_of(fused: str, layout: HeadLayout) -> list[str]:
     than K: :attr:`attnprune.AttentionSpec.q_extra`), the most usual first.
 
     Each is written from the slowest index to the fastest: the letters (which of the projections), ``h`` (key heads; the
-    query heads of one lie side by side), ``d`` (channels of a head), or a number of equal parts.
+    query heads of one lie side by side; for ``"qx"`` query heads), ``d`` (channels of a head), or a number of equal
+    parts.
 
     >>> orders_of("kv", HeadLayout((4, 4), (4, 4)))
     ['kv h d', 'h kv d', 'vk h d', 'h vk d', 'h d kv', '2 kv h d', '2 vk h d']
@@ -55,10 +56,11 @@ def places_of(order: str, layout: HeadLayout) -> Mapping[str, Sequence[int]]:
     """
     words = order.split()
     letters = next(word for word in words if word not in ("h", "d") and not word.isdigit())
+    alone = {*letters} <= {*"qx"}  # nothing of key heads is among them
     keys, rows = len(layout.qk), []
     for letter in sorted(letters, key="qkvx".index):
         for head, size in enumerate(layout.sizes(letter)):  # type: ignore[arg-type]
-            key = head if letter in "kv" else layout.key_of[head]
+            key = head if alone or letter in "kv" else layout.key_of[head]
             by_word = {"h": (key,), letters: (letters.index(letter),)}
             for channel in range(size):
                 where = [(key * int(word) // keys,) if word.isdigit() else by_word.get(word, (head, channel))

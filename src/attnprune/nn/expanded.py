@@ -6,12 +6,14 @@ the dense model with rows and columns at zero, whatever it is.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .decoupled import Decoupled, decoupled_class, host_class
 
@@ -25,6 +27,30 @@ class Expanded(Decoupled):
     """Channels of the dense projection."""
     attnprune_index: Tensor
     """Where what is handed on comes from: a buffer, so that it moves along; no file holds it."""
+    attnprune_columns: ClassVar[bool]
+    """Whether channels are what the projection reads."""
+
+    @staticmethod
+    @abstractmethod
+    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
+        """Makes another module of these compact channels hand on, or read, the dense ones."""
+
+    def index(self) -> None:
+        """Makes the buffer (anew: loaders of others fill buffers that no file holds with anything)."""
+        channels, width = self.attnprune_channels, self.attnprune_width
+        if self.attnprune_columns:
+            index = list(channels)
+        else:
+            index = [len(channels)] * width
+            for place, channel in enumerate(channels):
+                index[channel] = place
+        device = next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
+        with torch.inference_mode(False):
+            where = torch.device("cpu") if device.type == "meta" else device
+            buffer = torch.tensor(index, dtype=torch.long, device=where)
+        # new containers, so that whoever kept the old ones can put them back
+        self.__dict__["_buffers"] = {**self._buffers, "attnprune_index": buffer}
+        self.__dict__["_non_persistent_buffers_set"] = {*self._non_persistent_buffers_set, "attnprune_index"}
 
     def extra_repr(self) -> str:
         """The host's own, and how many channels the host sees."""
@@ -34,19 +60,36 @@ class Expanded(Decoupled):
 class ExpandedRows(Expanded):
     """Q, K, V, or several of them in one: the output has the dense channels, zero where they went."""
 
+    attnprune_columns = False
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in the host class: ``(..., in)`` to ``(..., dense channels)``."""
-        compact: Tensor = super().forward(*args, **kwargs)
-        return F.pad(compact, (0, 1)).index_select(-1, self.attnprune_index)  # the last channel is the zero
+        return _spread(super().forward(*args, **kwargs), self.attnprune_index)
+
+    @staticmethod
+    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
+        """Channels that went are zero in what it hands on."""
+        return module.register_forward_hook(lambda _, __, compact: _spread(compact, index))
 
 
 class ExpandedColumns(Expanded):
     """O: reads the channels that are left out of ``(..., dense channels)``."""
 
+    attnprune_columns = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the host class: ``(..., dense channels)`` to ``(..., out)``."""
         out: Tensor = super().forward(x.index_select(-1, self.attnprune_index), *args, **kwargs)
         return out
+
+    @staticmethod
+    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
+        """It reads the channels that are left."""
+        return module.register_forward_pre_hook(lambda _, given: (given[0].index_select(-1, index), *given[1:]))
+
+
+def _spread(compact: Tensor, index: Tensor) -> Tensor:
+    return F.pad(compact, (0, 1)).index_select(-1, index)  # the last channel is the zero
 
 
 def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bool) -> None:
@@ -58,20 +101,8 @@ def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bo
         width: channels of the dense projection.
         columns: whether channels are what the projection reads (O), not what it writes.
     """
-    device = next((p.device for p in owner.parameters(recurse=False)), None)
-    if columns:
-        index = list(channels)
-    else:
-        index = [len(channels)] * width
-        for place, channel in enumerate(channels):
-            index[channel] = place
-    with torch.inference_mode(False):
-        where = torch.device("cpu") if device is None or device.type == "meta" else device
-        buffer = torch.tensor(index, dtype=torch.long, device=where)
-    # new containers, so that whoever kept the old ones can put them back
-    owner.__dict__["_buffers"] = {**owner._buffers, "attnprune_index": buffer}
-    owner.__dict__["_non_persistent_buffers_set"] = {*owner._non_persistent_buffers_set, "attnprune_index"}
+    kind = ExpandedColumns if columns else ExpandedRows
     owner.__dict__.update(attnprune_channels=tuple(channels), attnprune_width=width)
-    object.__setattr__(
-        owner, "__class__", decoupled_class(ExpandedColumns if columns else ExpandedRows, host_class(owner))
-    )
+    object.__setattr__(owner, "__class__", decoupled_class(kind, host_class(owner)))
+    assert isinstance(owner, Expanded)
+    owner.index()
