@@ -130,10 +130,10 @@ def test_plans_say_so_in_a_version_of_their_own() -> None:
 
 
 def test_a_wide_model_is_proven_in_small() -> None:
-    model = language_model("DeepseekV3", hidden_size=320)
+    model = language_model("DeepseekV3", hidden_size=320, q_lora_rank=300, kv_lora_rank=280)
     view = Survey(model).views[0]
     small = StandIn(view, torch.float64, small=True)
-    widths = {(10, 64), (48, 10), (16, 64), (56, 12), (64, 24)}
+    widths = {(64, 64), (48, 64), (68, 64), (56, 64), (64, 24)}
     assert {p.shape for p in small.host.parameters() if p.dim() > 1} == widths
     assert view.verdict is not None
     assert view.verdict.expanded

@@ -29,21 +29,14 @@ SLIM = 64
 def slim(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Small:
     """:meth:`attnprune.Adapter.small` of projections that are called: the model's width is :data:`SLIM`."""
     width = spec.d_model
-    q, k, v = (SLIM if spec.width(p) == width else spec.width(p) for p in PROJECTIONS[:3])
-    through = reads_low_rank(spec, host)
-    apart = any(spec.width(p) != width for p in PROJECTIONS[:3])
-    if (apart and not through) or width <= 4 * SLIM:
+    if reads_low_rank(spec, host):
+        return _slim_ranks(spec, slots, host)
+    if not spec.q_in == spec.k_in == spec.v_in == width or width <= 4 * SLIM:
         return spec, {}, {}
     shapes: dict[int, torch.Size] = {}
     attributes: dict[int, dict[str, Any]] = {}
-    held = {id(slot.owner) for slot in slots.values()}
-    for module in host.modules() if through else ():
-        if isinstance(module, nn.Linear) and module.in_features == width and id(module) not in held:
-            shapes[id(module.weight)] = torch.Size([module.out_features, SLIM])
-            attributes[id(module)] = {"in_features": SLIM}
     for name, slot in slots.items():
-        side: Any = name.split(".")[0]
-        if name.endswith(".weight") and spec.width(side) == width:
+        if name.endswith(".weight"):
             shape = list(slot.parameter.shape)
             shape[1 - slot.axis] = SLIM
             shapes[id(slot.parameter)] = torch.Size(shape)
@@ -56,7 +49,32 @@ def slim(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Sma
                 shapes[id(parameter)] = torch.Size([SLIM])
         if getattr(module, "normalized_shape", None) == (width,):
             attributes[id(module)] = {"normalized_shape": (SLIM,)}
-    return replace(spec, d_model=SLIM, q_in=q, k_in=k, v_in=v), shapes, attributes
+    return replace(spec, d_model=SLIM, q_in=SLIM, k_in=SLIM, v_in=SLIM), shapes, attributes
+
+
+def _slim_ranks(spec: AttentionSpec, slots: Mapping[str, Slot], host: nn.Module) -> Small:
+    """The same where Q, K or V reads a low rank: the ranks shrink too, in all that makes, norms or reads them."""
+    widths = {size for size in (spec.d_model, spec.q_in, spec.k_in, spec.v_in) if size > 4 * SLIM}
+
+    def small(size: int) -> int:  # what K and V read may come with the shared keys of the heads
+        more = spec.q_extra if size not in widths and size - spec.q_extra in widths else 0
+        return SLIM + more if size - more in widths else size
+
+    shapes: dict[int, torch.Size] = {}
+    attributes: dict[int, dict[str, Any]] = {}
+    axes = {id(slot.owner): slot.axis for slot in slots.values()}
+    for module in host.modules():
+        own = {key: small(value) for key, value in module.__dict__.items() if "rank" in key and type(value) is int}
+        for parameter in module._parameters.values():
+            if parameter is not None and (id(module) not in axes or parameter.dim() > 1 or axes[id(module)]):
+                kept = axes.get(id(module)) if parameter.dim() > 1 else None
+                sizes = [size if axis == kept else small(size) for axis, size in enumerate(parameter.shape)]
+                shapes[id(parameter)] = torch.Size(sizes)
+                if isinstance(module, nn.Linear) and parameter.dim() > 1:
+                    own |= {"out_features": sizes[0], "in_features": sizes[1]}
+        attributes[id(module)] = own
+    q, k, v = small(spec.q_in), small(spec.k_in), small(spec.v_in)
+    return replace(spec, d_model=small(spec.d_model), q_in=q, k_in=k, v_in=v), shapes, attributes
 
 
 def reads_low_rank(spec: AttentionSpec, host: nn.Module) -> bool:

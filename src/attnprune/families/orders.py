@@ -27,7 +27,9 @@ def orders_of(fused: str, layout: HeadLayout) -> list[str]:
         return ["h qx d", "h xq d", "qx h d"]
     letters = {"qkv": ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq"), "kv": ("kv", "vk"), "qk": ("qk", "kq")}[fused]
     found = [order for word in letters for order in (f"{word} h d", f"h {word} d")]
-    found += [] if layout.grouped or layout.qk != layout.vo else [f"h d {word}" for word in letters[:1]]
+    if layout.qk != layout.vo or layout.extra:  # as in multi-head latent attention
+        return sorted(found, key=lambda order: order[0] != "h")
+    found += [] if layout.grouped else [f"h d {word}" for word in letters[:1]]
     parts = [count for count in PARTS[1:] if len(layout.qk) % count == 0]
     return found + [f"{count} {word} h d" for count in parts for word in letters[:2]]
 
