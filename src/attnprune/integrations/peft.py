@@ -18,7 +18,7 @@ from ..calibration.quiet import restored, unfused
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
 from ..nn import host_class
-from ..nn.expanded import Expanded
+from ..nn.expanded import ExpandedColumns, ExpandedRows
 from ..surgery import check_views
 from ..training.blocks import find_blocks
 from ..training.distillation import teacher_loss
@@ -175,7 +175,8 @@ def _compact(model: nn.Module, targets: Sequence[str]) -> Iterator[Callable[[], 
 
     Yields what makes whatever took their places hand on and read dense channels.
     """
-    expanded = {name: one for name in targets if isinstance(one := model.get_submodule(name), Expanded)}
+    ours = (ExpandedRows, ExpandedColumns)
+    expanded = {name: one for name in targets if isinstance(one := model.get_submodule(name), ours)}
     kinds = {name: type(one) for name, one in expanded.items()}
     with ExitStack() as stack:
         for name, one in expanded.items():

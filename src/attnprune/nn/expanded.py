@@ -6,9 +6,8 @@ the dense model with rows and columns at zero, whatever it is.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +26,13 @@ class Expanded(Decoupled):
     """Channels of the dense projection."""
     attnprune_index: Tensor
     """Where what is handed on comes from: a buffer, so that it moves along; no file holds it."""
-    attnprune_columns: ClassVar[bool]
-    """Whether channels are what the projection reads."""
-
-    @staticmethod
-    @abstractmethod
-    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
-        """Makes another module of these compact channels hand on, or read, the dense ones."""
+    attnprune_columns: bool
+    """Whether channels are what the projection reads (O)."""
 
     def index(self) -> None:
         """Makes the buffer (anew: loaders of others fill buffers that no file holds with anything)."""
         channels, width = self.attnprune_channels, self.attnprune_width
-        if self.attnprune_columns:
+        if isinstance(self, ExpandedColumns):
             index = list(channels)
         else:
             index = [len(channels)] * width
@@ -68,7 +62,7 @@ class ExpandedRows(Expanded):
 
     @staticmethod
     def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
-        """Channels that went are zero in what it hands on."""
+        """Makes another module of the compact channels hand on the dense ones, too."""
         return module.register_forward_hook(lambda _, __, compact: _spread(compact, index))
 
 
@@ -84,7 +78,7 @@ class ExpandedColumns(Expanded):
 
     @staticmethod
     def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
-        """It reads the channels that are left."""
+        """Makes another module of the compact channels read the dense ones, too."""
         return module.register_forward_pre_hook(lambda _, given: (given[0].index_select(-1, index), *given[1:]))
 
 
@@ -92,7 +86,48 @@ def _spread(compact: Tensor, index: Tensor) -> Tensor:
     return F.pad(compact, (0, 1)).index_select(-1, index)  # the last channel is the zero
 
 
-def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bool) -> None:
+class _Dense:
+    """A parameter as the host reads it: dense, with zeros where channels went."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        if owner is None:
+            return self
+        if self.name == "bias" and "attnprune_bias" in owner.__dict__:
+            return owner.attnprune_bias
+        compact: Tensor | None = owner._parameters[self.name]
+        if compact is None or (self.name == "bias" and owner.attnprune_columns):
+            return compact
+        axis = owner.attnprune_axis if compact.dim() > 1 else 0
+        zero = compact.new_zeros([1 if place == axis else size for place, size in enumerate(compact.shape)])
+        dense: Any = torch.cat([compact, zero], axis).index_select(axis, owner.attnprune_index)
+        if "attnprune_heard" in owner.__dict__:
+            dense.attnprune_owner = owner
+        return dense
+
+    def __set__(self, owner: nn.Module, value: Any) -> None:
+        owner.register_parameter(self.name, value)
+
+
+class Read(Expanded):
+    """A projection whose weight the host reads, instead of calling it: what is read is dense, what is kept compact.
+
+    So parameters, their gradients, files and optimizers get smaller, and the products stay as they were.
+    """
+
+    attnprune_axis: int
+    """The weight's dimension along which channels run."""
+    attnprune_heard: bool
+    """Set while calibration has to know whose weight it is that somebody read."""
+    attnprune_bias: Tensor | None
+    """Set while the projection is called with a bias of the host's."""
+    weight: Any = _Dense("weight")
+    bias: Any = _Dense("bias")
+
+
+def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bool, axis: int | None = None) -> None:
     """Gives a projection the class that fits its weights into a dense host.
 
     Args:
@@ -100,9 +135,13 @@ def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bo
         channels: for every channel left, in stored order, its number in the dense projection.
         width: channels of the dense projection.
         columns: whether channels are what the projection reads (O), not what it writes.
+        axis: of a host that reads the weight instead of calling the projection, its dimension along which channels run.
     """
-    kind = ExpandedColumns if columns else ExpandedRows
+    kind: type[Expanded] = ExpandedColumns if columns else ExpandedRows
     owner.__dict__.update(attnprune_channels=tuple(channels), attnprune_width=width)
+    if axis is not None:
+        owner.__dict__.update(attnprune_axis=axis, attnprune_columns=columns)
+        kind = Read
     object.__setattr__(owner, "__class__", decoupled_class(kind, host_class(owner)))
     assert isinstance(owner, Expanded)
     owner.index()
