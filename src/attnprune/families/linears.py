@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn.decoupled import State, host_class
 from ..nn.rotary import Pairs
-from ..values.layout import PROJECTIONS, SIDES, HeadLayout
+from ..values.layout import PROJECTIONS, WITH_EXTRA, HeadLayout
 from ..values.spec import AttentionSpec
 from .calls import KEYS, SOURCES, VALUES
 from .orders import check_order, orders_of, places_of
@@ -108,6 +108,9 @@ def described(
     else:
         layout = _layout_of_parts(heads, channels, fused, kv_heads)
     if not _fits(layout, channels):
+        if not fused and state is None and sizes["q"][0] == 2 * sizes["o"][1]:  # queries, and gates of what O reads
+            gated = {"qg" if part == "q" else part: linear for part, linear in parts.items()}
+            return described(name, gated, heads, scale, state, kv_heads, order)
         raise AdapterError(
             name,
             f"Q divisible by {heads} heads, K and V by a number of key heads that divides it, O as the heads of V",
@@ -115,6 +118,7 @@ def described(
             "write an adapter that tells how this module splits heads",
         )
     owners: dict[str, Any] = {p: linear for part, linear in parts.items() for p in part}
+    owners |= {"x": owners["q"]} if layout.extra else {}
     read = {p: sizes[part][1] for part in parts for p in part}
     bias = tuple([owners[p].bias is not None for p in PROJECTIONS])
     spec = AttentionSpec(
@@ -128,15 +132,18 @@ def described(
         read["v"],
         bias,  # type: ignore[arg-type]
         fused=fused == "qkv",
+        gated=fused == "qg",
         groups=layout.groups,
         q_extra=layout.extra,
         **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
 
+    of = _channels(layout)
+
     def slots(places: Mapping[str, Sequence[int]]) -> Slots:
         found = {}
-        for p in SIDES if layout.extra else PROJECTIONS:
-            owner, lies = owners["q" if p == "x" else p], places.get(p, range(layout.channels(p)))
+        for p in owners:
+            owner, lies = owners[p], places.get(p, range(of[p]))
             start, apart = (lies.start, None) if isinstance(lies, range) else (0, tuple(lies))
             turned = int(transposed(owner))
             found[f"{p}.weight"] = Slot(owner, "weight", len(lies), 1 - turned if p == "o" else turned, start, apart)
@@ -156,9 +163,14 @@ def described(
     return spec, next(iter(found.values()), None) or slots({}), found
 
 
+def _channels(layout: HeadLayout) -> dict[str, int]:
+    """By letter, the channels of what a projection may hold; ``g`` are gates of what O reads."""
+    return {**{p: layout.channels(p) for p in WITH_EXTRA}, "g": layout.channels("o")}
+
+
 def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
     """Whether projections of so many channels hold such heads; Q holds what K has not, too."""
-    of: dict[str, int] = {p: layout.channels(p) for p in SIDES}
+    of = _channels(layout)
     held = {part: f"{part}x" if "q" in part else part for part in channels}
     return all(sum(of[p] for p in held[part]) == size for part, size in channels.items())
 
@@ -166,23 +178,22 @@ def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
 def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
     """How equal heads lie in projections of so many channels, one of which may hold several projections."""
     layout = _usual_layout(heads, channels, fused, kv_heads)
-    if _fits(layout, channels) or fused not in ("", "kv"):
+    if _fits(layout, channels) or fused != "kv":
         return layout
-    other = _layout_by_output(heads, channels, kv_heads)
+    other = _layout_by_output(heads, channels, kv_heads or heads)
     return layout if other is None or not _fits(other, channels) else other
 
 
-def _layout_by_output(heads: int, channels: Mapping[str, int], kv_heads: int | None = None) -> HeadLayout | None:
+def _layout_by_output(heads: int, channels: Mapping[str, int], keys: int) -> HeadLayout | None:
     """How equal heads lie by what O reads, where Q may have more channels than K; None where none can.
 
-    >>> _layout_by_output(4, {"q": 48, "kv": 56, "o": 24})
+    >>> _layout_by_output(4, {"q": 48, "kv": 56, "o": 24}, 4)
     HeadLayout(qk=(8, 8, 8, 8), vo=(6, 6, 6, 6), groups=(1, 1, 1, 1), extra=4)
     """
     vo = channels["o"] // heads
-    keys = kv_heads or (channels["v"] // max(vo, 1) if "v" in channels else heads)
-    qk = (channels["k"] if "k" in channels else channels["kv"] - keys * vo) // max(keys, 1)
+    qk = (channels["kv"] - keys * vo) // keys
     extra = channels["q"] // heads - qk
-    if min(vo, keys, qk) < 1 or extra < 0 or heads % keys:
+    if min(vo, qk) < 1 or extra < 0 or heads % keys:
         return None
     return HeadLayout((qk,) * keys, (vo,) * keys, (heads // keys,) * keys, extra)
 
@@ -195,6 +206,8 @@ def _usual_layout(heads: int, channels: Mapping[str, int], fused: str, kv_heads:
         of.update(q=of["o"], k=left, v=left)
     elif fused == "kv":
         of.update(k=of[fused] // 2, v=of[fused] // 2)
+    elif fused == "qg":
+        of.update(q=of[fused] - of["o"])
     elif fused == "qk":
         of.update(q=of[fused] // 2, k=of[fused] // 2)
     layout = layout_of(heads, *(of[p] for p in PROJECTIONS))

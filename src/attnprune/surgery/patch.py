@@ -16,7 +16,7 @@ from ..families.proof.verdict import inherit
 from ..families.slots import Slot, channels_of
 from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
-from ..values.layout import SIDES, HeadLayout
+from ..values.layout import WITH_EXTRA, HeadLayout
 from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
@@ -214,7 +214,7 @@ class Operation(NamedTuple):
     def run(self) -> None:
         view, after, kept = self.view, self.layer.after, self.layer.kept_heads
         if self.way == "expanded":
-            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
+            rows = {p: kept_channels(view, self.layer, p) for p in WITH_EXTRA}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
             expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
@@ -223,7 +223,7 @@ class Operation(NamedTuple):
             view.owner("o").bias = self.bias
         if self.way == "decoupled":
             assert view.mixin is not None, "surgery checks this before anything moves"
-            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
+            rows = {p: kept_channels(view, self.layer, p) for p in WITH_EXTRA}
             view.decouple(view.mixin, after, kept, numbers=numbers_left(view, after, kept, rows))
         if self.way == "stock":
             view.recast()

@@ -107,9 +107,9 @@ class Plan:
 
     @property
     def _version(self) -> int:
-        """The lowest version that says all: 4 brought grouped queries and rotary pairs, 5 more channels in Q than in K,
-        which most plans have not."""
-        if any(spec.q_extra for spec in self.specs):
+        """The lowest version that says all: 4 brought grouped queries and rotary pairs, 5 more channels in Q than in K
+        and gates, which most plans have not."""
+        if any(spec.q_extra or spec.gated for spec in self.specs):
             return 5
         return 4 if any(spec.heads > spec.kv_heads or spec.rotary != "none" for spec in self.specs) else 3
 
@@ -140,7 +140,7 @@ class Plan:
                 read.append(LayerPlan.from_dict(one, f"layers[{i}]"))
             plan = cls(tuple(read), asked)
             if version < plan._version and plan._version > 3:
-                what = "more in Q than in K" if plan._version == 5 else "grouped queries or rotary pairs"
+                what = "more in Q than in K, or gates" if plan._version == 5 else "grouped queries or rotary pairs"
                 fields.fail("version", f"{plan._version}, as attention has {what}", version)
             return plan
         except PlanFormatError as error:

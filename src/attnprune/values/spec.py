@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import AdapterError
 from . import fields
-from .layout import SIDES, HeadLayout, Kind, Projection
+from .layout import WITH_EXTRA, HeadLayout, Kind, Projection
 
 Rotary = Literal["none", "half", "interleaved"]
 
@@ -59,10 +59,12 @@ class AttentionSpec:
     are (``"half"``, as in LLaMA), or neighbours (``"interleaved"``, as in GPT-J)."""
     rotary_dims: tuple[int, ...] = ()
     """Per key head, how many channels are rotated: the first ones."""
+    gated: bool = False
+    """Whether Q's projection also makes a gate for every channel that O reads (as in Qwen3-Next)."""
     q_extra: int = 0
-    """Channels of every query head that Q has beside the qk channels: they meet keys that all heads share (the rotary
-    part of multi-head latent attention), or no keys at all (a gate). They go only with their head, have no scores, and
-    are in no ratio."""
+    """Channels of every query head that Q has beside the qk channels: in multi-head latent attention those that meet
+    keys that all heads share (the rotary part), and gates. They go only with their head, have no scores, and are in no
+    ratio."""
 
     @classmethod
     def of(cls, name: str, *, heads: int, head_dim: int, d_model: int, **facts: Any) -> AttentionSpec:
@@ -164,12 +166,14 @@ class AttentionSpec:
         q, k, v, o = self.bias
         biases = (self.layout.channels("q") + self.layout.channels("x")) * q + sum(self.qk_dims) * (k + self.bias_kv)
         biases += sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
-        return sum(self.weights(side) for side in SIDES) + biases
+        gates = self.layout.channels("o") * (self.q_in + q) * self.gated
+        return sum(self.weights(side) for side in WITH_EXTRA) + biases + gates
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
         """Multiply-adds for one sequence: ``tokens`` queries against ``keys`` keys (default: the same number)."""
         keys = tokens if keys is None else keys
-        per_query = self.weights("q") + self.weights("x") + self.weights("o")
+        gates = self.layout.channels("o") * self.q_in * self.gated
+        per_query = self.weights("q") + self.weights("x") + self.weights("o") + gates
         per_key = self.weights("k") + self.weights("v")
         products = self.layout.channels("q") + self.layout.channels("x") + self.layout.channels("o")
         return tokens * per_query + keys * per_key + tokens * keys * products
@@ -227,6 +231,8 @@ class AttentionSpec:
             del found["groups"]
         if self.rotary == "none":
             del found["rotary"], found["rotary_dims"]
+        if not self.gated:
+            del found["gated"]
         if not self.q_extra:
             del found["q_extra"]
         return found
@@ -238,7 +244,7 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        usual = {"groups": [], "rotary": "none", "rotary_dims": [], "q_extra": 0}
+        usual = {"groups": [], "rotary": "none", "rotary_dims": [], "gated": False, "q_extra": 0}
         found = fields.checked(cls, {**usual, **raw} if isinstance(raw, dict) else raw, where)
         heads = len(found["qk_dims"])
         fields.integer(f"{where}: heads by vo_dims", len(found["vo_dims"]), low=heads, high=heads)
