@@ -176,7 +176,7 @@ def _gone(layer: LayerPlan, side: Projection, view: AttentionView) -> list[int]:
             key, gone = head, all(one in layer.heads for one, other in enumerate(key_of) if other == head)
         else:
             key, gone = key_of[head], head in layer.heads
-        removed = (layer.qk if side in "qk" else layer.vo)[key]
+        removed = () if side == "x" else (layer.qk if side in "qk" else layer.vo)[key]
         rows += range(start, stop) if gone else [start + channel for channel in removed]
     return rows
 

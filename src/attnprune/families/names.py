@@ -11,7 +11,7 @@ from .linears import is_linear
 
 Q, K, V, O = (
     ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
-     "W_q", "q_head", "q_attn", "projection_query"),
+     "W_q", "q_head", "q_attn", "projection_query", "q_b_proj", "q_gate_proj"),
     ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
      "W_k", "k_head", "projection_key"),
     ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
@@ -22,7 +22,7 @@ Q, K, V, O = (
 )  # fmt: skip
 QKV = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj", "in_proj_qkv",
        "att_proj", "linear_qkv", "w_qkv")  # fmt: skip
-KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_value", "c_attn")
+KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_value", "c_attn", "kv_b_proj")
 QK = ("qk", "to_qk", "qk_proj", "query_key")
 """What holds several of them in one."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",

@@ -16,7 +16,7 @@ from ..families.proof.verdict import inherit
 from ..families.slots import Slot, channels_of
 from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
-from ..values.layout import PROJECTIONS, HeadLayout
+from ..values.layout import SIDES, HeadLayout
 from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
@@ -214,7 +214,7 @@ class Operation(NamedTuple):
     def run(self) -> None:
         view, after, kept = self.view, self.layer.after, self.layer.kept_heads
         if self.way == "expanded":
-            rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
+            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
             expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
@@ -223,7 +223,7 @@ class Operation(NamedTuple):
             view.owner("o").bias = self.bias
         if self.way == "decoupled":
             assert view.mixin is not None, "surgery checks this before anything moves"
-            rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
+            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
             view.decouple(view.mixin, after, kept, numbers=numbers_left(view, after, kept, rows))
         if self.way == "stock":
             view.recast()
@@ -245,7 +245,7 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operat
         else:
             gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
             new = {
-                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
+                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] in "qx" else 1.0)
                 for key, slot in view.slots.items()
             }
         bias = None
