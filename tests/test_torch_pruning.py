@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 import attnprune
-from attnprune import apply_plan, find_attention, make_plan, masked
-from attnprune.errors import NoAttentionError, NotExpressibleError, TiedWeightsError
+from attnprune import apply_plan, find_attention, load_skeleton, make_plan, masked
+from attnprune.errors import CheckpointError, NoAttentionError, NotExpressibleError, TiedWeightsError
 from attnprune.families.registry import all_views
 from attnprune.integrations.torch_pruning import pruner_options
 from attnprune.nn.projection import side_by_side
@@ -463,3 +464,91 @@ def test_channels_of_heads_are_ours() -> None:
 def test_a_model_without_attention() -> None:
     with pytest.raises(NoAttentionError):
         pruner_options(nn.Sequential(nn.Linear(3, 3)))
+
+
+# saved and loaded
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("how", ["channels", "heads", "ragged, rotated and compensated"])
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_models_of_transformers_load_from_their_directory(name: str, how: str, tmp_path: Path) -> None:
+    """Their configs say nothing of other widths, and so does the skeleton that is built from them."""
+    case = CASES[name]
+    model = case.model()
+    apply_plan(model, planned(model, case, how))
+    pruned(model, case)
+    attnprune.save_pruned(model, tmp_path / "one")
+    again = attnprune.from_pretrained(tmp_path / "one")
+    assert torch.equal(output(again, case), output(model, case))
+    assert find_attention(again) == find_attention(model)
+    assert shapes(load_skeleton(tmp_path / "one")) == shapes(model)
+    plan = make_plan(model, {"vo": 0.3}, heads="ragged")
+    attnprune.apply_to_checkpoint(tmp_path / "one", plan, tmp_path / "two")
+    apply_plan(model, plan)
+    assert torch.equal(output(attnprune.from_pretrained(tmp_path / "two"), case), output(model, case))
+    apply_plan(pruned(again, case), make_plan(again, {"vo": 0.3}, heads="ragged"))  # attributes of layers are as they were
+    attnprune.save_pruned(again, tmp_path / "three")
+    assert torch.equal(output(attnprune.from_pretrained(tmp_path / "three"), case), output(again, case))
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("name", ["timm", "timm, expanded", "encoder"])
+def test_other_models_are_loaded_into_dense_ones(name: str, meta: bool, tmp_path: Path) -> None:
+    case = {**CASES, "encoder": ENCODER}[name]
+    model = case.model()
+    apply_plan(model, planned(model, case, "ragged"))
+    pruned(model, case)
+    attnprune.save_pruned(model, tmp_path)
+    dense = case.model().to("meta") if meta else case.model()
+    before = shapes(dense)
+    with pytest.raises(CheckpointError, match="narrower=True"):
+        attnprune.load_pruned(tmp_path, dense)
+    assert shapes(dense) == before
+    again = attnprune.load_pruned(tmp_path, dense, narrower=True)
+    assert torch.equal(output(again, case), output(model, case))
+    assert find_attention(again) == find_attention(model)
+
+
+def test_dense_attention_of_another_width_is_saved_too(tmp_path: Path) -> None:
+    """Torch-Pruning alone was there."""
+    case = CASES["vit"]
+    model = pruned(case.model(), case)
+    attnprune.save_pruned(model, tmp_path / "vit")
+    assert torch.equal(output(attnprune.from_pretrained(tmp_path / "vit"), case), output(model, case))
+    model = pruned(ENCODER.model(), ENCODER)
+    attnprune.save_pruned(model, tmp_path / "encoder")
+    again = attnprune.load_pruned(tmp_path / "encoder", ENCODER.model(), narrower=True)
+    assert torch.equal(output(again, ENCODER), output(model, ENCODER))
+
+
+def test_wider_ones_are_refused(tmp_path: Path) -> None:
+    case = CASES["timm"]
+    attnprune.save_pruned(case.model(), tmp_path)
+    with pytest.raises(CheckpointError):
+        attnprune.load_pruned(tmp_path, pruned(case.model(), case), narrower=True)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    """Torch-Pruning unties what it cuts; the model as it is then is saved."""
+    config = transformers.LlamaConfig(**SMALL, vocab_size=40, num_key_value_heads=2, tie_word_embeddings=True)
+    case = CASES["llama"]._replace(build=lambda: transformers.LlamaForCausalLM(config))
+    model = pruned(case.model(), case)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    model.tie_weights()
+    attnprune.save_pruned(model, tmp_path / "tied")
+    again = attnprune.from_pretrained(tmp_path / "tied")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(output(again, case), output(model, case))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    plan = planned(model, case, "channels")
+    attnprune.save_pruned(model, tmp_path / "apart")
+    again = attnprune.from_pretrained(tmp_path / "apart")
+    assert torch.equal(output(again, case), output(model, case))
+    attnprune.apply_to_checkpoint(tmp_path / "apart", plan, tmp_path / "streamed")
+    apply_plan(model, plan)
+    assert torch.equal(output(attnprune.from_pretrained(tmp_path / "streamed"), case), output(model, case))
