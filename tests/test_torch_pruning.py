@@ -487,7 +487,9 @@ def test_models_of_transformers_load_from_their_directory(name: str, how: str, t
     attnprune.apply_to_checkpoint(tmp_path / "one", plan, tmp_path / "two")
     apply_plan(model, plan)
     assert torch.equal(output(attnprune.from_pretrained(tmp_path / "two"), case), output(model, case))
-    apply_plan(pruned(again, case), make_plan(again, {"vo": 0.3}, heads="ragged"))  # attributes of layers are as they were
+    apply_plan(
+        pruned(again, case), make_plan(again, {"vo": 0.3}, heads="ragged")
+    )  # attributes of layers are as they were
     attnprune.save_pruned(again, tmp_path / "three")
     assert torch.equal(output(attnprune.from_pretrained(tmp_path / "three"), case), output(again, case))
 
@@ -552,3 +554,13 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     attnprune.apply_to_checkpoint(tmp_path / "apart", plan, tmp_path / "streamed")
     apply_plan(model, plan)
     assert torch.equal(output(attnprune.from_pretrained(tmp_path / "streamed"), case), output(model, case))
+
+
+def test_no_config_of_plain_transformers_says_it() -> None:
+    case = CASES["vit"]
+    model = pruned(case.model(), case, width=False)
+    with pytest.raises(NotExpressibleError, match=r"mlp\.fc1\.weight: .*as another tool left it"):
+        make_plan(model, 0.5, stock=True)
+    apply_plan(model, make_plan(model, 0.5, scope="local"))
+    with pytest.raises(NotExpressibleError, match="as another tool left it"):
+        attnprune.export_stock(model, "nowhere")
