@@ -380,6 +380,17 @@ def test_gradients_and_flags_come_along() -> None:
     assert query.weight.requires_grad
 
 
+def test_frozen_models_are_seen_whole() -> None:
+    """Torch-Pruning reads the graph of gradients, which frozen weights are not in."""
+    case = CASES["vit"]
+    frozen, usual = case.model().requires_grad_(False), pruned(case.model(), case)
+    options = case.options(frozen)
+    tp.DependencyGraph().build_dependency(frozen, case.inputs(), **{**options, "ignored_layers": None})
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    pruned(frozen, case)
+    assert shapes(frozen) == shapes(usual)
+
+
 def test_generation_with_a_cache() -> None:
     case = CASES["llama"]
     model = case.model()

@@ -216,9 +216,12 @@ class _Whole(torch.autograd.Function):
 def _traced(
     modules: Sequence[nn.Module], forward_fn: Callable[[nn.Module, Any], Any], model: nn.Module, example_inputs: Any
 ) -> Any:
-    """Runs a model so that nothing inside an attention is in the graph."""
+    """Runs a model so that nothing inside an attention is in the graph, and frozen parameters outside are."""
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                stack.callback(parameter.requires_grad_(True).requires_grad_, False)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             torch.set_grad_enabled(False)
