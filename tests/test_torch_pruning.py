@@ -22,6 +22,7 @@ from attnprune.integrations.torch_pruning import pruner_options
 from attnprune.nn.projection import side_by_side
 
 from .families import normal, randomised, timm_module
+from .test_read import Reads
 
 Model = Any
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
@@ -288,6 +289,37 @@ def test_multihead_attention(how: str, first: str) -> None:
         close(output(model, ENCODER), expected)
     (spec, _) = find_attention(model)
     assert (spec.d_model, spec.heads, model[1].layers[0].self_attn.embed_dim) == (18, 4, 18)
+
+
+class Block(nn.Module):
+    """Attention whose host reads weights, in a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Reads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(x)
+
+
+def test_hosts_that_read_weights() -> None:
+    def build() -> Model:
+        return nn.Sequential(nn.Linear(8, 24), Block(), nn.Linear(24, 5))
+
+    case = ENCODER._replace(build=build, last=("2",))
+    model, dense = case.model(), case.model()
+    plan = planned(model, case, "ragged")
+    apply_plan(model, plan)
+    pruned(model, case)
+    assert find_attention(model)[0].d_model == 18
+    width = places(model[0].weight.detach(), dense[0].weight.detach())
+    with masked(dense, plan):
+        oracle = copy.deepcopy(dense)
+    for name, axis in {"0.weight": 0, "0.bias": 0, "1.attn.qkv.weight": 1, "1.attn.proj.weight": 0,
+                       "1.attn.proj.bias": 0, "2.weight": 1}.items():  # fmt: skip
+        parameter = oracle.get_parameter(name)
+        parameter.data = parameter.data.index_select(axis, width)
+    close(output(model, case), output(oracle, case))
 
 
 @pytest.mark.parametrize("name", [*CASES, "encoder"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.decoupled import State
+from ..nn.expanded import Read
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
@@ -62,8 +63,7 @@ class AttentionView:
     @property
     def state(self) -> State | None:
         """What the module knows of its pruning; None where it runs by its own forward."""
-        found: State | None = self.module.__dict__.get("attnprune_state")
-        return found
+        return self.module.__dict__.get("attnprune_state")
 
     @property
     def top(self) -> nn.Module:
@@ -82,11 +82,8 @@ class AttentionView:
         return slot.cut(slot.values)
 
     def heads(self, projection: Projection) -> list[Tensor]:
-        """Per head of a projection ``(channel, in)``: its weights in logical order; views.
-
-        Q and O have query heads, K and V key heads. For O the second dimension is what it writes. With equal heads,
-        :meth:`stacked` gives one tensor.
-        """
+        """Per head of a projection (of Q and O query heads, of K and V key heads) ``(channel, in)``: its weights in
+        logical order; views. For O the second dimension is what it writes. :meth:`stacked` gives equal heads as one."""
         return [self.weight(projection)[slice(*span)] for span in self.spans(projection)]
 
     def stacked(self, projection: Projection) -> Tensor:
@@ -118,8 +115,7 @@ class AttentionView:
     def side(self, key: str) -> Projection:
         """The projection whose channels a slot follows: its own; what lies along qk or vo channels besides follows K or
         V."""
-        own: dict[str, Projection] = {p: p for p in PROJECTIONS}
-        return own.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
+        return next((p for p in PROJECTIONS if key.startswith(f"{p}.")), "k" if self.kinds[key] == "qk" else "v")
 
     # modules
 
@@ -140,8 +136,7 @@ class AttentionView:
     @property
     def linears(self) -> dict[Projection, nn.Linear] | None:
         """The four Linear modules, or None where several projections lie in one, or in other parameters."""
-        owners = {p: self.owner(p) for p in PROJECTIONS}
-        linears: dict[Projection, nn.Linear] = {p: o for p, o in owners.items() if isinstance(o, nn.Linear)}
+        linears: dict[Projection, nn.Linear] = {p: o for p in PROJECTIONS if isinstance(o := self.owner(p), nn.Linear)}
         return linears if len({id(one) for one in linears.values()}) == len(PROJECTIONS) else None
 
     def port(self, projection: Projection) -> Port:
@@ -151,8 +146,7 @@ class AttentionView:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """Every module that a commit may touch: the attention itself and the owners of its parameters."""
-        found = {id(module): module for module in (self.module, *(slot.owner for slot in self.slots.values()))}
-        return tuple(found.values())
+        return tuple(dict.fromkeys((self.module, *(slot.owner for slot in self.slots.values()))))
 
     # how it runs
 
@@ -160,6 +154,11 @@ class AttentionView:
     def runs_expanded(self) -> bool:
         """Whether it runs by its host's forward on dense dims."""
         return self.state is not None and self.state.expanded is not None
+
+    @property
+    def read(self) -> bool:
+        """Whether its host reads the weights of projections, instead of calling them."""
+        return isinstance(self.owner("q"), Read) if self.verdict is None else self.verdict.read
 
     @property
     def mixin_runs(self) -> bool:
@@ -179,8 +178,8 @@ class AttentionView:
             stock, expanded = verdict.stock, verdict.expanded or (word and self.called)
         heads = self.heads_may_go if (fewer := spec.heads < self.spec.heads) else EVERY
         alone = fewer and verdict is not None and verdict.stock_heads and spec.dims_of == self.spec.dims_of
-        shaped = self.expresses(spec) and not (fewer and self.masks_by_head)
-        if shaped and (alone or (stock and "stock" in heads)):
+        stock = alone or (stock and "stock" in heads)
+        if stock and self.expresses(spec) and not (fewer and self.masks_by_head):
             return "stock"
         if decoupled is not None and "decoupled" in heads:
             return "decoupled"

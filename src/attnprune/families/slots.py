@@ -47,9 +47,9 @@ class Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter itself."""
-        parameter: nn.Parameter = getattr(self.owner, self.name)
-        return parameter
+        """The parameter itself; compact, where the owner shows its host a dense one."""
+        parameter = self.owner._parameters.get(self.name)
+        return getattr(self.owner, self.name) if parameter is None else parameter
 
     @property
     def places(self) -> Sequence[int]:

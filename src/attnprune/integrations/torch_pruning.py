@@ -17,6 +17,7 @@ from ..errors import AdapterError, NotExpressibleError, TiedWeightsError
 from ..families.base import AttentionView
 from ..families.registry import again, find_views, plain
 from ..nn import decoupled_class, host_class
+from ..nn.expanded import Read
 from ..surgery import check_views
 from ..surgery.width import narrow, needs_forward
 
@@ -145,13 +146,18 @@ def _kinds(view: AttentionView) -> Iterator[type[nn.Module]]:
 
 
 def _distinct(views: Sequence[AttentionView], width: bool) -> Iterator[AttentionView]:
-    """The attention whose width may change; what reads several widths has none of its own.
+    """The attention whose width may change.
 
     Raises:
-        NotExpressibleError: Q, K and V read different widths.
+        NotExpressibleError: Q, K and V read different widths; or Torch-Pruning would read O's weight as its host does.
     """
     for view in views if width else ():
         spec = view.spec
+        if isinstance(view.owner("o"), Read) and not _inside(view):
+            raise NotExpressibleError(
+                view.name, "an O that its host calls", "one whose weight is read, in a module beside the attention",
+                "leave the width alone: pruner_options(model, width=False)",
+            )  # fmt: skip
         if not spec.q_in == spec.k_in == spec.v_in:
             raise NotExpressibleError(
                 view.name, "queries, keys and values of one width",

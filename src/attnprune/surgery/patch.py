@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -201,7 +200,7 @@ def successor(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], 
     return new
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
     """What gives one attention its new shape; assigns alone."""
 
     view: AttentionView
@@ -217,7 +216,7 @@ class _Operation(NamedTuple):
         if self.way == "expanded":
             rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
-            expand_view(view, parameters, after, kept, rows)
+            expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
             view.commit(self.tensors, after)
         if self.bias is not None:
@@ -232,7 +231,7 @@ class _Operation(NamedTuple):
                 inherit(view, view.verdict)
 
 
-def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Operation], _Tensors]:
+def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
     """What gives attention modules their new shapes, and every new tensor."""
     tensors, operations = _Tensors(), []
     for view, layer in work:
@@ -252,14 +251,14 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Opera
         bias = None
         if layer.fold is not None and layer.fold.shift is not None:
             bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
-        operations.append(_Operation(view, layer, way, new, bias))
+        operations.append(Operation(view, layer, way, new, bias))
     return operations, tensors
 
 
 class Surgeon:
     """Applies a plan: :meth:`prepare` builds every new tensor and changes nothing, :meth:`commit` swaps them in."""
 
-    def __init__(self, operations: Sequence[_Operation], parameters: ParamMap) -> None:
+    def __init__(self, operations: Sequence[Operation], parameters: ParamMap) -> None:
         self._operations, self.changes = operations, parameters
         self._before: Snapshot | None = None
 
@@ -332,29 +331,3 @@ class Snapshot:
 def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any] | None]]:
     """Every attribute, and for the dicts of a module also what they hold."""
     return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in state.items()}
-
-
-@contextmanager
-def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
-    """For a while, each projection of every attention is a module that is called, so that its ports can be heard.
-
-    Attention that holds packed parameters itself gets its decoupled form, over views of its own weights; the rest stays
-    as it is. Yields views in the same order.
-    """
-    packed = [view for view in views if not view.called]
-    before = Snapshot.below(packed)
-    try:
-        for view in packed:
-            tensors = {key: _alias(slot) for key, slot in view.slots.items()}
-            _Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
-        yield [
-            replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
-            for view in views
-        ]
-    finally:
-        before.restore()
-
-
-def _alias(slot: Slot) -> nn.Parameter:
-    part = slot.cut(slot.parameter.detach()).movedim(0, slot.axis)
-    return nn.Parameter(part, requires_grad=slot.parameter.requires_grad)
