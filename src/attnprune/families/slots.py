@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.expanded import Expanded
+from ..values.layout import Projection
+
+SIDES: Mapping[str, Projection] = {"q": "q", "k": "k", "v": "v", "o": "o", "g": "o"}
+"""By the first word of a slot's name, the projection whose channels it follows; ``g`` gates what O reads."""
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -126,8 +126,7 @@ class Trial:
         removal = Removal(spec, True, False, channels=False)
         if not removal.removes_heads or not self.view.adapter.expresses(self.view, removal.after):
             return False
-        before = dict(self.reasons)
-        self.stand_in = self.again()
+        before, self.stand_in = dict(self.reasons), self.again()
         self._told(spec)
         other = self._made("stock", self._stock(removal))
         self._zero(removal)
@@ -162,7 +161,8 @@ class Trial:
 
     def _find_order(self) -> None:
         """Takes the first order of the view's in which its heads lie; without one that of the view."""
-        tries = [(order, strictly) for strictly in (True, False) for order in self.view.orders]
+        # of queries and gates nothing but the strict question tells one from the other
+        tries = [(o, strictly) for strictly in (True, False) for o in self.view.orders if strictly or "g" not in o]
         found = (o for o, strictly in tries if self._heads(self.view.lying(o)).in_order(strictly))
         self.order = next(found, "")
         self._told(self.view.spec)
