@@ -167,6 +167,12 @@ def _tables(model: nn.Module) -> set[int]:
     }
 
 
+def again(view: AttentionView) -> AttentionView:
+    """The view of the same attention as it is now; what was found by running it is taken over."""
+    found = _Found(view.name, view.top, view.adapter).view()
+    return replace(found, verdict=view.verdict, masks_by_head=view.masks_by_head)
+
+
 def attention_names(model: nn.Module) -> list[str]:
     """The names of the attention modules of a model."""
     return [found.name for found in _walk(model)]
