@@ -1,4 +1,4 @@
-"""Multi-head latent attention beyond the laws: queries with more channels than keys."""
+"""Queries with more channels than keys: multi-head latent attention, and gates, beyond the laws."""
 
 from __future__ import annotations
 

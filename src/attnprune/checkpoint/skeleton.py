@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..nn import host_class
-from .folder import refuse
+from .folder import OTHER_SHAPE, refuse
 from .tensors import Entry, Item, Weights
 
 
@@ -151,7 +151,7 @@ class Filling:
             for one in group:
                 shape, expected = weights.entries[back[name]].shape, tuple(self.found[one].tensor.shape)
                 if shape != expected:
-                    refuse(f"{where}: {one[:80]}", f"shape {expected}", str(shape)[:80], "pass a model of that class")
+                    refuse(f"{where}: {one[:80]}", f"shape {expected}", str(shape)[:80], OTHER_SHAPE)
             self.reads.append((back[name], group))
 
     def run(self, device: torch.device | None, dtype: torch.dtype | None) -> None:

@@ -19,7 +19,7 @@ from ..values.spec import AttentionSpec
 from . import linears
 from .calls import Call, calls_of
 from .linears import Small
-from .slots import SIDES, Port, Slot
+from .slots import FOLLOWS, Port, Slot
 from .states import Numbers, next_state, numbers_known, telling
 from .ways import EVERY, Verdict, Way
 
@@ -52,7 +52,7 @@ class AttentionView:
     orders: Mapping[str, Mapping[str, Slot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        usual = {name: KIND_OF[SIDES[part]] for name in self.slots if (part := name.split(".")[0]) in SIDES}
+        usual = {name: KIND_OF[FOLLOWS[part]] for name in self.slots if (part := name.split(".")[0]) in FOLLOWS}
         object.__setattr__(self, "kinds", {**usual, **self.kinds})
 
     @property
@@ -115,7 +115,7 @@ class AttentionView:
     def side(self, key: str) -> Projection:
         """The projection whose channels a slot follows: its own; what lies along qk or vo channels besides follows K or
         V."""
-        return SIDES.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
+        return FOLLOWS.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
 
     # modules
 

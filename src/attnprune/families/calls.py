@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..values.spec import AttentionSpec
+from .probe_cache import ProbeCache
 
 CACHES = ("past_key_values", "past_key_value", "cache", "layer_past")
 MASKS = (
@@ -51,35 +51,6 @@ class Call:
     """Positional arguments, of a recorded call."""
     exactly: bool = False
     """Whether it is computed in float64 throughout, as the host rounds to less (``attnprune.nn.exactly``)."""
-
-
-class ProbeCache:
-    """A cache that keeps whatever it is given: what any version's dynamic cache does."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, Any] = {}
-        self.is_updated: dict[int, bool] = {}
-
-    @property
-    def self_attention_cache(self) -> ProbeCache:
-        return self
-
-    @property
-    def cross_attention_cache(self) -> ProbeCache:
-        return self
-
-    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values ``(batch, heads, tokens, dim)``, and gives all so far."""
-        old = self.layers.get(int(layer))
-        if old is not None:
-            k, v = torch.cat([old.keys, k], -2), torch.cat([old.values, v], -2)
-        self.layers[int(layer)] = SimpleNamespace(keys=k, values=v)
-        return k, v
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens so far."""
-        found = self.layers.get(int(layer))
-        return 0 if found is None else int(found.keys.shape[-2])
 
 
 class Signature:
@@ -153,12 +124,17 @@ class Form(NamedTuple):
     """Rotary tables serve the whole batch, and have no batch dimension."""
     packed: bool = False
     """Sequences of several lengths lie one after the other, without a batch dimension."""
+    one: bool = False
+    """Such are a batch of one."""
+    grid: bool = False
+    """Tokens are a grid of rows and columns."""
     complex: bool = False
     """Rotary tables hold one complex number for each pair of channels."""
 
 
 FORMS = (
-    Form(), Form(by_pair=True), Form(by_pair=True, complex=True), Form(single=True), Form(single=True, packed=True)
+    Form(), Form(by_pair=True), Form(by_pair=True, complex=True), Form(single=True), Form(single=True, packed=True),
+    Form(packed=True, one=True), Form(grid=True),
 )  # fmt: skip
 
 
@@ -202,10 +178,11 @@ class _Inputs:
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
     ) -> Arguments:
         spec = self.spec
-        lead = () if self.form.packed else (batch,)
+        lead = [1] * self.form.one if self.form.packed else [batch]
 
         def normal(tokens: int, width: int) -> Tensor:
-            return torch.randn(*lead, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
+            shape = [*lead, -(-tokens // 3), min(tokens, 3), width] if self.form.grid else [*lead, tokens, width]
+            return torch.randn(shape, generator=generator, dtype=dtype, device="cpu") * size
 
         found: Arguments = {self.hidden: normal(tokens, self.read)}
         if self.key is not None:
@@ -235,6 +212,8 @@ class _Inputs:
         """Whether the host has arguments of this form."""
         if self.form.packed:
             return self.lengths is not None
+        if self.form.grid:
+            return self.key is None and self.source is None
         return self.angles is not None or not (self.form.by_pair or self.form.single)
 
     def keys(self, found: Arguments) -> int:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn.decoupled import State, host_class
 from ..nn.rotary import Pairs
-from ..values.layout import PROJECTIONS, WITH_EXTRA, HeadLayout
+from ..values.layout import PROJECTIONS, HeadLayout
 from ..values.spec import AttentionSpec
 from .calls import KEYS, SOURCES, VALUES
 from .orders import check_order, orders_of, places_of
-from .slots import Slot
+from .slots import FOLLOWS, Slot
 
 Small = tuple[AttentionSpec, Mapping[int, torch.Size], Mapping[int, Mapping[str, Any]]]
 SLIM = 64
@@ -101,6 +101,8 @@ def described(
     for p, linear in parts.items():
         check_linear(f"{name}: {p}", linear)
     sizes = {p: size_of(linear) for p, linear in parts.items()}
+    if state is None and _gates(heads, {p: sizes[p][p == "o"] for p in parts}, kv_heads):
+        parts, sizes = ({"qg" if p == "q" else p: one for p, one in found.items()} for found in (parts, sizes))
     fused = next((p for p in parts if len(p) > 1), "")
     channels = {p: sizes[p][p == "o"] for p in parts}
     if state is not None:
@@ -108,9 +110,6 @@ def described(
     else:
         layout = _layout_of_parts(heads, channels, fused, kv_heads)
     if not _fits(layout, channels):
-        if not fused and state is None and sizes["q"][0] == 2 * sizes["o"][1]:  # queries, and gates of what O reads
-            gated = {"qg" if part == "q" else part: linear for part, linear in parts.items()}
-            return described(name, gated, heads, scale, state, kv_heads, order)
         raise AdapterError(
             name,
             f"Q divisible by {heads} heads, K and V by a number of key heads that divides it, O as the heads of V",
@@ -118,7 +117,6 @@ def described(
             "write an adapter that tells how this module splits heads",
         )
     owners: dict[str, Any] = {p: linear for part, linear in parts.items() for p in part}
-    owners |= {"x": owners["q"]} if layout.extra else {}
     read = {p: sizes[part][1] for part in parts for p in part}
     bias = tuple([owners[p].bias is not None for p in PROJECTIONS])
     spec = AttentionSpec(
@@ -138,12 +136,10 @@ def described(
         **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
 
-    of = _channels(layout)
-
     def slots(places: Mapping[str, Sequence[int]]) -> Slots:
         found = {}
-        for p in owners:
-            owner, lies = owners[p], places.get(p, range(of[p]))
+        for p in (*PROJECTIONS, *"g" * (fused == "qg"), *"x" * (layout.extra > 0)):
+            owner, lies = owners["q" if p == "x" else p], places.get(p, range(layout.channels(FOLLOWS[p])))
             start, apart = (lies.start, None) if isinstance(lies, range) else (0, tuple(lies))
             turned = int(transposed(owner))
             found[f"{p}.weight"] = Slot(owner, "weight", len(lies), 1 - turned if p == "o" else turned, start, apart)
@@ -163,14 +159,15 @@ def described(
     return spec, next(iter(found.values()), None) or slots({}), found
 
 
-def _channels(layout: HeadLayout) -> dict[str, int]:
-    """By letter, the channels of what a projection may hold; ``g`` are gates of what O reads."""
-    return {**{p: layout.channels(p) for p in WITH_EXTRA}, "g": layout.channels("o")}
+def _gates(heads: int, channels: Mapping[str, int], kv_heads: int | None) -> bool:
+    """Whether Q also makes a gate for every channel that O reads, by the projections' sizes."""
+    apart = channels.keys() == {*PROJECTIONS} and channels["q"] == 2 * channels["o"]
+    return apart and not _fits(_usual_layout(heads, channels, "", kv_heads), channels)
 
 
 def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
     """Whether projections of so many channels hold such heads; Q holds what K has not, too."""
-    of = _channels(layout)
+    of: dict[str, int] = {p: layout.channels(side) for p, side in FOLLOWS.items()}
     held = {part: f"{part}x" if "q" in part else part for part in channels}
     return all(sum(of[p] for p in held[part]) == size for part, size in channels.items())
 
@@ -178,22 +175,23 @@ def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
 def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
     """How equal heads lie in projections of so many channels, one of which may hold several projections."""
     layout = _usual_layout(heads, channels, fused, kv_heads)
-    if _fits(layout, channels) or fused != "kv":
+    if _fits(layout, channels) or fused not in ("", "kv"):
         return layout
-    other = _layout_by_output(heads, channels, kv_heads or heads)
+    other = _layout_by_output(heads, channels, kv_heads)
     return layout if other is None or not _fits(other, channels) else other
 
 
-def _layout_by_output(heads: int, channels: Mapping[str, int], keys: int) -> HeadLayout | None:
+def _layout_by_output(heads: int, channels: Mapping[str, int], kv_heads: int | None = None) -> HeadLayout | None:
     """How equal heads lie by what O reads, where Q may have more channels than K; None where none can.
 
-    >>> _layout_by_output(4, {"q": 48, "kv": 56, "o": 24}, 4)
+    >>> _layout_by_output(4, {"q": 48, "kv": 56, "o": 24})
     HeadLayout(qk=(8, 8, 8, 8), vo=(6, 6, 6, 6), groups=(1, 1, 1, 1), extra=4)
     """
     vo = channels["o"] // heads
-    qk = (channels["kv"] - keys * vo) // keys
+    keys = kv_heads or (channels["v"] // max(vo, 1) if "v" in channels else heads)
+    qk = (channels["k"] if "k" in channels else channels["kv"] - keys * vo) // max(keys, 1)
     extra = channels["q"] // heads - qk
-    if min(vo, qk) < 1 or extra < 0 or heads % keys:
+    if min(vo, keys, qk) < 1 or extra < 0 or heads % keys:
         return None
     return HeadLayout((qk,) * keys, (vo,) * keys, (heads // keys,) * keys, extra)
 
@@ -206,7 +204,7 @@ def _usual_layout(heads: int, channels: Mapping[str, int], fused: str, kv_heads:
         of.update(q=of["o"], k=left, v=left)
     elif fused == "kv":
         of.update(k=of[fused] // 2, v=of[fused] // 2)
-    elif fused == "qg":
+    elif fused == "qg" or fused == "qg":
         of.update(q=of[fused] - of["o"])
     elif fused == "qk":
         of.update(q=of[fused] // 2, k=of[fused] // 2)

@@ -13,12 +13,13 @@ PARTS = (1, 2, 4, 8)
 
 
 def orders_of(fused: str, layout: HeadLayout) -> list[str]:
-    """Orders to try for a projection that holds these (``"qkv"``, ``"kv"``, ``"qk"``; ``"qg"`` for queries and gates of
-    what O reads; ``"qx"`` for queries and :attr:`attnprune.AttentionSpec.q_extra`), the most usual first.
+    """Orders to try for a projection that holds these (``"qkv"``, ``"kv"``, ``"qk"``; ``"qx"`` for Q with more in it
+    than K: :attr:`attnprune.AttentionSpec.q_extra`; ``"qg"`` for queries and gates of what O reads), the most usual
+    first.
 
     Each is written from the slowest index to the fastest: the letters (which of the projections), ``h`` (key heads; the
-    query heads of one lie side by side; in ``"qg"`` and ``"qx"`` query heads), ``d`` (channels of a head), or a number
-    of parts.
+    query heads of one lie side by side; for ``"qx"`` and ``"qg"`` query heads), ``d`` (channels of a head), or a number
+    of equal parts.
 
     >>> orders_of("kv", HeadLayout((4, 4), (4, 4)))
     ['kv h d', 'h kv d', 'vk h d', 'h vk d', 'h d kv', '2 kv h d', '2 vk h d']
@@ -59,11 +60,11 @@ def places_of(order: str, layout: HeadLayout) -> Mapping[str, Sequence[int]]:
     """
     words = order.split()
     letters = next(word for word in words if word not in ("h", "d") and not word.isdigit())
-    alone = set(letters) <= {*"qgx"}  # then every query head has its own place
+    alone = {*letters} <= {*"qxg"}  # nothing of key heads is among them: every query head has its own place
     keys, rows = layout.heads if alone else len(layout.qk), []
     for letter in sorted(letters, key="qkvgx".index):
         for head, size in enumerate(layout.sizes("o" if letter == "g" else letter)):  # type: ignore[arg-type]
-            key = head if letter in "kv" or alone else layout.key_of[head]
+            key = head if alone or letter in "kv" else layout.key_of[head]
             by_word = {"h": (key,), letters: (letters.index(letter),)}
             for channel in range(size):
                 where = [(key * int(word) // keys,) if word.isdigit() else by_word.get(word, (head, channel))

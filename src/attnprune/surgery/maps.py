@@ -12,7 +12,7 @@ from ..families.base import AttentionView
 from ..families.expansion import Joint
 from ..families.slots import channels_of
 from ..values.layer_plan import LayerPlan
-from ..values.layout import WITH_EXTRA, HeadLayout, Projection
+from ..values.layout import SIDES, HeadLayout, Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def joined(view: AttentionView, joint: Joint, maps: Mapping[str, Pick | Mix]) ->
 
 def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, Pick | Mix]:
     """For every slot of a view, how its channels (in stored order) change."""
-    picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in WITH_EXTRA}
+    picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in SIDES}
     if layer.fold is None:
         return {key: picks[view.side(key)] for key in view.slots}
     blocks: dict[Projection, Blocks] = {

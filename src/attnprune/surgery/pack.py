@@ -46,7 +46,7 @@ def pack_qkv(
     model = plain(model)
     views = [view for view in find_views(model, include, exclude) if _can_be_packed(view)]
     check_views(model, views)
-    laid = [(parts, _lay(parts)) for view in views for parts in _parts(view)]
+    laid = [(parts, _laid(parts)) for view in views for parts in _parts(view)]
     for parts, values in laid:
         for part, value in zip(parts, values, strict=True):
             part.data = value
@@ -75,6 +75,13 @@ def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
     return tuple(view.name for view in views)
 
 
+def lay_again(view: AttentionView) -> None:
+    """Lays weights of Q, K and V side by side anew, where they were before each of them changed."""
+    for parts in _parts(view) if _packed(view) else ():
+        for part, value in zip(parts, _laid(parts), strict=True):
+            part.data = value
+
+
 def _packed(view: AttentionView) -> bool:
     return isinstance(view.module, Decoupled) and view.module.attnprune_state.packed
 
@@ -94,6 +101,6 @@ def _parts(view: AttentionView) -> list[list[nn.Parameter]]:
     return [[view.slots[f"{p}.{key}"].parameter for p in "qkv"] for key in keys]
 
 
-def _lay(parts: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+def _laid(parts: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
     """The same values, one after the other in one storage."""
     return torch.split(torch.cat([part.detach() for part in parts]), [len(part) for part in parts])

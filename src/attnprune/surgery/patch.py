@@ -16,7 +16,7 @@ from ..families.proof.verdict import inherit
 from ..families.slots import Slot, channels_of
 from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
-from ..values.layout import WITH_EXTRA, HeadLayout
+from ..values.layout import SIDES, HeadLayout
 from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
@@ -111,7 +111,7 @@ class _Tensors:
         if slot.whole and gain == 1.0 and isinstance(change, Pick) and change.rows == tuple(range(slot.size)):
             new = old
         else:
-            new = _parameter(
+            new = successor(
                 old,
                 along(old.detach(), slot.axis, slot.places, change),
                 lambda grad: along(grad, slot.axis, slot.places, change.dual),
@@ -132,7 +132,7 @@ class _Tensors:
             )
         self.users.setdefault(id(old), set()).add((id(owner), "bias"))
         gained = mean_output(view, shift)
-        new = _parameter(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
+        new = successor(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
         slot = Slot(owner, "bias", len(old))
         self.changes[id(old)] = [(ParamChange(old, new, 0, None, places=range(len(old))), slot)]
         return new
@@ -186,7 +186,7 @@ def mean_of(weight: Tensor, layout: HeadLayout, shift: Tensor) -> Tensor:
     return stored.to(weight.device, torch.float64) @ weight.double()
 
 
-def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
+def successor(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
     """A parameter with other values and storage of its own; gradient, hooks, flags and attributes come along."""
     with torch.no_grad():
         new = nn.Parameter(data.mul_(gain) if gain != 1.0 else data, requires_grad=old.requires_grad)
@@ -214,7 +214,7 @@ class Operation(NamedTuple):
     def run(self) -> None:
         view, after, kept = self.view, self.layer.after, self.layer.kept_heads
         if self.way == "expanded":
-            rows = {p: kept_channels(view, self.layer, p) for p in WITH_EXTRA}
+            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
             expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
@@ -223,7 +223,7 @@ class Operation(NamedTuple):
             view.owner("o").bias = self.bias
         if self.way == "decoupled":
             assert view.mixin is not None, "surgery checks this before anything moves"
-            rows = {p: kept_channels(view, self.layer, p) for p in WITH_EXTRA}
+            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
             view.decouple(view.mixin, after, kept, numbers=numbers_left(view, after, kept, rows))
         if self.way == "stock":
             view.recast()
@@ -290,7 +290,7 @@ class Surgeon:
 
     def commit(self) -> ParamMap:
         """Swaps the new tensors in. If anything fails midway, everything is put back bitwise and the error goes on."""
-        self._before = Snapshot(operation.view for operation in self._operations)
+        self._before = Snapshot.below(operation.view for operation in self._operations)
         try:
             for operation in self._operations:
                 operation.run()
@@ -306,11 +306,16 @@ class Surgeon:
 
 
 class Snapshot:
-    """Class and attributes of every module below some views, to put back."""
+    """Class and attributes of some modules, to put back."""
 
-    def __init__(self, views: Iterable[AttentionView]) -> None:
-        modules = {id(module): module for view in views for top in view.modules for module in top.modules()}
-        self._saved = [(module, type(module), _shallow(module.__dict__)) for module in modules.values()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        each = {id(module): module for module in modules}
+        self._saved = [(module, type(module), _shallow(module.__dict__)) for module in each.values()]
+
+    @classmethod
+    def below(cls, views: Iterable[AttentionView]) -> Snapshot:
+        """Of all modules of some views."""
+        return cls(module for view in views for top in view.modules for module in top.modules())
 
     def restore(self) -> None:
         for module, kind, state in self._saved:

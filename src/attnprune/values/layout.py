@@ -11,7 +11,7 @@ Kind = Literal["qk", "vo"]
 Projection = Literal["q", "k", "v", "o", "x"]
 KINDS: tuple[Kind, Kind] = ("qk", "vo")
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
-WITH_EXTRA: tuple[Projection, ...] = (*PROJECTIONS, "x")
+SIDES: tuple[Projection, ...] = (*PROJECTIONS, "x")
 """What may hold channels: the four projections, and what Q holds besides (:attr:`HeadLayout.extra`)."""
 KIND_OF: Mapping[Projection, Kind] = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "x": "qk"}
 
@@ -172,7 +172,7 @@ class HeadLayout:
 
     def _find_spans(self) -> dict[Projection, tuple[tuple[int, int], ...]]:
         spans: dict[Projection, tuple[tuple[int, int], ...]] = {}
-        for projection in WITH_EXTRA:
+        for projection in SIDES:
             sizes, order = self.sizes(projection), self.stored(projection)
             ends = list(accumulate(sizes[head] for head in order))
             stored = {head: (end - sizes[head], end) for head, end in zip(order, ends, strict=True)}

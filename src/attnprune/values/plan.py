@@ -107,8 +107,8 @@ class Plan:
 
     @property
     def _version(self) -> int:
-        """The lowest version that says all: 4 brought grouped queries and rotary pairs, 5 more channels in Q than in K
-        and gates, which most plans have not."""
+        """The lowest version that says all: 4 brought grouped queries and rotary pairs, 5 more channels in Q than in K,
+        or gates; most plans have none of them."""
         if any(spec.q_extra or spec.gated for spec in self.specs):
             return 5
         return 4 if any(spec.heads > spec.kv_heads or spec.rotary != "none" for spec in self.specs) else 3

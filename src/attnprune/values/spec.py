@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import AdapterError
 from . import fields
-from .layout import WITH_EXTRA, HeadLayout, Kind, Projection
+from .layout import SIDES, HeadLayout, Kind, Projection
 
 Rotary = Literal["none", "half", "interleaved"]
 
@@ -62,8 +62,8 @@ class AttentionSpec:
     gated: bool = False
     """Whether Q's projection also makes a gate for every channel that O reads (as in Qwen3-Next)."""
     q_extra: int = 0
-    """Channels of every query head that Q has beside the qk channels: in multi-head latent attention those that meet
-    keys that all heads share (the rotary part), and gates. They go only with their head, have no scores, and are in no
+    """Channels of every query head that Q has beside the qk channels: they meet keys that all heads share (the rotary
+    part of multi-head latent attention), or no keys at all. They go only with their head, have no scores, and are in no
     ratio."""
 
     @classmethod
@@ -167,13 +167,13 @@ class AttentionSpec:
         biases = (self.layout.channels("q") + self.layout.channels("x")) * q + sum(self.qk_dims) * (k + self.bias_kv)
         biases += sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
         gates = self.layout.channels("o") * (self.q_in + q) * self.gated
-        return sum(self.weights(side) for side in WITH_EXTRA) + biases + gates
+        return sum(self.weights(side) for side in SIDES) + biases + gates
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
         """Multiply-adds for one sequence: ``tokens`` queries against ``keys`` keys (default: the same number)."""
         keys = tokens if keys is None else keys
-        gates = self.layout.channels("o") * self.q_in * self.gated
-        per_query = self.weights("q") + self.weights("x") + self.weights("o") + gates
+        per_query = self.weights("q") + self.weights("x") + self.weights("o")
+        per_query += self.layout.channels("o") * self.q_in * self.gated
         per_key = self.weights("k") + self.weights("v")
         products = self.layout.channels("q") + self.layout.channels("x") + self.layout.channels("o")
         return tokens * per_query + keys * per_key + tokens * keys * products
@@ -225,7 +225,7 @@ class AttentionSpec:
         return f"{self.heads} heads{shared} of {inside}, d_model {self.d_model}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; what most attention has not (groups, rotary pairs, more in Q) is left out there."""
+        """A JSON-ready mapping; what most attention has not (groups, rotary pairs, gates, more in Q) is left out."""
         found = fields.to_dict(self)
         if self.heads == self.kv_heads:
             del found["groups"]

@@ -94,12 +94,13 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
 
     @staticmethod
     def _halves(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-        """The module that splits heads and its sibling's ``dense``."""
+        """The module that splits heads, and O: its sibling's ``dense``, or a sibling itself."""
         if not 2 <= len(module._modules) <= 4:
             return None
         children = list(module.children())
         inner = [child for child in children if _splits(child) and output_of(child) is None]
         outer = [child.dense for child in children if is_linear(getattr(child, "dense", None))]
+        outer += [child for child in children if is_linear(child) and child is output_of(module)]
         if len(inner) != 1 or len(outer) != 1:
             return None
         return inner[0], outer[0]  # type: ignore[return-value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...values.layout import KIND_OF, KINDS, WITH_EXTRA, Kind, Projection
+from ...values.layout import KIND_OF, KINDS, SIDES, Kind, Projection
 from ...values.spec import AttentionSpec
 
 
@@ -44,7 +44,7 @@ class Removal:
         self.rows: dict[Projection, list[int]] = {}
         """Of each projection, the stored channels that stay, in the order in which they will be stored."""
         self.gone: dict[Projection, list[int]] = {}
-        for p in WITH_EXTRA:
+        for p in SIDES:
             stays = keys if p in "kv" else self.heads
             self.rows[p] = []
             for place in self.after.layout.stored(p):
