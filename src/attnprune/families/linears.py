@@ -175,6 +175,9 @@ def _fits(layout: HeadLayout, channels: Mapping[str, int]) -> bool:
 def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_heads: int | None) -> HeadLayout:
     """How equal heads lie in projections of so many channels, one of which may hold several projections."""
     layout = _usual_layout(heads, channels, fused, kv_heads)
+    if fused == "qkv" and not _fits(layout, channels):  # values of another dim
+        rest = (channels[fused] - channels["o"]) // 2
+        layout = layout_of(heads, rest, rest, channels["o"], channels["o"])
     if _fits(layout, channels) or fused not in ("", "kv"):
         return layout
     other = _layout_by_output(heads, channels, kv_heads)
