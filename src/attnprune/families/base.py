@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.decoupled import State
+from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
@@ -225,6 +226,10 @@ class AttentionView:
         """Which keys each query may attend to in a call of the module (:meth:`Adapter.attended`)."""
         return self.adapter.attended(self, args, kwargs)
 
+    def turning(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        """How queries and keys are rotated in a call of the module (:meth:`Adapter.turning`)."""
+        return self.adapter.turning(self, args, kwargs)
+
     @property
     def constant_keys(self) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes."""
@@ -348,6 +353,18 @@ class Adapter(ABC):
             kwargs: its keyword arguments.
         """
         return linears.attended(view.name, view.module, args, kwargs)
+
+    def turning(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        """By which tables queries and keys are rotated in a call, if nothing else happens to them before their product.
+
+        Where that is known, refits make up for rotary pairs that go. None by default, and where nothing is rotated.
+
+        Args:
+            view: the module whose forward is about to run.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        return None
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""
