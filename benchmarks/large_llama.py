@@ -90,11 +90,12 @@ def main() -> None:
         print(f"checkpoint: {size / 1e9:.2f} GB in {len(list(dense.glob('*.safetensors')))} files")
         found = measured("memory", dense)
         seconds, above = found["plan"] + found["apply"], 1 + (found["peak"] - found["before"]) / found["model"]
+        met = verdict(seconds, SECONDS), verdict(above, MEMORY)
         print(
-            f"in memory: plan {found['plan']:.1f} s, apply {found['apply']:.1f} s (target {SECONDS:.0f} s "
-            f"{verdict(seconds, SECONDS)}); the model {found['model'] / 1e6:,.0f} MB, "
-            f"{found['left'] / 1e6:,.0f} MB left; at the peak {above:.3f} times the model (target {MEMORY} {verdict(above, MEMORY)}), the process "
-            f"{found['before'] / 1e6:,.0f} MB before, {found['peak'] / 1e6:,.0f} MB at the peak"
+            f"in memory: plan {found['plan']:.1f} s, apply {found['apply']:.1f} s (target {SECONDS:.0f} s {met[0]}); "
+            f"the model {found['model'] / 1e6:,.0f} MB, {found['left'] / 1e6:,.0f} MB left; at the peak "
+            f"{above:.3f} times the model (target {MEMORY} {met[1]}), the process {found['before'] / 1e6:,.0f} MB "
+            f"before, {found['peak'] / 1e6:,.0f} MB at the peak"
         )
         found = measured("shards", dense, pruned)
         print(

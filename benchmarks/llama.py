@@ -38,14 +38,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "uniform, split found": {"split": "auto"},
     "ragged, split found": {"split": "auto", "heads": "ragged"},
 }
-PIECES = 128  # of 256 bytes each, to measure on and to calibrate with
+MEASURED, CALIBRATED = 96, 64  # pieces of 256 bytes
 PROMPT = b"def main() -> None:\n    "
 NEW = 160  # bytes
 
 
 def batches(text: Tensor, seed: int, size: int = 16) -> list[dict[str, Any]]:
     """Calibration batches of random pieces; labels are the bytes themselves, which transformers shifts."""
-    pieces = windows(text, PIECES, 10_000 + seed)[:, :-1]
+    pieces = windows(text, CALIBRATED, 10_000 + seed)[:, :-1]
     return [{"input_ids": piece, "labels": piece, "use_cache": False} for piece in pieces.split(size)]
 
 
@@ -65,7 +65,7 @@ def pruned(dense: LlamaForCausalLM, ratio: float, data: Any, options: dict[str, 
 def compare(dense: LlamaForCausalLM, split: str, seeds: int, only: str) -> None:
     """The table of bits per byte."""
     text = byte_llama.text()
-    measured = windows(text[split], PIECES, 1_000)
+    measured = windows(text[split], MEASURED, 1_000)
 
     def quality(model: nn.Module) -> float:
         return bits_per_byte(byte_llama.Logits(model), measured)
@@ -112,7 +112,8 @@ def generate(dense: LlamaForCausalLM) -> None:
         agree = "equals" if torch.equal(cached.sequences, uncached) else "DIFFERS FROM"
         tokens = cached.sequences.shape[1] - 1
         print(
-            f"--- {ratio:.0%} removed: cached generation {agree} uncached; cache of {bytes_ / tokens:,.0f} bytes a token"
+            f"--- {ratio:.0%} removed: cached generation {agree} uncached; "
+            f"{bytes_ / tokens:,.0f} bytes of cache a token"
         )
         print(bytes(cached.sequences[0].tolist()).decode(errors="replace"))
 

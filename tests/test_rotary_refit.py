@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnprune
+from attnprune.calibration.elimination import refitted_losses
 from attnprune.calibration.refit import refit_one
 from attnprune.errors import CalibrationError
 
@@ -110,3 +111,20 @@ def test_queries_that_a_norm_follows_are_left(data):
     fold = plan.layers[0].fold
     assert fold is not None
     assert bool(((fold.q[0] == 0) | (fold.q[0] == 1)).all())
+
+
+def test_losses_in_turn_are_those_of_refits():
+    """Of every prefix of the order, the sum is what the best fit of the rest loses."""
+    generator = torch.Generator().manual_seed(3)
+    left, covariance = (x @ x.T for x in torch.randn(2, 6, 9, generator=generator, dtype=torch.float64))
+    units = [(0, 3), (1, 4), (2, 5)]
+    losses = refitted_losses(left, covariance, units)
+    order = sorted(units, key=lambda unit: float(losses[list(unit)].sum()))
+    for count in (1, 2):
+        gone = {channel for unit in order[:count] for channel in unit}
+        kept = torch.eye(6, dtype=torch.float64)[[channel for channel in range(6) if channel not in gone]]
+        rest = torch.eye(6, dtype=torch.float64) - refit_one(covariance, kept, kept).T @ kept
+        lost = float(torch.trace(left @ rest @ covariance @ rest.T))
+        told = sum(float(losses[list(unit)].sum()) for unit in order[:count])
+        assert lost <= told * (1 + 1e-2)
+        assert abs(lost - told) < 0.05 * lost

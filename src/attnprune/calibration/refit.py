@@ -15,10 +15,8 @@ from torch import Tensor
 from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
 from .bases import Basis, HeadBases
+from .elimination import REFIT_RIDGE
 from .moments import LayerMoments
-
-REFIT_RIDGE = 1e-3
-"""Of a covariance's mean variance: larger than for bases, as refits must also hold for other data."""
 
 
 def with_maps(

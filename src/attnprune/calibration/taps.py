@@ -206,7 +206,7 @@ class _Tap:
 
     def _add_rotated(self, keys: Tensor, turning: Turning) -> None:
         """Keys ``(batch, tokens, channels)`` as some queries see them, rotated by the difference of the two places:
-        deviations from the mean of the keys that a query may attend to."""
+        deviations from the mean of the keys that a query may attend to, near ones counting for more."""
         self.relative, layout = True, self.view.spec.layout
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         cos, sin = turning.cos.to(keys), turning.sin.to(keys)
@@ -218,15 +218,19 @@ class _Tap:
                 continue
             here = slice(place, place + 1)
             seen = rotated_keys(turned, cos[:, here], -sin[:, here], layout, turning.pairs)
-            real = None
+            real = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
             if causal:
-                seen = seen[:, : place + 1]
+                real[:, place + 1 :] = False
             elif self.mask is not None:
                 rows = self.mask.any(1)[..., -tokens:]
-                real = rows[:, min(place, rows.shape[1] - 1)].expand(len(keys), tokens)
+                real &= rows[:, min(place, rows.shape[1] - 1)]
+            weights = real / (1.0 + (torch.arange(tokens, device=keys.device) - place).abs())
+            weights *= (real.sum(1) / weights.sum(1).clamp_min(1e-9))[:, None]  # they count as many as they are
+            mean = (weights[..., None] * seen).sum(1, keepdim=True) / weights.sum(1).clamp_min(1)[:, None, None]
+            apart = (seen - mean) * weights.sqrt()[..., None]
             for running, b in zip(self.k, layout.buckets, strict=True):
-                own = seen[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
-                self._add_keys(running, own, b.k_start, len(b.keys), real)
+                own = apart[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
+                running.add(_tokens(own, len(b.keys), real))
 
     def check(self, number: int) -> None:
         """Raises if a batch brought NaN or infinity."""

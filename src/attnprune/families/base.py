@@ -345,25 +345,13 @@ class Adapter(ABC):
         """Which keys each query may attend to, ``(batch, heads, queries, keys)`` bool, any but the last may be 1.
 
         Calibration leaves out tokens that nobody attends to. None: all. The default reads ``attention_mask``: bool
-        (True attends), additive, or 0 and 1 per key.
-
-        Args:
-            view: the module whose forward is about to run.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
+        (True attends), additive, or 0 and 1 per key. Arguments are those of a call that is about to run.
         """
         return linears.attended(view.name, view.module, args, kwargs)
 
     def turning(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
-        """By which tables queries and keys are rotated in a call, if nothing else happens to them before their product.
-
-        Where that is known, refits make up for rotary pairs that go. None by default, and where nothing is rotated.
-
-        Args:
-            view: the module whose forward is about to run.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-        """
+        """How queries and keys are rotated in a call that is about to run, where nothing else happens to them before
+        their product: then refits make up for pairs that go. None by default."""
         return None
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
