@@ -251,8 +251,8 @@ def test_a_wrong_result_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = expansion.expand
 
-    def wrong(owner: nn.Module, channels: Any, width: int, *, columns: bool) -> None:
-        right(owner, list(reversed(channels)), width, columns=columns)
+    def wrong(owner: nn.Module, channels: Any, width: int, **options: Any) -> None:
+        right(owner, list(reversed(channels)), width, **options)
 
     model = cohere()
     plan = make_plan(model, 0.4, heads="ragged", scorer="random")
@@ -336,8 +336,17 @@ def test_verify_uses_up_no_data_and_no_random_numbers() -> None:
 
 # the laws, as a function
 
+CHECKED = ("Transformer", "MHA", "Seq2Seq", "cohere", "t5")
+"""Of the others ``make test-all``: their laws are tested one by one."""
 
-@pytest.mark.parametrize("name", [*FAMILIES, "cohere", "t5"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CHECKED else pytest.mark.long)
+        for name in dict.fromkeys((*FAMILIES, *CHECKED))
+    ],
+)
 def test_check_family(name: str) -> None:
     if name in HOSTS:
         build, given = HOSTS[name]

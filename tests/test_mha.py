@@ -184,7 +184,7 @@ def test_hooks_and_identity_stay() -> None:
     assert seen == ["output", "attention"]
 
 
-@pytest.mark.parametrize("options", [{}, RAGGED, {"scope": "local"}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.long), RAGGED, {"scope": "local"}])
 def test_compiled_without_graph_breaks(options: dict[str, str]) -> None:
     model = encoder(2)
     prune_attention(model, 0.5, **options)

@@ -359,6 +359,7 @@ def test_scaled_gradients_are_unscaled_and_overflow_is_left_out() -> None:
     assert plans[0] == plans[1]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["linears", "packed", "mapped"])
 def test_resuming_gives_bitwise_the_same_end(kind: str, at: int) -> None:

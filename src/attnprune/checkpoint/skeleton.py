@@ -24,12 +24,15 @@ class Place(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        found: Tensor = getattr(self.owner, self.key)
+        found: Tensor = self._table[self.key]
         return found
 
     def put(self, tensor: Tensor) -> None:
-        table: Any = self.owner._parameters if self.key in self.owner._parameters else self.owner._buffers
-        table[self.key] = tensor
+        self._table[self.key] = tensor
+
+    @property
+    def _table(self) -> dict[str, Any]:
+        return self.owner._parameters if self.key in self.owner._parameters else self.owner._buffers
 
 
 def places(model: nn.Module) -> dict[str, Place]:

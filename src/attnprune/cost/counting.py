@@ -74,7 +74,7 @@ def parameter_prices(spec: AttentionSpec) -> Prices:
     q, k, v, _ = spec.bias
     return {
         "qk": (spec.q_in + q, spec.k_in + k + spec.bias_kv),
-        "vo": (spec.d_model, spec.v_in + v + spec.bias_kv),
+        "vo": (spec.d_model + spec.gated * (spec.q_in + q), spec.v_in + v + spec.bias_kv),
     }
 
 
@@ -91,7 +91,10 @@ def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs:
     return {
         view.name: {
             "qk": (queries * view.spec.q_in + products, keys * view.spec.k_in),
-            "vo": (queries * view.spec.d_model + products, keys * view.spec.v_in),
+            "vo": (
+                queries * (view.spec.d_model + view.spec.gated * view.spec.q_in) + products,
+                keys * view.spec.v_in,
+            ),
         }
         for view in views
         for queries, keys, pairs in [sizes[view.name]]

@@ -151,9 +151,16 @@ class Form(NamedTuple):
     """Rotary tables serve the whole batch, and have no batch dimension."""
     packed: bool = False
     """Sequences of several lengths lie one after the other, without a batch dimension."""
+    one: bool = False
+    """Such are a batch of one."""
+    grid: bool = False
+    """Tokens are a grid of rows and columns."""
 
 
-FORMS = (Form(), Form(by_pair=True), Form(single=True), Form(single=True, packed=True))
+FORMS = (
+    Form(), Form(by_pair=True), Form(single=True), Form(single=True, packed=True), Form(packed=True, one=True),
+    Form(grid=True),
+)  # fmt: skip
 
 
 class _Inputs:
@@ -187,10 +194,11 @@ class _Inputs:
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
     ) -> Arguments:
         spec = self.spec
-        lead = () if self.form.packed else (batch,)
+        lead = [1] * self.form.one if self.form.packed else [batch]
 
         def normal(tokens: int, width: int) -> Tensor:
-            return torch.randn(*lead, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
+            shape = [*lead, -(-tokens // 3), min(tokens, 3), width] if self.form.grid else [*lead, tokens, width]
+            return torch.randn(shape, generator=generator, dtype=dtype, device="cpu") * size
 
         found: Arguments = {self.hidden: normal(tokens, spec.q_in)}
         if self.key is not None:
@@ -219,6 +227,8 @@ class _Inputs:
         """Whether the host has arguments of this form."""
         if self.form.packed:
             return self.lengths is not None
+        if self.form.grid:
+            return self.key is None and self.source is None
         return self.angles is not None or not (self.form.by_pair or self.form.single)
 
     def keys(self, found: Arguments) -> int:

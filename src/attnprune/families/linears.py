@@ -70,8 +70,11 @@ def described(
         layout, scale = state.layout, state.scale
     else:
         layout = _layout_of_parts(heads, {p: sizes[p][p == "o"] for p in parts}, fused, kv_heads)
-    fit: dict[str, int] = {p: layout.channels(p) for p in PROJECTIONS}
+    fit: dict[str, int] = {**{p: layout.channels(p) for p in PROJECTIONS}, "g": layout.channels("o")}
     if any(sum([fit[p] for p in part]) != size[part == "o"] for part, size in sizes.items()):
+        if not fused and state is None and sizes["q"][0] == 2 * sizes["o"][1]:  # queries, and gates of what O reads
+            gated = {"qg" if part == "q" else part: linear for part, linear in parts.items()}
+            return described(name, gated, heads, scale, state, kv_heads, order)
         raise AdapterError(
             name,
             f"Q divisible by {heads} heads, K and V by a number of key heads that divides it, O as the heads of V",
@@ -92,14 +95,15 @@ def described(
         read["v"],
         bias,  # type: ignore[arg-type]
         fused=fused == "qkv",
+        gated=fused == "qg",
         groups=layout.groups,
         **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
 
     def slots(places: Mapping[str, Sequence[int]]) -> Slots:
         found = {}
-        for p in PROJECTIONS:
-            owner, lies = owners[p], places.get(p, range(layout.channels(p)))
+        for p in owners:
+            owner, lies = owners[p], places.get(p, range(fit[p]))
             start, apart = (lies.start, None) if isinstance(lies, range) else (0, tuple(lies))
             turned = int(transposed(owner))
             found[f"{p}.weight"] = Slot(owner, "weight", len(lies), 1 - turned if p == "o" else turned, start, apart)
@@ -123,6 +127,8 @@ def _layout_of_parts(heads: int, channels: Mapping[str, int], fused: str, kv_hea
         of.update(q=of["o"], k=left, v=left)
     elif fused == "kv":
         of.update(k=of[fused] // 2, v=of[fused] // 2)
+    elif fused == "qg":
+        of.update(q=of[fused] - of["o"])
     elif fused == "qk":
         of.update(q=of[fused] // 2, k=of[fused] // 2)
     layout = layout_of(heads, *(of[p] for p in PROJECTIONS))

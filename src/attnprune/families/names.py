@@ -11,11 +11,11 @@ from .linears import is_linear
 
 Q, K, V, O = (
     ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
-     "W_q", "q_head", "q_attn"),
+     "W_q", "q_head", "q_attn", "projection_query"),
     ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
-     "W_k", "k_head"),
+     "W_k", "k_head", "projection_key"),
     ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
-     "W_v", "v_head"),
+     "W_v", "v_head", "projection_value"),
     ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj", "Wo",
      "W_o", "w_o", "proj_out", "output_proj", "projection_layer", "attention_out", "linear_o", "post_proj", "post",
      "output", "out"),
@@ -43,10 +43,16 @@ def first(names: Sequence[str], among: Collection[str]) -> str | None:
 def part_of(module: nn.Module, names: Sequence[str]) -> Any:
     """The first child of these names; any module under one, as a wrapper is refused later, by name."""
     children = module._modules
-    for name in names if children else ():
-        if children.get(name) is not None:
-            return children[name]
-    return None
+    return next((_inside(children[name]) for name in names if children.get(name) is not None), None)
+
+
+def _inside(part: Any) -> Any:
+    """The one Linear of a module that holds nothing else to be trained (as one that clips what comes and goes)."""
+    if is_linear(part) or isinstance(part, (nn.Sequential, nn.ModuleList)):
+        return part
+    inner = [module for module in part.modules() if is_linear(module)]
+    owned = sum(len(module._parameters) for module in part.modules())
+    return inner[0] if len(inner) == 1 and owned == len(inner[0]._parameters) else part
 
 
 def parts_of(module: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttention
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
 from .linears import computes_linear
-from .looks import Skipped, attending, looks_like
+from .looks import Skipped, attending, looks, looks_like
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
 from .table import adapter_of, registered
@@ -85,7 +85,8 @@ class Survey:
             except AdapterError as error:
                 if registered(found.adapter):
                     raise
-                self.why[found.name] = f"expected {error.expected}, found {error.found}"
+                if looks(found.module):  # others have parts of such names too: state space models, for one
+                    self.why[found.name] = f"expected {error.expected}, found {error.found}"
             except AttnPruneError as error:
                 self.errors[found.name] = error
             else:
@@ -113,7 +114,7 @@ class Survey:
             silent = verdict is not None and not (verdict.ran and verdict.attends)
             if verdict is None or verdict.prunable or (said and silent and view.way(view.spec) is not None):
                 yield view
-            else:
+            elif looks(view.top) or verdict.attends or not verdict.ran:
                 self.why[view.name] = verdict.why
 
     def skipped(self, run: Run | None = None) -> tuple[Skipped, ...]:

@@ -49,7 +49,50 @@ class ExpandedColumns(Expanded):
         return out
 
 
-def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bool) -> None:
+class _Dense:
+    """A parameter as the host reads it: dense, with zeros where channels went."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        if owner is None:
+            return self
+        if self.name == "bias" and "attnprune_bias" in owner.__dict__:
+            return owner.attnprune_bias
+        compact: Tensor | None = owner._parameters[self.name]
+        if compact is None or (self.name == "bias" and owner.attnprune_columns):
+            return compact
+        axis = owner.attnprune_axis if compact.dim() > 1 else 0
+        zero = compact.new_zeros([1 if place == axis else size for place, size in enumerate(compact.shape)])
+        dense: Any = torch.cat([compact, zero], axis).index_select(axis, owner.attnprune_index)
+        if "attnprune_heard" in owner.__dict__:
+            dense.attnprune_owner = owner
+        return dense
+
+    def __set__(self, owner: nn.Module, value: Any) -> None:
+        owner.register_parameter(self.name, value)
+
+
+class Read(Expanded):
+    """A projection whose weight the host reads, instead of calling it: what is read is dense, what is kept compact.
+
+    So parameters, their gradients, files and optimizers get smaller, and the products stay as they were.
+    """
+
+    attnprune_axis: int
+    """The weight's dimension along which channels run."""
+    attnprune_columns: bool
+    """Whether channels are what the projection reads (O)."""
+    attnprune_heard: bool
+    """Set while calibration has to know whose weight it is that somebody read."""
+    attnprune_bias: Tensor | None
+    """Set while the projection is called with a bias of the host's."""
+    weight: Any = _Dense("weight")
+    bias: Any = _Dense("bias")
+
+
+def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bool, axis: int | None = None) -> None:
     """Gives a projection the class that fits its weights into a dense host.
 
     Args:
@@ -57,9 +100,10 @@ def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bo
         channels: for every channel left, in stored order, its number in the dense projection.
         width: channels of the dense projection.
         columns: whether channels are what the projection reads (O), not what it writes.
+        axis: of a host that reads the weight instead of calling the projection, its dimension along which channels run.
     """
     device = next((p.device for p in owner.parameters(recurse=False)), None)
-    if columns:
+    if columns and axis is None:
         index = list(channels)
     else:
         index = [len(channels)] * width
@@ -72,6 +116,8 @@ def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bo
     owner.__dict__["_buffers"] = {**owner._buffers, "attnprune_index": buffer}
     owner.__dict__["_non_persistent_buffers_set"] = {*owner._non_persistent_buffers_set, "attnprune_index"}
     owner.__dict__.update(attnprune_channels=tuple(channels), attnprune_width=width)
-    object.__setattr__(
-        owner, "__class__", decoupled_class(ExpandedColumns if columns else ExpandedRows, host_class(owner))
-    )
+    mixin: type[Expanded] = ExpandedColumns if columns else ExpandedRows
+    if axis is not None:
+        owner.__dict__.update(attnprune_axis=axis, attnprune_columns=columns)
+        mixin = Read
+    object.__setattr__(owner, "__class__", decoupled_class(mixin, host_class(owner)))

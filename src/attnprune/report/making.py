@@ -32,6 +32,8 @@ def _way(view: AttentionView, after: AttentionSpec) -> str:
     way = view.way(after)
     if way != "expanded" or view.verdict is None:
         return str(way)
+    if view.read:
+        return "expanded: its host reads the weights of its projections, so that their products stay dense"
     why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
     return f"expanded: {why or 'no forward of ours is known for it'}"
 

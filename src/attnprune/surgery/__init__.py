@@ -1,9 +1,10 @@
 """Changing a model: all of a plan, or none of it."""
 
+from .called import as_called
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
 from .optimizer import Assignment, OptimizerPatch, Step, commit_all, optimizers_of
-from .patch import ParamChange, ParamMap, Surgeon, as_called
+from .patch import ParamChange, ParamMap, Surgeon
 from .verify import Verification, Verified
 
 __all__ = [

@@ -123,8 +123,8 @@ def joined(view: AttentionView, joint: Joint, maps: Mapping[str, Pick | Mix]) ->
 
 def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, Pick | Mix]:
     """For every slot of a view, how its channels (in stored order) change."""
+    picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in PROJECTIONS}
     if layer.fold is None:
-        picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in PROJECTIONS}
         return {key: picks[view.side(key)] for key in view.slots}
     blocks: dict[Projection, Blocks] = {
         "q": _by_head(view, layer, "q", layer.fold.q),
@@ -154,7 +154,8 @@ def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, Pick | Mix]
         "v": Mix(blocks["v"], lambda: _by_head(view, layer, "v", _duals_of_v(layer))),
         "o": Mix(((0, width, o),), values),
     }
-    return {key: mixes[view.side(key)] for key in view.slots}
+    gates = picks["o"]  # of single channels, whatever becomes of O's weights
+    return {key: gates if key.startswith("g.") else mixes[view.side(key)] for key in view.slots}
 
 
 def _by_head(view: AttentionView, layer: LayerPlan, projection: Projection, matrices: Sequence[Tensor]) -> Blocks:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -201,7 +200,7 @@ def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor],
     return new
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
     """What gives one attention its new shape; assigns alone."""
 
     view: AttentionView
@@ -217,7 +216,7 @@ class _Operation(NamedTuple):
         if self.way == "expanded":
             rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
-            expand_view(view, parameters, after, kept, rows)
+            expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
             view.commit(self.tensors, after)
         if self.bias is not None:
@@ -232,7 +231,7 @@ class _Operation(NamedTuple):
                 inherit(view, view.verdict)
 
 
-def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Operation], _Tensors]:
+def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
     """What gives attention modules their new shapes, and every new tensor."""
     tensors, operations = _Tensors(), []
     for view, layer in work:
@@ -252,16 +251,16 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Opera
         bias = None
         if layer.fold is not None and layer.fold.shift is not None:
             bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
-        operations.append(_Operation(view, layer, way, new, bias))
+        operations.append(Operation(view, layer, way, new, bias))
     return operations, tensors
 
 
 class Surgeon:
     """Applies a plan: :meth:`prepare` builds every new tensor and changes nothing, :meth:`commit` swaps them in."""
 
-    def __init__(self, operations: Sequence[_Operation], parameters: ParamMap) -> None:
+    def __init__(self, operations: Sequence[Operation], parameters: ParamMap) -> None:
         self._operations, self.changes = operations, parameters
-        self._before: _Snapshot | None = None
+        self._before: Snapshot | None = None
 
     @classmethod
     def prepare(cls, model: nn.Module, views: Sequence[AttentionView], plan: Plan, *, blank: bool = False) -> Surgeon:
@@ -291,7 +290,7 @@ class Surgeon:
 
     def commit(self) -> ParamMap:
         """Swaps the new tensors in. If anything fails midway, everything is put back bitwise and the error goes on."""
-        self._before = _Snapshot(operation.view for operation in self._operations)
+        self._before = Snapshot(operation.view for operation in self._operations)
         try:
             for operation in self._operations:
                 operation.run()
@@ -306,7 +305,7 @@ class Surgeon:
             self._before.restore()
 
 
-class _Snapshot:
+class Snapshot:
     """Class and attributes of every module below some views, to put back."""
 
     def __init__(self, views: Iterable[AttentionView]) -> None:
@@ -327,29 +326,3 @@ class _Snapshot:
 def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any] | None]]:
     """Every attribute, and for the dicts of a module also what they hold."""
     return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in state.items()}
-
-
-@contextmanager
-def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
-    """For a while, each projection of every attention is a module that is called, so that its ports can be heard.
-
-    Attention that holds packed parameters itself gets its decoupled form, over views of its own weights; the rest stays
-    as it is. Yields views in the same order.
-    """
-    packed = [view for view in views if not view.called]
-    before = _Snapshot(packed)
-    try:
-        for view in packed:
-            tensors = {key: _alias(slot) for key, slot in view.slots.items()}
-            _Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
-        yield [
-            replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
-            for view in views
-        ]
-    finally:
-        before.restore()
-
-
-def _alias(slot: Slot) -> nn.Parameter:
-    part = slot.cut(slot.parameter.detach()).movedim(0, slot.axis)
-    return nn.Parameter(part, requires_grad=slot.parameter.requires_grad)

@@ -205,7 +205,7 @@ class LayerPlan:
 
 def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
     """Raises PlanMismatchError unless a plan for ``expected`` fits ``found`` (packing and scale do not count)."""
-    for key in ("name", "qk_dims", "vo_dims", "groups", "d_model", "q_in", "k_in", "v_in", "bias", "bias_kv"):
+    for key in ("name", "qk_dims", "vo_dims", "groups", "d_model", "q_in", "k_in", "v_in", "bias", "bias_kv", "gated"):
         if getattr(expected, key) != getattr(found, key):
             detail = f" ({key}: {getattr(expected, key)} against {getattr(found, key)})"
             short = key not in ("qk_dims", "vo_dims")

@@ -59,6 +59,8 @@ class AttentionSpec:
     are (``"half"``, as in LLaMA), or neighbours (``"interleaved"``, as in GPT-J)."""
     rotary_dims: tuple[int, ...] = ()
     """Per key head, how many channels are rotated: the first ones."""
+    gated: bool = False
+    """Whether Q's projection also makes a gate for every channel that O reads (as in Qwen3-Next)."""
 
     @classmethod
     def of(cls, name: str, *, heads: int, head_dim: int, d_model: int, **facts: Any) -> AttentionSpec:
@@ -159,12 +161,13 @@ class AttentionSpec:
         q, k, v, o = self.bias
         biases = self.layout.channels("q") * q + sum(self.qk_dims) * (k + self.bias_kv)
         biases += sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
-        return sum(self.weights(projection) for projection in PROJECTIONS) + biases
+        gates = self.layout.channels("o") * (self.q_in + q) * self.gated
+        return sum(self.weights(projection) for projection in PROJECTIONS) + biases + gates
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
         """Multiply-adds for one sequence: ``tokens`` queries against ``keys`` keys (default: the same number)."""
         keys = tokens if keys is None else keys
-        per_query = self.weights("q") + self.weights("o")
+        per_query = self.weights("q") + self.weights("o") + self.layout.channels("o") * self.q_in * self.gated
         per_key = self.weights("k") + self.weights("v")
         products = self.layout.channels("q") + self.layout.channels("o")
         return tokens * per_query + keys * per_key + tokens * keys * products
@@ -216,12 +219,14 @@ class AttentionSpec:
         return f"{self.heads} heads{shared} of {inside}, d_model {self.d_model}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; what most attention does not have (groups, rotary pairs) is left out there."""
+        """A JSON-ready mapping; what most attention does not have (groups, rotary pairs, gates) is left out there."""
         found = fields.to_dict(self)
         if self.heads == self.kv_heads:
             del found["groups"]
         if self.rotary == "none":
             del found["rotary"], found["rotary_dims"]
+        if not self.gated:
+            del found["gated"]
         return found
 
     @classmethod
@@ -231,7 +236,7 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        usual = {"groups": [], "rotary": "none", "rotary_dims": []}
+        usual = {"groups": [], "rotary": "none", "rotary_dims": [], "gated": False}
         found = fields.checked(cls, {**usual, **raw} if isinstance(raw, dict) else raw, where)
         heads = len(found["qk_dims"])
         fields.integer(f"{where}: heads by vo_dims", len(found["vo_dims"]), low=heads, high=heads)

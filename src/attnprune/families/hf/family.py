@@ -42,9 +42,8 @@ class HFEncoderAdapter(Adapter):
 
     def _of(self, name: str, module: nn.Module, o: nn.Module | None) -> AttentionView:
         parts = {**parts_of(module), "o": o}
-        part = "q" if "q" in parts else "o"
-        channels = size_of(parts[part])[part == "o"] if is_linear(parts[part]) else 0
-        return self.of_linears(name, module, heads=heads_of(module, channels), scale=_scale(module), **parts)
+        channels = [size_of(parts[p])[p == "o"] for p in ("q", "o") if is_linear(parts.get(p))]
+        return self.of_linears(name, module, heads=heads_of(module, _queries(*channels)), scale=_scale(module), **parts)
 
     def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
         host = host_class(view.module)
@@ -115,15 +114,21 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
 
     @staticmethod
     def _halves(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-        """The module that splits heads and its sibling's ``dense``."""
+        """The module that splits heads, and O: its sibling's ``dense``, or a sibling itself."""
         if not 2 <= len(module._modules) <= 4:
             return None
         children = list(module.children())
         inner = [child for child in children if _splits(child) and output_of(child) is None]
         outer = [child.dense for child in children if is_linear(getattr(child, "dense", None))]
+        outer += [child for child in children if is_linear(child) and child is output_of(module)]
         if len(inner) != 1 or len(outer) != 1:
             return None
         return inner[0], outer[0]  # type: ignore[return-value]
+
+
+def _queries(first: int = 0, read: int = 0) -> int:
+    """Channels of Q, whose projection may also hold a gate of everything that O reads."""
+    return read if first == 2 * read else first
 
 
 def _splits(module: nn.Module) -> bool:
