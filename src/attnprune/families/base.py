@@ -358,7 +358,7 @@ class Adapter(ABC):
 
     def calls(self, view: AttentionView) -> Sequence[Call]:
         """Ways to call the view's host that show all it does, the plainest first; by default by its arguments' names.
-        What the host refuses is left out; where an argument is in no call, no forward of ours fits, as nobody knows it."""
+        What the host refuses is left out; where no call gives an argument, no forward of ours fits: nobody knows it."""
         return calls_of(view.top, view.spec)
 
     def small(self, view: AttentionView) -> Small:
