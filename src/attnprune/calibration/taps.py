@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, NonFiniteError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.rotary import Turning, rotated_keys
 from ..surgery import as_called, check_views
 from .batches import batches, device_of, forward
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
 from .processes import agree
 from .quiet import undisturbed
+
+QUERIES = 4
+"""How many queries of a sequence, evenly spread, look at its rotated keys."""
 
 
 def calibrate(
@@ -120,6 +124,8 @@ class _Tap:
         self.view, self.across_heads = view, across_heads
         self.extra = view.constant_keys
         self.mask: Tensor | None = None
+        self.turning: Turning | None = None
+        self.relative = False
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         buckets = view.spec.layout.buckets
         self.q = [Running(len(b.heads), b.qk_dim) for b in buckets]
@@ -131,7 +137,7 @@ class _Tap:
     def moments(self) -> LayerMoments:
         """What was heard."""
         q, k, c = (tuple(one.moments() for one in parts) for parts in (self.q, self.k, self.c))
-        return LayerMoments(self.view.spec, q, k, c)
+        return LayerMoments(self.view.spec, q, k, c, self.relative)
 
     def listen(self, hooks: ExitStack) -> None:
         handles = [
@@ -145,7 +151,7 @@ class _Tap:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen.clear()
-        self.mask = self.view.attended(args, kwargs)
+        self.mask, self.turning = self.view.attended(args, kwargs), self.view.turning(args, kwargs)
 
     def _keep(self, projection: str) -> Any:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -171,6 +177,9 @@ class _Tap:
                 if _same(q_input, self.seen["k"][0]):  # of a padded token, the query is padding too
                     real_queries = real_queries & real_keys
         self.seen.clear()
+        if self.turning is not None and keys is not None and len(self.turning.cos[0]) == keys.shape[1]:
+            self._add_rotated(keys, self.turning)
+            keys = None
         for i, b in enumerate(self.view.spec.layout.buckets):
             self.q[i].add(_tokens(queries[..., b.qk_start : b.qk_stop], len(b.heads), real_queries))
             if keys is not None:
@@ -194,6 +203,34 @@ class _Tap:
         keys = keys.masked_fill(~real[..., None], 0)
         mean = keys.sum(1, keepdim=True) / real.sum(1)[:, None, None].clamp_min(1)
         running.add(_tokens(keys - mean, heads, real))
+
+    def _add_rotated(self, keys: Tensor, turning: Turning) -> None:
+        """Keys ``(batch, tokens, channels)`` as some queries see them, rotated by the difference of the two places:
+        deviations from the mean of the keys that a query may attend to, near ones counting for more."""
+        self.relative, layout = True, self.view.spec.layout
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cos, sin = turning.cos.to(keys), turning.sin.to(keys)
+        tokens = keys.shape[1]
+        turned = rotated_keys(keys, cos, sin, layout, turning.pairs)
+        causal = self.mask is None and getattr(self.view.module, "is_causal", False)
+        for place in dict.fromkeys((i + 1) * tokens // QUERIES - 1 for i in range(QUERIES)):
+            if place < 0:
+                continue
+            here = slice(place, place + 1)
+            seen = rotated_keys(turned, cos[:, here], -sin[:, here], layout, turning.pairs)
+            real = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+            if causal:
+                real[:, place + 1 :] = False
+            elif self.mask is not None:
+                rows = self.mask.any(1)[..., -tokens:]
+                real &= rows[:, min(place, rows.shape[1] - 1)]
+            weights = real / (1.0 + (torch.arange(tokens, device=keys.device) - place).abs())
+            weights *= (real.sum(1) / weights.sum(1).clamp_min(1e-9))[:, None]  # they count as many as they are
+            mean = (weights[..., None] * seen).sum(1, keepdim=True) / weights.sum(1).clamp_min(1)[:, None, None]
+            apart = (seen - mean) * weights.sqrt()[..., None]
+            for running, b in zip(self.k, layout.buckets, strict=True):
+                own = apart[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
+                running.add(_tokens(own, len(b.keys), real))
 
     def check(self, number: int) -> None:
         """Raises if a batch brought NaN or infinity."""

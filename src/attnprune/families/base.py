@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..nn import Decoupled, decoupled_class, host_class
 from ..nn.decoupled import State
 from ..nn.expanded import Read
+from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
@@ -224,6 +225,10 @@ class AttentionView:
         """Which keys each query may attend to in a call of the module (:meth:`Adapter.attended`)."""
         return self.adapter.attended(self, args, kwargs)
 
+    def turning(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        """How queries and keys are rotated in a call of the module (:meth:`Adapter.turning`)."""
+        return self.adapter.turning(self, args, kwargs)
+
     @property
     def constant_keys(self) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes."""
@@ -339,25 +344,21 @@ class Adapter(ABC):
         """Which keys each query may attend to, ``(batch, heads, queries, keys)`` bool, any but the last may be 1.
 
         Calibration leaves out tokens that nobody attends to. None: all. The default reads ``attention_mask``: bool
-        (True attends), additive, or 0 and 1 per key.
-
-        Args:
-            view: the module whose forward is about to run.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
+        (True attends), additive, or 0 and 1 per key. Arguments are those of a call that is about to run.
         """
         return linears.attended(view.name, view.module, args, kwargs)
+
+    def turning(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        """How a call that is about to run rotates queries and keys, if that is all before their product; or None."""
+        return None
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""
         return None
 
     def calls(self, view: AttentionView) -> Sequence[Call]:
-        """Ways to call the view's host that show all it does; the default goes by the names of its arguments.
-
-        The first is the plainest. What the host refuses is left out; an argument that no call gives makes a forward of
-        ours unfit, as nobody knows what the host does with it.
-        """
+        """Ways to call the view's host that show all it does, the plainest first; by default by its arguments' names.
+        What the host refuses is left out; where no call gives an argument, no forward of ours fits: nobody knows it."""
         return calls_of(view.top, view.spec)
 
     def small(self, view: AttentionView) -> Small:

@@ -89,7 +89,9 @@ def _bases(
             moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress)
         else:
             moments = {view.name: white_moments(view) for view in views}
-    bases = {view.name: head_bases(view, moments[view.name], method.rotated) for view in views if moments}
+    bases = {
+        view.name: head_bases(view, moments[view.name], method.rotated, method.refits) for view in views if moments
+    }
     return replace(evidence, data=data), moments, bases
 
 
@@ -107,7 +109,8 @@ def _scores(
         return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
     if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
-        return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+        found = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+        return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
     chosen = resolve(method.scorer, has_data=data is not None, seed=method.seed)
     if not method.named and loss_fn is None:
         loss_fn = loss_with_or_without_labels(method.seed)
@@ -120,6 +123,22 @@ def in_bases(model: nn.Module, views: Sequence[AttentionView], bases: Mapping[st
     """Inside the block every head runs in another basis, at full rank: the same function, other channels."""
     with masked_views(model, views, Plan(tuple(bases[view.name].layer(_maps_dtype(view)) for view in views))):
         yield
+
+
+def in_turn(bases: HeadBases, scores: Scores) -> Scores:
+    """The scores, those of rotary pairs for what each loses when its turn to go comes.
+
+    A gate tells what closing a pair alone does; others may make up for it, or need it once more have gone. So gates say
+    what a loss of logits costs in a head, and the losses are those of :func:`refitted_losses`.
+    """
+    if "qk" not in bases.alone:
+        return scores
+    qk = scores.qk.clone()
+    for row, basis, alone in zip(qk, bases.by_kind["qk"], bases.alone["qk"], strict=True):
+        own, total = row[: len(alone)], float(alone.sum())
+        if total > 0:
+            own.copy_(basis.energy * (float(own.sum()) / total))
+    return replace(scores, qk=qk)
 
 
 def energy_scores(bases: HeadBases) -> Scores:

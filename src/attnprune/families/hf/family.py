@@ -6,16 +6,19 @@ run (:mod:`attnprune.families.proof`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn import Decoupled, host_class
 from ...nn.decoupled import forward_of
+from ...nn.rotary import Turning, pairs_of
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import is_linear, size_of
 from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, first, heads_of, output_of, parts_of, tells_heads
+from ..states import numbers_known
 from .forward import (
     HFClosedSelfAttention,
     HFCrossAttention,
@@ -62,6 +65,23 @@ class HFEncoderAdapter(Adapter):
             return (HFLegacySelfAttention,)
         named = (HFStaged,) if len(names) > 1 and names[1] != "attention_mask" else ()  # its order is another
         return (HFSelfAttention, HFClosedSelfAttention, *named)
+
+    def turning(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        mixin, state = view.mixin, view.state
+        if not any(view.spec.rotary_dims) or mixin is None or not issubclass(mixin, HFStaged):
+            return None
+        roles = roles_of(host_class(view.module))
+        if roles.norms and any(getattr(view.module, name, None) is not None for name in roles.norms):
+            return None
+        tables = {**dict(zip(roles.names, args, strict=False)), **kwargs}.get(roles.angles or "")
+        if not isinstance(tables, tuple) or len(tables) != 2 or not all(isinstance(x, Tensor) for x in tables):
+            return None
+        pairs = None if state is None else state.pairs
+        if pairs is None:
+            numbers = numbers_known(state, view.spec)["qk"]
+            pairs = pairs_of(view.spec.rotary, max(view.spec.rotary_dims), view.spec.rotary_dims, numbers)
+        cos, sin = tables
+        return Turning(cos, sin, pairs._replace(by_pair=mixin.by_pair))
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if _scale(view.module) is not None or not self.expresses(view, spec):
