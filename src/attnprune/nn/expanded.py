@@ -26,6 +26,10 @@ class Expanded(Decoupled):
     attnprune_index: Tensor
     """Where what is handed on comes from: a buffer, so that it moves along; no file holds it."""
 
+    def laid_out(self) -> dict[str, Any]:
+        """Which of the dense projection's channels are left."""
+        return {"channels": self.attnprune_channels, "width": self.attnprune_width}
+
     def extra_repr(self) -> str:
         """The host's own, and how many channels the host sees."""
         return f"{super().extra_repr()}, expanded to {self.attnprune_width}"
