@@ -17,6 +17,7 @@ from .errors import DataError, OptionError
 from .families.base import AttentionView
 from .families.looks import Skipped
 from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
+from .nn.kept import ordinary
 from .report.making import cache_of, measured, missed, notes_of, ways_of
 from .report.report import Report
 from .surgery import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
+@ordinary
 def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
     """The attention modules of a model, in the order of ``named_modules``.
 
@@ -55,6 +57,7 @@ def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
     return tuple(view.spec for view in find_views(plain(model)))
 
 
+@ordinary
 def make_plan(
     model: nn.Module,
     qkvo_ratios: RatiosLike | None = None,
@@ -141,6 +144,7 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     return Decided(agree(decided, digest=lambda plan: plan.digest), tuple(skipped), sample)
 
 
+@ordinary
 def apply_plan(
     model: nn.Module,
     plan: Plan,
@@ -272,6 +276,7 @@ def _averaged(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, AveragedModel) else model
 
 
+@ordinary
 def prune_attention(
     model: nn.Module,
     qkvo_ratios: RatiosLike | None = None,
@@ -344,6 +349,7 @@ def prune_attention(
     return commit()
 
 
+@ordinary
 def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     """The plan's effect without surgery: inside the block, what it removes is zero; on exit every value is back.
 

@@ -14,12 +14,14 @@ from .errors import UnknownUnitError
 from .families import find_views
 from .families.base import AttentionView
 from .families.registry import plain
+from .nn.kept import ordinary
 from .report.report import Report
 from .values.layer_plan import Channels, LayerPlan, make_layer
 from .values.layout import KINDS, Kind
 from .values.plan import Plan
 
 
+@ordinary
 def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> Report:
     """Removes the heads named, as ``model.prune_heads`` did in transformers 4.
 
@@ -47,6 +49,7 @@ def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> R
     return apply_plan(model, Plan(tuple(layers)))
 
 
+@ordinary
 def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, Sequence[Iterable[int]]]]) -> Report:
     """Removes the channels named.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, NonFiniteError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..surgery import as_called, check_views
 from .batches import batches, device_of, forward
 from .losses import LossFn
@@ -21,6 +22,7 @@ from .processes import agree
 from .quiet import undisturbed
 
 
+@ordinary
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],

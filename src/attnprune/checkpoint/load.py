@@ -10,6 +10,7 @@ from torch import nn
 from ..calibration.batches import device_named
 from ..errors import OptionError
 from ..families.registry import all_views, plain
+from ..nn.kept import ordinary
 from ..surgery import Surgeon
 from . import hf
 from .folder import foreign, refuse
@@ -22,6 +23,7 @@ from .tensors import Weights
 _ROOM = 1 << 26  # bytes of buffers that no file holds
 
 
+@ordinary
 def load_pruned(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,

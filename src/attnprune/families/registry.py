@@ -12,6 +12,7 @@ from warnings import warn
 from torch import nn
 
 from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError
+from ..nn.kept import ordinary
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
 from .linears import computes_linear
@@ -184,6 +185,7 @@ def sound_views(model: nn.Module) -> list[AttentionView]:
     return Survey(model).views
 
 
+@ordinary
 def skipped_attention(model: nn.Module, run: Run | None = None) -> tuple[Skipped, ...]:
     """What looks like attention and cannot be pruned, each with the reason.
 

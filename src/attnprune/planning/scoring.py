@@ -9,6 +9,7 @@ from torch import nn
 
 from ..calibration.processes import agree
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..surgery import check_views
 from ..values.faults import Faults
 from ..values.options import ScoreOptions
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
+@ordinary
 def score_attention(
     model: nn.Module,
     scorer: str | Scorer | Any = "auto",

@@ -105,6 +105,10 @@ def _check_parameter(where: str, slot: Slot, blank: bool, shards: bool) -> nn.Pa
     if kind is not nn.Parameter or not parameter.is_floating_point():
         found = f"a {kind.__name__} of {parameter.dtype}"
         raise QuantizedError(where, "a floating-point nn.Parameter", found, "prune first, then quantise")
+    if parameter.is_inference():
+        found = "one that was made in torch.inference_mode, and can never be trained"
+        remedy = "make the model outside of it, or a copy of it there: model = copy.deepcopy(model)"
+        raise WrappedModelError(where, "an ordinary parameter", found, remedy)
     return parameter
 
 

@@ -10,9 +10,11 @@ from torch import nn
 from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
 from ..nn import Decoupled
+from ..nn.kept import ordinary
 from . import check_views
 
 
+@ordinary
 def pack_qkv(
     model: nn.Module, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
 ) -> tuple[str, ...]:
@@ -56,6 +58,7 @@ def pack_qkv(
     return tuple(view.name for view in views)
 
 
+@ordinary
 def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
     """Undoes :func:`pack_qkv`: every weight has storage of its own again, bitwise the same.
 

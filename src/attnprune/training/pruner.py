@@ -16,6 +16,7 @@ from ..cost.rounding import auto_rounding
 from ..errors import DataError, OptionError, PlanMismatchError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..planning.costs import cost_now, table_for
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of
@@ -81,6 +82,7 @@ class AttentionPruner:
             several, it lists all of them.
     """
 
+    @ordinary
     def __init__(
         self,
         model: nn.Module,
@@ -171,6 +173,7 @@ class AttentionPruner:
 
     # observing
 
+    @ordinary
     def observe(self, *, scaler: Any = None) -> None:
         """Adds the gradients that the loop has just computed to the scores; costs no pass of its own.
 
@@ -202,6 +205,7 @@ class AttentionPruner:
 
     # pruning
 
+    @ordinary
     def step(
         self, optimizer: Any = None, scheduler: Any = None, *, averages: Iterable[nn.Module] = (),
         example_inputs: Any = None,
@@ -256,6 +260,7 @@ class AttentionPruner:
             _, commit = agree(prepared, digest=lambda both: both[0].digest)
         return commit()
 
+    @ordinary
     def next_plan(self) -> Plan:
         """What :meth:`step` would do now, without doing it: for a model that is sharded (FSDP2), say.
 
@@ -336,6 +341,7 @@ class AttentionPruner:
             "seen": {name: list(parts) for name, parts in self._seen.sums.items()},
         }
 
+    @ordinary
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Any = None, averages: Iterable[nn.Module] = ()
     ) -> None:
