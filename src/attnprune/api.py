@@ -26,6 +26,7 @@ from .surgery import (
     Surgeon,
     Verification,
     check_expressible,
+    check_held,
     check_views,
     commit_all,
     masked_views,
@@ -174,7 +175,7 @@ def apply_plan(
 
     Raises:
         PlanMismatchError: the plan was made for another model.
-        OptimizerStateError: the optimizer has state that cannot follow.
+        OptimizerStateError: the optimizer has state that cannot follow, or lacks what is pruned and trained.
         VerificationError: the result computes something else; it was put back.
         WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
 
@@ -228,7 +229,9 @@ def prepare_plan(
     copies = [plain(_averaged(one)) for one in averages]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
     entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
-    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers_of(optimizer)]
+    optimizers = optimizers_of(optimizer)
+    check_held(optimizers, surgeon.changes, model)
+    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers]
     notes = notes_of(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
@@ -303,7 +306,8 @@ def prune_attention(
             share the channels of a product and take equal ratios. In its place a ``target_...`` of the options.
         data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
             tensor is called ``model(x)``. Labels are needed only by scorers that take the gradient of a loss.
-        optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's.
+        optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's. Together they
+            hold all that is pruned and trained.
         averages: moving averages of the model, changed by the same plan.
         include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
         exclude: glob patterns of names to leave alone.

@@ -62,6 +62,19 @@ class ParamChange:
         change = self.map.squared if squared else self.map.dual
         return along(tensor, self.axis, self.places, change) / (self.gain**2 if squared else self.gain)
 
+    def move(self, tensor: Tensor) -> Tensor:
+        """What values in the place of the old parameter's (an average of it, say) are in the place of the new one's."""
+        if self.map is None:
+            return tensor + (self.new - self.old).detach()  # O's bias gained a vector
+        return along(tensor, self.axis, self.places, self.map) * self.gain
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The same for sizes of steps: weighted means, as far as channels are mixed, so that they stay positive."""
+        if self.map is None:
+            return tensor.clone()
+        size, whole = (along(x, self.axis, self.places, self.map.squared) for x in (tensor, torch.ones_like(tensor)))
+        return size / whole * abs(self.gain)
+
 
 def along(tensor: Tensor, axis: int, places: Sequence[int], change: Callable[[Tensor], Tensor]) -> Tensor:
     """Channels of a tensor, changed; owned and contiguous."""
