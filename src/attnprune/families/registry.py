@@ -11,7 +11,7 @@ from warnings import warn
 
 from torch import nn
 
-from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError
+from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError, ShardedError
 from ..nn.kept import ordinary
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
@@ -69,6 +69,7 @@ class Survey:
         trusted: Collection[str] = (),
         run: Run | None = None,
     ) -> None:
+        _check_partitioned(model)
         self.model = model
         self.views: list[AttentionView] = []
         self.errors: dict[str, AttnPruneError] = {}
@@ -153,6 +154,20 @@ def _plain(view: AttentionView) -> bool:
             return False
     parameters = [slot.owner._parameters.get(slot.name) for slot in view.slots.values()]
     return all(isinstance(one, nn.Parameter) and one.is_floating_point() for one in parameters)
+
+
+def _check_partitioned(model: nn.Module) -> None:
+    """Raises ShardedError where parameters lie in parts with other processes (DeepSpeed's ZeRO-3)."""
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", None)
+        if shape is not None and parameter.shape != shape:
+            raise ShardedError(
+                name,
+                f"a whole parameter of shape {tuple(shape)}",
+                f"one of shape {tuple(parameter.shape)}, partitioned by ZeRO-3",
+                "apply the plan before deepspeed.initialize; to plan alone, gather all parameters for a while "
+                "(deepspeed.zero.GatheredParameters)",
+            )
 
 
 def _tables(model: nn.Module) -> set[int]:

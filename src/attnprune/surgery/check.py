@@ -100,6 +100,9 @@ def _check_parameter(where: str, slot: Slot, blank: bool, shards: bool) -> nn.Pa
         raise ShardedError(
             where, "a whole parameter", f"a {kind.__name__}", "apply the plan before sharding, on the whole model"
         )
+    if hasattr(parameter, "ds_shape") and not shards:
+        remedy = "apply the plan before deepspeed.initialize"
+        raise ShardedError(where, "a parameter of the model alone", "one that ZeRO-3 partitions", remedy)
     if (parameter.is_meta and not blank) or "Uninitialized" in kind.__name__:
         raise MetaTensorError(where, "a parameter with data", f"one on {parameter.device}", "load the weights first")
     if kind is not nn.Parameter or not parameter.is_floating_point():
