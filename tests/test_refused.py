@@ -20,7 +20,7 @@ from attnprune import (
     save_pruned,
     score_attention,
 )
-from attnprune.errors import ShardedError
+from attnprune.errors import ParametrizedError, QuantizedError, ShardedError, WrappedModelError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -67,3 +67,92 @@ def test_partitioned_parameters(model: nn.Module, tmp_path: Any) -> None:
     assert make_plan(model, 0.5) == plan
     with pytest.raises(ShardedError, match=r"before deepspeed\.initialize"):
         apply_plan(model, plan)
+
+
+# parameters that are more, or less, than an nn.Parameter
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def attention(model: nn.Module) -> Any:
+    return model.get_submodule(find_attention(model)[0].name)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_parametrisation_on_a_pruned_module_itself(ragged: bool) -> None:
+    """It changes the class of what it is put on."""
+    heads = "ragged" if ragged else "uniform"
+    model = nn.MultiheadAttention(32, 4, batch_first=True, add_bias_kv=True)
+    prune_attention(model, 0.25, heads=heads)
+    x = torch.randn(2, 5, 32)
+    expected = model(x, x, x)[0]
+    nn.utils.parametrize.register_parametrization(model, "bias_k", Double())
+    with torch.no_grad():
+        model.parametrizations.bias_k.original.div_(2)
+    for call in (lambda: prune_attention(model, 0.25, heads=heads), lambda: prune_heads(model, {0: [0]})):
+        with pytest.raises(ParametrizedError, match=r"bias_k.*parametrizations\.bias_k"):
+            call()
+    torch.testing.assert_close(model(x, x, x)[0], expected)
+    nn.utils.parametrize.remove_parametrizations(model, "bias_k")  # the remedy
+    prune_attention(model, 0.25, heads=heads)
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "expanded"])
+def test_a_parametrisation_on_a_pruned_projection(kind: str) -> None:
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 4}
+    model: Any = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    name = "q"
+    if kind == "decoupled":
+        model, name = MODELS["ViT"](), "q_proj"
+    prune_attention(model, {"qk": 0.25})
+    nn.utils.parametrize.register_parametrization(getattr(attention(model), name), "weight", Double())
+    with pytest.raises(ParametrizedError, match=r"parametrizations\.weight"):
+        prune_attention(model, 0.25)
+    find_attention(model)
+
+
+class Mine(nn.Parameter):
+    pass
+
+
+class QuantTensor(nn.Parameter):
+    """Of a package that quantises."""
+
+    __module__ = "somequant.tensors"
+
+
+@pytest.mark.parametrize(("kind", "error"), [(Mine, WrappedModelError), (QuantTensor, QuantizedError)])
+def test_a_subclass_of_parameter(model: nn.Module, kind: Any, error: Any) -> None:
+    owner, name = next(
+        (module, key)
+        for module in attention(model).modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 2
+    )
+    owner._parameters[name] = kind(owner._parameters[name].detach())
+    with pytest.raises(error) as found:
+        prune_attention(model, 0.5)
+    assert type(found.value) is error
+    assert kind.__name__ in str(found.value)
+    owner._parameters[name] = nn.Parameter(owner._parameters[name].detach().as_subclass(torch.Tensor))  # the remedy
+    prune_attention(model, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_of_eight_bits(model: nn.Module, dtype: torch.dtype) -> None:
+    plan = make_plan(model, 0.5)
+    for module in attention(model).modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    calls: list[Callable[[], object]] = [
+        lambda: prune_attention(model, 0.5),
+        lambda: apply_plan(model, plan),
+        lambda: prune_heads(model, {0: [1]}),
+    ]
+    for call in calls:
+        with pytest.raises(QuantizedError, match="16 bits"):
+            call()

@@ -15,7 +15,7 @@ from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttention
 from ..nn.kept import ordinary
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
-from .linears import computes_linear
+from .linears import computable, computes_linear
 from .looks import Skipped, attending, looks_like
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
@@ -153,7 +153,7 @@ def _plain(view: AttentionView) -> bool:
         if "forward" in module.__dict__ or linear or tuner:
             return False
     parameters = [slot.owner._parameters.get(slot.name) for slot in view.slots.values()]
-    return all(isinstance(one, nn.Parameter) and one.is_floating_point() for one in parameters)
+    return all(computable(one) for one in parameters)
 
 
 def _check_partitioned(model: nn.Module) -> None:

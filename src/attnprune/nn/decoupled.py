@@ -93,6 +93,8 @@ class Decoupled(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if made_class(self) is not type(self):  # a class that something else made of ours
+            return super().__reduce_ex__(protocol)
         mixin, host = type(self).__bases__
         return _blank, (mixin, host), self.__dict__
 
@@ -134,9 +136,21 @@ def decoupled_class(mixin: type[Decoupled], host: type[nn.Module]) -> type[Any]:
     return _CLASSES[key]
 
 
+def made_class(module: nn.Module) -> type[Any] | None:
+    """The class that :func:`decoupled_class` made, also where parametrisations or FSDP2 made another one of it."""
+    return next((kind for kind in type(module).__mro__ if kind in _CLASSES.values()), None)
+
+
 def host_class(module: nn.Module) -> type[Any]:
     """The class that a module had before it was pruned."""
-    return type(module).__bases__[1] if isinstance(module, Decoupled) else type(module)
+    made = made_class(module) if isinstance(module, Decoupled) else None
+    return type(module) if made is None else made.__bases__[1]
+
+
+def mixin_class(module: nn.Module) -> type[Decoupled] | None:
+    """The class whose forward of ours a pruned module has."""
+    made = made_class(module)
+    return None if made is None else made.__bases__[0]
 
 
 def forward_of(host: type[Any]) -> Any:
