@@ -32,6 +32,7 @@ from .surgery import (
     masked_views,
     optimizers_of,
 )
+from .values.choices import Choices
 from .values.method import Method, check_one_of
 from .values.options import Options, YesNoAuto
 from .values.plan import Plan
@@ -45,8 +46,15 @@ if TYPE_CHECKING:
 
 
 @ordinary
-def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
-    """The attention modules of a model, in the order of ``named_modules``.
+def find_attention(
+    model: nn.Module, *, include: Choices | None = None, exclude: Choices | None = None
+) -> tuple[AttentionSpec, ...]:
+    """The attention modules of a model that can be pruned, in the order of ``named_modules``.
+
+    Args:
+        model: any module.
+        include: as in :func:`prune_attention`, and so ``exclude``; together they list what it would prune.
+        exclude: what to leave out.
 
     Raises:
         NoAttentionError: none of a known family; lists what looks like one.
@@ -55,7 +63,7 @@ def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
     >>> [spec.name for spec in find_attention(torch.nn.TransformerEncoderLayer(32, 4))]
     ['self_attn']
     """
-    return tuple(view.spec for view in find_views(plain(model)))
+    return tuple(view.spec for view in find_views(plain(model), include, exclude))
 
 
 @ordinary
@@ -64,8 +72,8 @@ def make_plan(
     qkvo_ratios: RatiosLike | None = None,
     *,
     data: Iterable[Any] | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     example_inputs: Any = None,
     verify: YesNoAuto = "auto",
     strict: bool = False,
@@ -287,8 +295,8 @@ def prune_attention(
     data: Iterable[Any] | None = None,
     optimizer: Any = None,
     averages: Iterable[nn.Module] = (),
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     example_inputs: Any = None,
     verify: YesNoAuto = "auto",
     strict: bool = False,
@@ -309,8 +317,9 @@ def prune_attention(
         optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's. Together they
             hold all that is pruned and trained.
         averages: moving averages of the model, changed by the same plan.
-        include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
-        exclude: glob patterns of names to leave alone.
+        include: only these attention modules are pruned, and ratios are of these: a glob pattern of names, a class, a
+            function of name and module, or a list of such. :func:`find_attention` lists what they mean.
+        exclude: what to leave alone, likewise.
         example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds. Budgets of latency and
             multiply-adds need it.
         verify: whether the pruned model is run against the dense one with what went at zero, before the call returns;

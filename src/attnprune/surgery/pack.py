@@ -11,13 +11,12 @@ from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
 from ..nn import Decoupled
 from ..nn.kept import ordinary
+from ..values.choices import Choices
 from . import check_views
 
 
 @ordinary
-def pack_qkv(
-    model: nn.Module, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-) -> tuple[str, ...]:
+def pack_qkv(model: nn.Module, *, include: Choices | None = None, exclude: Choices | None = None) -> tuple[str, ...]:
     """Lays the weights of Q, K and V of every self-attention side by side, so that one matrix product serves all three.
 
     Worth it where a call costs as much as its work: few tokens, narrow models, GPUs at small batches. Names, values and
@@ -28,8 +27,8 @@ def pack_qkv(
     Args:
         model: pruned or not; attention of known families. ``nn.MultiheadAttention`` that was never pruned is packed
             already, and attention whose queries and keys read different widths never is.
-        include: glob patterns of names; None: all.
-        exclude: glob patterns of names to leave alone.
+        include: glob patterns of names, classes, or functions of name and module; None: all.
+        exclude: what to leave alone.
 
     Returns:
         The names of what is packed.

@@ -21,6 +21,7 @@ from ..planning.costs import cost_now, table_for
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of
 from ..values.budget import Budget
+from ..values.choices import Choices
 from ..values.faults import Faults
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS
@@ -92,8 +93,8 @@ class AttentionPruner:
         schedule: Schedule = "geometric",
         steps: int = 10,
         data: Iterable[Any] | None = None,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        include: Choices | None = None,
+        exclude: Choices | None = None,
         example_inputs: Any = None,
         verify: YesNoAuto = "auto",
         strict: bool = False,
