@@ -20,7 +20,16 @@ from attnprune import (
     save_pruned,
     score_attention,
 )
-from attnprune.errors import ParametrizedError, QuantizedError, ShardedError, WrappedModelError
+from attnprune.errors import (
+    DataError,
+    ParametrizedError,
+    QuantizedError,
+    ShardedError,
+    TiedWeightsError,
+    WrappedModelError,
+)
+
+from .families import timm_module
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -156,3 +165,61 @@ def test_weights_of_eight_bits(model: nn.Module, dtype: torch.dtype) -> None:
     for call in calls:
         with pytest.raises(QuantizedError, match="16 bits"):
             call()
+
+
+# messages whose remedies work
+
+
+def swin() -> Any:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4
+    )
+    return transformers.SwinModel(config).eval()
+
+
+def davit() -> Any:
+    return timm_module("timm.models.davit").DaVit(depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4), num_classes=5)
+
+
+@pytest.mark.filterwarnings("ignore:Attention that is not pruned")
+@pytest.mark.parametrize(("make", "size"), [(swin, 32), (davit, 64)])
+def test_windows_of_samples(make: Any, size: int) -> None:
+    data = [torch.randn(2, 3, size, size) for _ in range(2)]
+    with pytest.raises(DataError, match="windows") as found:
+        prune_attention(make().eval(), 0.5, data=data, progress=False)
+    assert 'scorer="magnitude" with basis="rotated" and compensate=True' in str(found.value)
+    report = prune_attention(
+        make().eval(), 0.5, data=data, progress=False, scorer="magnitude", basis="rotated", compensate=True
+    )
+    assert report.verified is not None
+
+    def loss(model: Any, x: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        found: torch.Tensor = (out if isinstance(out, torch.Tensor) else out.pooler_output).square().mean()
+        return found
+
+    assert 'scorer="fisher" with a loss_fn' in str(found.value)
+    prune_attention(make().eval(), 0.5, data=data, progress=False, scorer="fisher", loss_fn=loss)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_tied_weights_name_both_users(model: nn.Module, rotated: bool) -> None:
+    """Where the weight is pruned, and who else uses it; not the same twice."""
+    owner, name = next(
+        (module, key)
+        for module in attention(model).modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 2
+    )
+    holder = nn.Module()
+    holder.pruned, holder.other = model, nn.Linear(32, 32)
+    holder.other.weight = owner._parameters[name]
+    batch = torch.randn(2, 3, 16, 16) if "ViT" in type(model).__name__ else torch.randint(0, 50, (2, 5))
+    batch = torch.randn(2, 5, 32) if isinstance(model, nn.TransformerEncoderLayer) else batch
+    holder.forward = lambda x: model(x)  # type: ignore[method-assign]
+    holder.eval()
+    data = [batch] if rotated else None
+    with pytest.raises(TiedWeightsError) as found:
+        prune_attention(holder, 0.5, data=data, progress=False)
+    assert found.value.where.startswith("pruned."), str(found.value)
+    assert "other.weight" in found.value.found

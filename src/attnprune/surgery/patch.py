@@ -103,11 +103,14 @@ class _Tensors:
     def __init__(self) -> None:
         self.changes: dict[int, list[tuple[ParamChange, Slot]]] = {}
         self.users: dict[int, set[tuple[int, str]]] = {}
+        self.first: dict[int, str] = {}
+        """Which projection asked for a parameter first."""
 
     def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float = 1.0) -> nn.Parameter:
         """The successor of the channels of a slot."""
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
+        self.first.setdefault(id(old), where)
         for known, other in self.changes.get(id(old), []):
             same = (slot.axis, [*slot.places]) == (other.axis, [*other.places])
             if same and known.gain == gain and known.map is not None and change.same(known.map):
@@ -145,6 +148,7 @@ class _Tensors:
                 where, "a bias of its own", "one that another projection uses too", "untie the biases (assign a clone)"
             )
         self.users.setdefault(id(old), set()).add((id(owner), "bias"))
+        self.first.setdefault(id(old), where)
         gained = mean_output(view, shift)
         new = _parameter(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
         slot = Slot(owner, "bias", len(old))
@@ -167,12 +171,13 @@ class _Tensors:
                 old = storage.get(_address(parameter)) if parameter.numel() else None
                 if old is None or (id(module), key) in self.users[old]:
                     continue
+                named = f"{name}.{key}" if name else key
                 if id(parameter) != old and id(parameter) in self.changes:
-                    found = "another parameter with the same storage"
+                    found = f"{named}, another parameter with the same storage"
                 else:
-                    found = f"{name}.{key} using it too"
+                    found = f"{named} using it too"
                 raise TiedWeightsError(
-                    f"{name}.{key}",
+                    self.first[old],
                     "a parameter that is pruned to be used by that attention only",
                     found,
                     "untie the weights (assign a clone), or exclude the layer that shares them",
