@@ -21,7 +21,10 @@ from attnprune import (
     score_attention,
 )
 from attnprune.errors import (
+    AttnPruneWarning,
     DataError,
+    ExportError,
+    NoAttentionError,
     ParametrizedError,
     QuantizedError,
     ShardedError,
@@ -223,3 +226,105 @@ def test_tied_weights_name_both_users(model: nn.Module, rotated: bool) -> None:
         prune_attention(holder, 0.5, data=data, progress=False)
     assert found.value.where.startswith("pruned."), str(found.value)
     assert "other.weight" in found.value.found
+
+
+# attention that is read by hand
+
+
+class ByHand(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a: Any = self.attention
+        separate = {}
+        if a.in_proj_weight is None:
+            weights = {f"{p}_proj_weight": getattr(a, f"{p}_proj_weight") for p in "qkv"}
+            separate = {"use_separate_proj_weight": True, **weights}
+        found: torch.Tensor = nn.functional.multi_head_attention_forward(
+            x, x, x, 32, 4, a.in_proj_weight, a.in_proj_bias, a.bias_k, a.bias_v, False, 0.0, a.out_proj.weight,
+            a.out_proj.bias, **separate,
+        )[0]  # fmt: skip
+        return found
+
+
+def product(attention: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, attention.in_proj_weight)
+
+
+class ByAFunction(ByHand):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(self.attention, x)
+
+
+class ByAMethod(ByHand):
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return (lambda y: y @ self.attention.in_proj_weight.T)(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.helper(x)
+
+
+class Started(nn.Module):
+    """Touches the weight before it is trained, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4)
+        self.start()
+
+    def start(self) -> None:
+        nn.init.normal_(self.attention.in_proj_weight, std=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+@pytest.mark.parametrize("make", [ByHand, ByAFunction, ByAMethod, lambda: ByHand(kdim=32, vdim=32, add_bias_kv=True)])
+def test_attention_that_is_read_by_hand(make: Any) -> None:
+    model, x = make().eval(), torch.randn(5, 2, 32)
+    model(x)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(NoAttentionError, match="reads its packed weight instead of calling it"):
+        prune_attention(model, 0.5)
+    whole = nn.ModuleDict({"hand": model, "called": nn.TransformerEncoderLayer(32, 4, 64)})
+    with pytest.warns(AttnPruneWarning, match=r"hand\.attention"):
+        report = prune_attention(whole, 0.5)
+    assert [layer.spec.name for layer in report.layers] == ["called.self_attn"]
+    assert [one.name for one in report.skipped] == ["hand.attention"]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model(x)
+
+
+@pytest.mark.parametrize(
+    "make", [Started, lambda: nn.TransformerEncoderLayer(32, 4, 64), lambda: nn.Transformer(32, 4, batch_first=True)]
+)
+def test_attention_that_is_called(make: Any) -> None:
+    prune_attention(make(), 0.5)
+
+
+# TorchScript
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("heads", ["uniform", "ragged"])
+@pytest.mark.parametrize("kind", ["multi-head attention", "timm", "T5, expanded"])
+def test_torch_script_is_refused_with_what_works(kind: str, heads: Any) -> None:
+    x: torch.Tensor = torch.randn(2, 5, 32)
+    if kind == "timm":
+        model: Any = timm_module("timm.models.vision_transformer").Attention(32, 4)
+    elif kind == "multi-head attention":
+        model = MODELS[kind]()
+    else:
+        sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 4}
+        model = transformers.T5EncoderModel(transformers.T5Config(**sizes, return_dict=False, use_cache=False))
+        x = torch.randint(0, 50, (2, 5))
+    model = model.eval()
+    prune_attention(model, {"qk": 0.5}, heads=heads)
+    with pytest.raises(ExportError, match=r"torch\.jit\.trace"):
+        torch.jit.script(model)
+    if kind != "T5, expanded":
+        with torch.no_grad():
+            torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))

@@ -17,6 +17,7 @@ from .base import Adapter, AttentionView
 from .expansion import expanded_view
 from .linears import computable, computes_linear
 from .looks import Skipped, attending, looks_like
+from .mha.readers import read_by_hand
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
 from .table import adapter_of, registered
@@ -74,13 +75,13 @@ class Survey:
         self.views: list[AttentionView] = []
         self.errors: dict[str, AttnPruneError] = {}
         """Attention of known families that is wrapped, quantised and so on."""
-        self.why: dict[str, str] = {}
+        self.why = read_by_hand(model)
         """By name, why a module of a known family is not prunable."""
         self._skipped: dict[bool, tuple[Skipped, ...]] = {}
         pending: list[AttentionView] = []
         tables = _tables(model)
         for found in _walk(model):
-            if only is not None and found.name not in only:
+            if (only is not None and found.name not in only) or found.name in self.why:
                 continue
             try:
                 view = found.view()

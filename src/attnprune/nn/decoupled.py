@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import StateDictError
+from ..errors import ExportError, StateDictError
 from ..values.layout import Bucket, HeadLayout
 
 
@@ -91,6 +91,14 @@ class Decoupled(nn.Module):
                 "give the model the same shape first: apply the plan that the other one was pruned by to a dense model",
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ExportError(
+            f"torch.jit.script: {type(self).__name__}",
+            "a forward in the part of Python that TorchScript knows",
+            "one of attnprune, whose heads may have any dims",
+            "use torch.jit.trace(model.eval(), inputs), torch.export or torch.compile",
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if made_class(self) is not type(self):  # a class that something else made of ours
