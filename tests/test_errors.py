@@ -718,9 +718,6 @@ CASES: dict[str, Case] = {
         lambda m: m.load_state_dict(mha(kdim=16).state_dict()),
         build=pruned(lambda: mha(kdim=16)),
     ),
-    "packed weight": wrong(
-        StateDictError, "in_proj_weight|q_proj.weight", lambda m: torch.sum(m.in_proj_weight), build=pruned(mha)
-    ),
 }
 for how in READERS:
     CASES |= {

@@ -51,7 +51,8 @@ def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, wh
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device; mappings, tuples and lists are followed."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        moved = batch.to(device)
+        return moved.clone() if moved.is_inference() else moved  # else no gradient can be taken through it
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, NonFiniteError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..nn.rotary import Turning, rotated_keys
 from ..surgery import as_called, check_views
+from ..values.choices import Choices
 from .batches import batches, device_of, forward
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
@@ -25,12 +27,13 @@ QUERIES = 4
 """How many queries of a sequence, evenly spread, look at its rotated keys."""
 
 
+@ordinary
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     loss_fn: LossFn | None = None,
     across_heads: bool = True,
     resume: Calibration | None = None,
@@ -44,8 +47,8 @@ def calibrate(
     Args:
         model: any module with attention of a known family; may have been pruned before.
         data: an iterable of batches, as :func:`attnprune.prune_attention` takes; labels are not needed.
-        include: glob patterns of names; only these attention modules are calibrated.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these are calibrated.
+        exclude: what to leave out.
         loss_fn: ``loss_fn(model, batch)``, for batches that the model cannot be called with; its result is not used.
         across_heads: also compare contexts of different heads, which a refit of O across heads needs. It takes
             ``(heads * vo_dim)^2`` numbers for an attention module instead of ``heads * vo_dim^2``.

@@ -13,6 +13,7 @@ from ..cost.counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
 from ..families.looks import Skipped
 from ..families.registry import Survey, all_views
+from ..nn.kept import ordinary
 from ..report.report import Report
 from ..surgery import Verified
 from ..values import fields
@@ -28,6 +29,7 @@ from .shapes import take_shapes
 from .source import Source
 
 
+@ordinary
 def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> nn.Module:
     """A Hugging Face model of a directory, its parameters on the meta device: shapes and classes, but no numbers.
 
@@ -65,6 +67,7 @@ class Overview(NamedTuple):
     """What looks like attention and cannot be pruned; of models of transformers."""
 
 
+@ordinary
 def overview(directory: str | os.PathLike[str]) -> Overview:
     """The class, attention and size of a model in a directory, of any kind; reads JSON and headers of weights.
 
@@ -83,6 +86,7 @@ def overview(directory: str | os.PathLike[str]) -> Overview:
     return Overview(manifest.model_class, tuple(one.spec for one in manifest.record.attention), size)
 
 
+@ordinary
 def read_report(directory: str | os.PathLike[str]) -> Report:
     """What was pruned from the model of a directory; for Hugging Face models, against the dense model of its config.
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..calibration.batches import device_named
 from ..errors import OptionError
 from ..families.registry import plain
+from ..nn.kept import ordinary
 from . import hf
 from .folder import foreign, refuse
 from .manifest import MANIFEST
@@ -22,6 +23,7 @@ from .tensors import Weights
 _ROOM = 1 << 26  # bytes of buffers that no file holds
 
 
+@ordinary
 def load_pruned(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,

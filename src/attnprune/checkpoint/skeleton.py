@@ -175,8 +175,8 @@ def check_buffers(model: nn.Module) -> None:
 
 
 def _filled(old: Tensor, tensor: Tensor) -> Tensor:
-    """A parameter or buffer with these values: the same object, unless it had no data."""
-    if not old.is_meta:
+    """A parameter or buffer with these values: the same object, unless it had no data or was made in inference mode."""
+    if not (old.is_meta or old.is_inference()):
         old.data = tensor
         return old
     return nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..nn import Decoupled, decoupled_class, host_class
-from ..nn.decoupled import State
+from ..nn.decoupled import State, mixin_class
 from ..nn.expanded import Read
 from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
@@ -197,7 +197,7 @@ class AttentionView:
     def mixin(self) -> type[Decoupled] | None:
         """The class with a forward of ours that runs, or may run, the module."""
         if isinstance(self.module, Decoupled):
-            return type(self.module).__bases__[0]
+            return mixin_class(self.module)
         known = self.verdict
         return next(iter(self.adapter.decoupled_for(self)), None) if known is None else known.decoupled
 

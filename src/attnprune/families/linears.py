@@ -234,6 +234,11 @@ def layout_of(heads: int, q: int, k: int, v: int, o: int) -> HeadLayout:
     return HeadLayout((dim,) * keys, (max(v // keys, 1),) * keys, (heads // keys,) * keys)
 
 
+def computable(parameter: Any) -> bool:
+    """Whether a parameter holds numbers to compute with: floating point, of 16 bits or more."""
+    return isinstance(parameter, nn.Parameter) and parameter.is_floating_point() and parameter.itemsize > 1
+
+
 def check_linear(where: str, module: Any) -> None:
     """Raises WrappedModelError unless a module has what a Linear has."""
     if not all(hasattr(module, key) for key in ("in_features", "out_features", "weight")) and not transposed(module):

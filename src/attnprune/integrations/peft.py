@@ -22,6 +22,7 @@ from ..nn.expanded import ExpandedColumns, ExpandedRows
 from ..surgery import check_views
 from ..training.blocks import find_blocks
 from ..training.distillation import teacher_loss
+from ..values.choices import Choices
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
@@ -35,16 +36,16 @@ def lora_targets(
     model: nn.Module,
     *,
     mlp: bool = True,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
 ) -> list[str]:
     """The names of a model's attention projections, and of the other Linears of their blocks: for ``LoraConfig``.
 
     Args:
         model: any module with attention of a known family, pruned or not.
         mlp: whether the blocks' other Linears are named too.
-        include: glob patterns of attention names; only these and their blocks.
-        exclude: glob patterns of attention names to leave out.
+        include: as in :func:`attnprune.prune_attention`; only these and their blocks.
+        exclude: what to leave out, likewise.
 
     >>> import attnprune
     >>> model = nn.TransformerEncoderLayer(32, 4, batch_first=True)
@@ -77,8 +78,8 @@ def lora_recover(
     never_worse: bool = True,
     loss_fn: LossFn | None = None,
     teacher: nn.Module | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
@@ -106,8 +107,8 @@ def lora_recover(
         loss_fn: ``loss_fn(model, batch) -> scalar``; None for the model's own loss.
         teacher: instead of labels, the output of this model (usually the dense one) is to be matched:
             ``loss_fn=attnprune.teacher_loss(teacher)``.
-        include: glob patterns of attention names; only these and their blocks.
-        exclude: glob patterns of attention names to leave out.
+        include: as in :func:`attnprune.prune_attention`; only these and their blocks.
+        exclude: what to leave out, likewise.
         seed: of the updates' start and of dropout; the global random state is left as found.
         progress: whether to show a progress bar.
 

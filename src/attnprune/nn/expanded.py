@@ -46,6 +46,10 @@ class Expanded(Decoupled):
         self.__dict__["_buffers"] = {**self._buffers, "attnprune_index": buffer}
         self.__dict__["_non_persistent_buffers_set"] = {*self._non_persistent_buffers_set, "attnprune_index"}
 
+    def laid_out(self) -> dict[str, Any]:
+        """Which of the dense projection's channels are left."""
+        return {"channels": self.attnprune_channels, "width": self.attnprune_width}
+
     def extra_repr(self) -> str:
         """The host's own, and how many channels the host sees."""
         return f"{super().extra_repr()}, expanded to {self.attnprune_width}"

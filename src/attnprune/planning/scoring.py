@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..calibration.processes import agree
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..surgery import check_views
+from ..values.choices import Choices
 from ..values.faults import Faults
 from ..values.options import ScoreOptions
 from ..values.request import Request
@@ -21,13 +23,14 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
+@ordinary
 def score_attention(
     model: nn.Module,
     scorer: str | Scorer | Any = "auto",
     *,
     data: Iterable[Any] | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     **options: Unpack[ScoreOptions],
 ) -> dict[str, Scores]:
     """How much every channel and every head matters: what :func:`attnprune.make_plan` with the same arguments goes by.
@@ -38,8 +41,8 @@ def score_attention(
         model: any module with attention of a known family; left exactly as found.
         scorer: as in :func:`attnprune.prune_attention`.
         data: an iterable of batches, for scorers and bases that need them.
-        include: glob patterns of names; only these attention modules are scored.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these are scored.
+        exclude: what to leave out.
         options: of :class:`attnprune.values.options.ScoreOptions`: ``basis`` (where heads are rotated, channels are
             directions, the one with the most energy first), ``split`` (with ``"auto"``, gates look at all data instead
             of 32 samples), ``calibration``, ``loss_fn``, ``seed`` and ``progress``.

@@ -61,6 +61,19 @@ class ParamChange:
         change = self.map.squared if squared else self.map.dual
         return along(tensor, self.axis, self.places, change) / (self.gain**2 if squared else self.gain)
 
+    def move(self, tensor: Tensor) -> Tensor:
+        """What values in the place of the old parameter's (an average of it, say) are in the place of the new one's."""
+        if self.map is None:
+            return tensor + (self.new - self.old).detach()  # O's bias gained a vector
+        return along(tensor, self.axis, self.places, self.map) * self.gain
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The same for sizes of steps: weighted means, as far as channels are mixed, so that they stay positive."""
+        if self.map is None:
+            return tensor.clone()
+        size, whole = (along(x, self.axis, self.places, self.map.squared) for x in (tensor, torch.ones_like(tensor)))
+        return size / whole * abs(self.gain)
+
 
 def along(tensor: Tensor, axis: int, places: Sequence[int], change: Callable[[Tensor], Tensor]) -> Tensor:
     """Channels of a tensor, changed; owned and contiguous."""
@@ -89,11 +102,14 @@ class _Tensors:
     def __init__(self) -> None:
         self.changes: dict[int, list[tuple[ParamChange, Slot]]] = {}
         self.users: dict[int, set[tuple[int, str]]] = {}
+        self.first: dict[int, str] = {}
+        """Which projection asked for a parameter first."""
 
     def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float = 1.0) -> nn.Parameter:
         """The successor of the channels of a slot."""
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
+        self.first.setdefault(id(old), where)
         for known, other in self.changes.get(id(old), []):
             same = (slot.axis, [*slot.places]) == (other.axis, [*other.places])
             if same and known.gain == gain and known.map is not None and change.same(known.map):
@@ -131,6 +147,7 @@ class _Tensors:
                 where, "a bias of its own", "one that another projection uses too", "untie the biases (assign a clone)"
             )
         self.users.setdefault(id(old), set()).add((id(owner), "bias"))
+        self.first.setdefault(id(old), where)
         gained = mean_output(view, shift)
         new = successor(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
         slot = Slot(owner, "bias", len(old))
@@ -153,12 +170,13 @@ class _Tensors:
                 old = storage.get(_address(parameter)) if parameter.numel() else None
                 if old is None or (id(module), key) in self.users[old]:
                     continue
+                named = f"{name}.{key}" if name else key
                 if id(parameter) != old and id(parameter) in self.changes:
-                    found = "another parameter with the same storage"
+                    found = f"{named}, another parameter with the same storage"
                 else:
-                    found = f"{name}.{key} using it too"
+                    found = f"{named} using it too"
                 raise TiedWeightsError(
-                    f"{name}.{key}",
+                    self.first[old],
                     "a parameter that is pruned to be used by that attention only",
                     found,
                     "untie the weights (assign a clone), or exclude the layer that shares them",

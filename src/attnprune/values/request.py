@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from ..errors import OptionError
 from .amount import TARGETS, Amount, MaxError, check_amount, parse_amount
 from .asked import Asked
 from .budget import Budget
+from .choices import Choice, Choices, read_choices
 from .faults import Faults
 from .method import Method, check_one_of
 from .options import Calibrated, Latencies, LossFn, YesNoAuto
@@ -69,9 +70,9 @@ class Request:
     method: Method = field(default_factory=Method)
     """As asked; :attr:`decided` says what ``"auto"`` means."""
     evidence: Evidence = field(default_factory=Evidence, compare=False, repr=False)
-    include: tuple[str, ...] | None = None
-    """Glob patterns of names; None: all."""
-    exclude: tuple[str, ...] | None = None
+    include: tuple[Choice, ...] | None = None
+    """Glob patterns of names, classes, or functions of name and module; None: all."""
+    exclude: tuple[Choice, ...] | None = None
     measure: YesNoAuto = "auto"
     verify: YesNoAuto = "auto"
     strict: bool = False
@@ -85,8 +86,8 @@ class Request:
         rules: Rules | Mapping[str, Any] | None = None,
         method: Method | Mapping[str, Any] | None = None,
         data: Iterable[Any] | None = None,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        include: Choices | None = None,
+        exclude: Choices | None = None,
         example_inputs: Any = None,
         verify: bool | Literal["auto"] = "auto",
         strict: bool = False,
@@ -117,7 +118,7 @@ class Request:
         parsed_method = faults.attempt(Method, **method_values)
         amount = faults.attempt(parse_amount, qkvo_ratios, {key: meant.get(key) for key in TARGETS})
         included, excluded = (
-            faults.attempt(_patterns, key, value) for key, value in (("include", include), ("exclude", exclude))
+            faults.attempt(read_choices, key, value) for key, value in (("include", include), ("exclude", exclude))
         )
         measure = meant.get("measure", "auto")
         for key, value, allowed in (
@@ -193,14 +194,6 @@ def _fields_of(
             found = f"{flat[key]!r}, and {said[key]!r} in {name}="
             faults.add(OptionError(key, "one value", found[:120], "give it in one place"))
     return said
-
-
-def _patterns(option: str, given: object) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    if not isinstance(given, (str, Sequence)):
-        raise OptionError(option, "a glob pattern or a list of them", repr(given), 'write "encoder.*"')
-    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _check_evidence(evidence: Evidence, faults: Faults) -> None:

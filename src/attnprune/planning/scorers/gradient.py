@@ -68,7 +68,8 @@ def sample_gradients(
                 f"data, batch {number}",
                 "the same number of samples, first, in every attention",
                 str(sorted(samples)),
-                "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
+                "where samples are cut into windows, take scores that ask for no samples: "
+                'scorer="magnitude" with basis="rotated" and compensate=True, or scorer="fisher" with a loss_fn',
             )
         seen.extend(samples)
 
