@@ -728,7 +728,9 @@ for how in READERS:
         f"{how}: mapping": scored(DataError, "iterable of batches|single batch|[batch]", {"input_values": X}, how),
         f"{how}: string": scored(DataError, "iterable of batches|'train'", "train", how),
         f"{how}: number": scored(DataError, "iterable of batches|5", 5, how),
-        f"{how}: three in a batch": scored(DataError, "mapping|pair|tensor|a tuple|loss_fn", [(X, X, X)], how),
+        f"{how}: three in a batch": scored(
+            DataError, "mapping|pair|forward(input_values|a tuple|loss_fn", [(X, X, X)], how
+        ),
         f"{how}: batch is a set": scored(DataError, "mapping|pair|tensor|a set|loss_fn", [{1, 2}], how),
         f"{how}: batch is None": scored(DataError, "mapping|pair|tensor|nonetype|loss_fn", [None], how),
     }

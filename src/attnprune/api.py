@@ -125,7 +125,7 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     from .planning.decide import decide
 
     model, rules, evidence = plain(model), request.rules, request.evidence
-    sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn)
+    sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn, evidence.output_fn)
     skipped: list[Skipped] = []
 
     def run() -> object:
@@ -335,7 +335,7 @@ def prune_attention(
         options: of :class:`attnprune.Options`, which says what each means: ``granularity``, ``scope``, ``heads``,
             ``split``, ``round_to``, ``min_heads``, ``min_channels``, ``match_dims``, ``stock``; ``scorer``, ``basis``,
             ``compensate``, ``sequential``, ``seed``; ``target_error``, ``target_latency``, ``target_macs``,
-            ``target_params``; ``calibration``, ``loss_fn``, ``latency``, ``measure``, ``progress``.
+            ``target_params``; ``calibration``, ``loss_fn``, ``output_fn``, ``latency``, ``measure``, ``progress``.
 
     Returns:
         What was asked and what was achieved. They differ by less than one unit of the granularity and rounding.

@@ -309,24 +309,29 @@ def attended(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mappin
     mask = bound.get("attention_mask", bound.get("kwargs", {}).get("attention_mask"))
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
         found = f"a tensor of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise DataError(
             f"{name}: attention_mask",
-            "a tensor (batch, keys) or (batch, heads, queries, keys)",
+            "a tensor (batch, keys), (batch, queries, keys) or (batch, heads, queries, keys)",
             found,
-            'calibrate with the "sdpa" or "eager" attention implementation',
+            'calibrate with the "sdpa" or "eager" attention implementation, or exclude= this layer',
         )
     return may_attend(mask)
 
 
 def may_attend(mask: Tensor) -> Tensor:
-    """A mask as bool ``(batch, heads, queries, keys)``, True attends; ``(batch, keys)`` serves all queries.
+    """A mask as bool ``(batch, heads, queries, keys)``, True attends; ``(batch, keys)`` serves all queries, and
+    ``(batch, queries, keys)`` all heads.
 
-    Floating-point masks are added to the logits: what they lower by half of the dtype's range or more is cut off.
+    Floating-point masks are added to the logits: what they lower by half of the dtype's range or more is cut off. Those
+    of ``(batch, keys)`` that have ones, and else nothing but zeros, are not added: there zero is cut off.
     """
-    if mask.is_floating_point() and mask.dim() == 4:
+    ones = mask.dim() == 2 and bool(((mask == 0) | (mask == 1)).all()) and bool(mask.any())
+    if mask.is_floating_point() and not ones:
         allowed = mask > torch.finfo(mask.dtype).min / 2
     else:
         allowed = mask.bool()
-    return allowed if allowed.dim() == 4 else allowed[:, None, None]
+    while allowed.dim() < 4:
+        allowed = allowed[:, None]
+    return allowed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..api import Decided, apply_plan, decided_by, plan_for, prepare_plan
 from ..calibration.processes import across_processes, active, agree, exchange
+from ..calibration.sample import Sample
 from ..cost.counting import count_parameters
 from ..cost.latency.table import LatencyTable
 from ..cost.rounding import auto_rounding
@@ -150,7 +152,9 @@ class AttentionPruner:
         return replace(self.request, amount=self.budget or Ratios(), method=method, evidence=evidence)
 
     def _views(self) -> list[AttentionView]:
-        return find_views(self.model, self.request.include, self.request.exclude)
+        sample = Sample(self.request.evidence.example_inputs, None)
+        run = partial(sample.quietly, self.model)
+        return find_views(self.model, self.request.include, self.request.exclude, run=run)
 
     @property
     def _together(self) -> bool:

@@ -13,7 +13,7 @@ from .budget import Budget
 from .choices import Choice, Choices, read_choices
 from .faults import Faults
 from .method import Method, check_one_of
-from .options import Calibrated, Latencies, LossFn, YesNoAuto
+from .options import Calibrated, Latencies, LossFn, OutputFn, YesNoAuto
 from .presets import preset_options
 from .ratios import Ratios
 from .rules import Rules
@@ -29,6 +29,7 @@ class Evidence:
     calibration: Any = None
     """An :class:`attnprune.Calibration`, or None."""
     loss_fn: LossFn | None = None
+    output_fn: OutputFn | None = None
     latency: Any = None
     """An :class:`attnprune.LatencyTable`, or None."""
     example_inputs: Any = None
@@ -42,7 +43,7 @@ class Evidence:
 
 _RULES = tuple(one.name for one in fields(Rules))
 _METHOD = tuple(one.name for one in fields(Method))
-_EVIDENCE = ("calibration", "loss_fn", "latency", "progress")
+_EVIDENCE = ("calibration", "loss_fn", "output_fn", "latency", "progress")
 OPTION_NAMES = frozenset((*_RULES, *_METHOD, *_EVIDENCE, *TARGETS, "measure"))
 """What :meth:`Request.parse` takes beyond its signature."""
 
@@ -128,8 +129,8 @@ class Request:
         ):
             faults.attempt(check_one_of, key, value, allowed)
         evidence = Evidence(
-            data, meant.get("calibration"), meant.get("loss_fn"), meant.get("latency"), example_inputs,
-            bool(meant.get("progress", True)),
+            data, meant.get("calibration"), meant.get("loss_fn"), meant.get("output_fn"), meant.get("latency"),
+            example_inputs, bool(meant.get("progress", True)),
         )  # fmt: skip
         _check_evidence(evidence, faults)
         if amount is not None and parsed_rules is not None:
@@ -206,9 +207,16 @@ def _check_evidence(evidence: Evidence, faults: Faults) -> None:
         value = getattr(evidence, key)
         if value is not None and not isinstance(value, kind):
             faults.add(OptionError(key, what, f"a {type(value).__name__}", remedy))
-    if evidence.loss_fn is not None and not callable(evidence.loss_fn):
-        found, remedy = f"a {type(evidence.loss_fn).__name__}", "write loss_fn(model, batch), which gives a scalar"
-        faults.add(OptionError("loss_fn", "a function", found, remedy))
+    functions = {
+        "loss_fn": "write loss_fn(model, batch), which gives a scalar",
+        "output_fn": "write output_fn(output), which gives tensors of it",
+    }
+    for key, remedy in functions.items():
+        value = getattr(evidence, key)
+        if value is not None and not callable(value):
+            faults.add(OptionError(key, "a function", f"a {type(value).__name__}", remedy))
+    if evidence.loss_fn is not None and evidence.output_fn is not None:
+        faults.add(OptionError("output_fn", "no loss_fn beside it", "both", "pick the tensors in loss_fn"))
 
 
 def _check_needs(amount: Amount | None, meant: Mapping[str, Any], evidence: Evidence, faults: Faults) -> None:
