@@ -327,3 +327,31 @@ def test_other_kinds_of_attention_are_called_by_name() -> None:
     assert why.keys() == {"sampled", "convolved"}  # a state space model does not attend
     assert why["sampled"].startswith("deformable attention")
     assert "convolutions" in why["convolved"]
+
+
+class Caching(Whole):
+    """Keeps what it computed of a parameter (LeViT), so that copying it as it stands fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases, self.kept = nn.Parameter(torch.randn(4, 5, 5)), {}  # type: ignore[var-annotated]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = hidden_states.shape[-2]
+        if tokens not in self.kept:
+            self.kept[tokens] = self.biases[:, :1, :1].expand(-1, tokens, tokens) * 1.5
+        q, k, v = (self.split(part(hidden_states)) for part in (self.query, self.key, self.value))
+        context = (0.3 * q @ k.mT + self.kept[tokens]).softmax(-1) @ v
+        return self.out_lin(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_a_host_that_keeps_what_it_computed() -> None:
+    """Found after a run as before it, and planning changes nothing."""
+    model, x = nn.Sequential(Caching()).double(), torch.randn(2, 5, 24).double()
+    expected = model(x)
+    plan = make_plan(model, 0.5, heads="ragged", scorer="random")
+    assert torch.equal(model(x), expected)
+    with masked(model, plan):
+        expected = model(x)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)

@@ -10,27 +10,31 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, NonFiniteError, OptionError
+from ..errors import CalibrationError, DataError, NonFiniteError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..nn.rotary import Turning, rotated_keys
 from ..surgery import as_called, check_views
+from ..values.choices import Choices
 from .batches import batches, device_of, forward
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
 from .processes import agree
 from .quiet import undisturbed
+from .sample import Sample
 
 QUERIES = 4
 """How many queries of a sequence, evenly spread, look at its rotated keys."""
 
 
+@ordinary
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     loss_fn: LossFn | None = None,
     across_heads: bool = True,
     resume: Calibration | None = None,
@@ -44,8 +48,8 @@ def calibrate(
     Args:
         model: any module with attention of a known family; may have been pruned before.
         data: an iterable of batches, as :func:`attnprune.prune_attention` takes; labels are not needed.
-        include: glob patterns of names; only these attention modules are calibrated.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these are calibrated.
+        exclude: what to leave out.
         loss_fn: ``loss_fn(model, batch)``, for batches that the model cannot be called with; its result is not used.
         across_heads: also compare contexts of different heads, which a refit of O across heads needs. It takes
             ``(heads * vo_dim)^2`` numbers for an attention module instead of ``heads * vo_dim^2``.
@@ -64,11 +68,12 @@ def calibrate(
     {'qk': 120.0, 'vo': 120.0}
     """
     model = plain(model)
+    sample = Sample(None, data, loss_fn)
 
     def seen() -> Calibration:
-        views = find_views(model, include, exclude)
+        views = find_views(model, include, exclude, run=lambda: sample.quietly(model))
         check_views(model, views)
-        return moments_of(model, views, data, loss_fn, across_heads, progress)
+        return moments_of(model, views, sample.data, loss_fn, across_heads, progress)
 
     found = agree(seen)
     if resume is None:
@@ -170,7 +175,9 @@ class _Tap:
             keys = _sequences(self.seen["k"][1])
         real_queries = real_keys = None
         if self.mask is not None:
-            mask = self.mask if keys is None else self.mask[..., -keys.shape[1] :]
+            queries, contexts = (_batch_first(x, self.mask) for x in (queries, contexts))
+            keys = None if keys is None else _batch_first(keys, self.mask)
+            mask = self._fitted(self.mask, queries.shape[:2], None if keys is None else keys.shape[1])
             real_queries = mask.any(-1).any(1).expand(queries.shape[:2])
             if keys is not None:
                 real_keys = mask.any(1).any(1).expand(keys.shape[:2])
@@ -189,6 +196,26 @@ class _Tap:
                 self.c[i].add(_tokens(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
         if self.across_heads:
             self.c[0].add(_tokens(contexts, 1, real_queries))
+
+    def _fitted(self, mask: Tensor, queries: Sequence[int], keys: int | None) -> Tensor:
+        """A mask for as many sequences and keys as there are; windows of a sample lie one after another, and masks of
+        windows are those of every sample."""
+        batch, _, rows, columns = mask.shape
+        if keys is not None and columns > keys:  # the others lie in a cache
+            mask, columns = mask[..., -keys:], keys
+        if batch > 1 and queries[0] % batch == 0:
+            mask = mask.repeat(queries[0] // batch, 1, 1, 1)
+        fits = len(mask) in (1, queries[0]) and rows in (1, queries[1]) and (keys is None or columns in (1, keys))
+        if fits:
+            return mask
+        if bool(mask.all()):  # it hides nothing
+            return mask.new_ones(1, 1, 1, 1)
+        raise DataError(
+            f"{self.view.name}: attention_mask",
+            f"a mask for {queries[0]} sequences of {queries[1]} queries{'' if keys is None else f' and {keys} keys'}",
+            f"one of shape {tuple(self.mask.shape) if self.mask is not None else ()}",
+            "calibrate on batches without padding, or exclude= this layer",
+        )
 
     def _add_keys(self, running: Running, keys: Tensor, start: int, heads: int, real: Tensor | None) -> None:
         """Deviations of keys ``(batch, tokens, channels)`` from the mean of their own sequence."""
@@ -255,6 +282,13 @@ def _tokens(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
     """``(count, heads, channels)`` from ``(batch, tokens, channels)``, tokens that are not real left out."""
     x = rearrange(x, "b t (h d) -> b t h d", h=heads)
     return x.flatten(0, 1) if real is None else x[real]
+
+
+def _batch_first(x: Tensor, mask: Tensor) -> Tensor:
+    """``(batch, tokens, channels)`` of what may be ``(tokens, batch, channels)``, as a mask ``(batch, heads, queries,
+    keys)`` tells."""
+    batch, tokens = mask.shape[0], mask.shape[-1]
+    return x.transpose(0, 1) if batch != tokens and x.shape[:2] == (tokens, batch) else x
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

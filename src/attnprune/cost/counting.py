@@ -60,8 +60,9 @@ Prices = Mapping[Kind, tuple[int, int]]
 
 
 def total(spec: AttentionSpec, prices: Prices) -> int:
-    """What all channels of an attention cost."""
-    sizes = {"qk": (spec.layout.channels("q"), sum(spec.qk_dims)), "vo": (spec.layout.channels("o"), sum(spec.vo_dims))}
+    """What all channels of an attention cost, those that Q has beside K's among them."""
+    of = spec.layout.channels
+    sizes = {"qk": (of("q") + of("x"), of("k")), "vo": (of("o"), of("v"))}
     return sum(sizes[kind][0] * outer + sizes[kind][1] * inner for kind, (outer, inner) in prices.items())
 
 

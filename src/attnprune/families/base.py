@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..nn import Decoupled, decoupled_class, host_class
-from ..nn.decoupled import State
+from ..nn.decoupled import State, mixin_class
 from ..nn.expanded import Read
 from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
@@ -20,7 +20,7 @@ from ..values.spec import AttentionSpec
 from . import linears
 from .calls import Call, calls_of
 from .linears import Small
-from .slots import SIDES, Port, Slot
+from .slots import FOLLOWS, Port, Slot
 from .states import Numbers, next_state, numbers_known, telling
 from .ways import EVERY, Verdict, Way
 
@@ -34,7 +34,7 @@ class AttentionView:
         module: the module whose forward splits heads.
         adapter: the module's family: who made the view, and who can give the module another shape.
         slots: where channels lie, by name: ``q.weight``, ``q.bias`` (if there is one), ``k.weight`` … ``o.weight``,
-            and whatever else runs along channels (:class:`torch.nn.MultiheadAttention`'s ``bias_k``, ``bias_v``).
+            ``x.weight`` (``q_extra``), and what runs along them besides (``bias_k`` of ``nn.MultiheadAttention``).
         kinds: for every slot, whose channels it follows: ``"qk"`` or ``"vo"``.
         host: the module that holds all four projections, where ``module`` does not; what is run to prove what it is.
         verdict: what running it showed; None for modules that were pruned before.
@@ -53,7 +53,7 @@ class AttentionView:
     orders: Mapping[str, Mapping[str, Slot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        usual = {name: KIND_OF[SIDES[part]] for name in self.slots if (part := name.split(".")[0]) in SIDES}
+        usual = {name: KIND_OF[FOLLOWS[part]] for name in self.slots if (part := name.split(".")[0]) in FOLLOWS}
         object.__setattr__(self, "kinds", {**usual, **self.kinds})
 
     @property
@@ -116,7 +116,7 @@ class AttentionView:
     def side(self, key: str) -> Projection:
         """The projection whose channels a slot follows: its own; what lies along qk or vo channels besides follows K or
         V."""
-        return SIDES.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
+        return FOLLOWS.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
 
     # modules
 
@@ -197,7 +197,7 @@ class AttentionView:
     def mixin(self) -> type[Decoupled] | None:
         """The class with a forward of ours that runs, or may run, the module."""
         if isinstance(self.module, Decoupled):
-            return type(self.module).__bases__[0]
+            return mixin_class(self.module)
         known = self.verdict
         return next(iter(self.adapter.decoupled_for(self)), None) if known is None else known.decoupled
 

@@ -11,7 +11,7 @@ from .linears import is_linear
 
 Q, K, V, O = (
     ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
-     "W_q", "q_head", "q_attn", "projection_query"),
+     "W_q", "q_head", "q_attn", "projection_query", "queries", "q_b_proj", "q_gate_proj"),
     ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
      "W_k", "k_head", "projection_key"),
     ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
@@ -21,8 +21,20 @@ Q, K, V, O = (
      "output", "out"),
 )  # fmt: skip
 QKV = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj", "in_proj_qkv",
-       "att_proj", "linear_qkv", "w_qkv")  # fmt: skip
-KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_value", "c_attn")
+       "att_proj", "linear_qkv", "w_qkv", "queries_keys_values")  # fmt: skip
+KV = (
+    "kv",
+    "to_kv",
+    "kv_proj",
+    "Wkv",
+    "wkv",
+    "linear_kv",
+    "kv_linear",
+    "key_value",
+    "c_attn",
+    "kv_b_proj",
+    "keys_values",
+)
 QK = ("qk", "to_qk", "qk_proj", "query_key")
 """What holds several of them in one."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",
@@ -47,12 +59,11 @@ def part_of(module: nn.Module, names: Sequence[str]) -> Any:
 
 
 def _inside(part: Any) -> Any:
-    """The one Linear of a module that holds nothing else to be trained (as one that clips what comes and goes)."""
+    """The one Linear of a module that does more with it: clips what comes and goes, norms over the batch."""
     if is_linear(part) or isinstance(part, (nn.Sequential, nn.ModuleList)):
         return part
     inner = [module for module in part.modules() if is_linear(module)]
-    owned = sum(len(module._parameters) for module in part.modules())
-    return inner[0] if len(inner) == 1 and owned == len(inner[0]._parameters) else part
+    return inner[0] if len(inner) == 1 else part
 
 
 def parts_of(module: nn.Module) -> dict[str, Any]:
@@ -89,6 +100,6 @@ def output_of(module: nn.Module) -> Any:
     """O: a child of one of its names, or the Linear in a Sequential of that name."""
     found = part_of(module, O)
     if isinstance(found, (nn.Sequential, nn.ModuleList)):
-        inner = [part for part in found if is_linear(part)]
+        inner = [part for part in map(_inside, found) if is_linear(part)]
         return inner[0] if len(inner) == 1 else None
     return found

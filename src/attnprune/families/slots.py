@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.expanded import Expanded
-from ..values.layout import Projection
+from ..values.layout import SIDES, Projection
 
-SIDES: Mapping[str, Projection] = {"q": "q", "k": "k", "v": "v", "o": "o", "g": "o"}
-"""By the first word of a slot's name, the projection whose channels it follows; ``g`` gates what O reads."""
+FOLLOWS: Mapping[str, Projection] = {**{side: side for side in SIDES}, "g": "o"}
+"""By the first word of a slot's name, whose channels it follows; ``g`` gates what O reads."""
 
 
 def gathered(tensor: Tensor) -> Tensor:

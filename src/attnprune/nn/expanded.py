@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .decoupled import Decoupled, decoupled_class, host_class
 
@@ -25,6 +26,29 @@ class Expanded(Decoupled):
     """Channels of the dense projection."""
     attnprune_index: Tensor
     """Where what is handed on comes from: a buffer, so that it moves along; no file holds it."""
+    attnprune_columns: bool
+    """Whether channels are what the projection reads (O)."""
+
+    def index(self) -> None:
+        """Makes the buffer (anew: loaders of others fill buffers that no file holds with anything)."""
+        channels, width = self.attnprune_channels, self.attnprune_width
+        if isinstance(self, ExpandedColumns):
+            index = list(channels)
+        else:
+            index = [len(channels)] * width
+            for place, channel in enumerate(channels):
+                index[channel] = place
+        device = next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
+        with torch.inference_mode(False):
+            where = torch.device("cpu") if device.type == "meta" else device
+            buffer = torch.tensor(index, dtype=torch.long, device=where)
+        # new containers, so that whoever kept the old ones can put them back
+        self.__dict__["_buffers"] = {**self._buffers, "attnprune_index": buffer}
+        self.__dict__["_non_persistent_buffers_set"] = {*self._non_persistent_buffers_set, "attnprune_index"}
+
+    def laid_out(self) -> dict[str, Any]:
+        """Which of the dense projection's channels are left."""
+        return {"channels": self.attnprune_channels, "width": self.attnprune_width}
 
     def extra_repr(self) -> str:
         """The host's own, and how many channels the host sees."""
@@ -34,19 +58,36 @@ class Expanded(Decoupled):
 class ExpandedRows(Expanded):
     """Q, K, V, or several of them in one: the output has the dense channels, zero where they went."""
 
+    attnprune_columns = False
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in the host class: ``(..., in)`` to ``(..., dense channels)``."""
-        compact: Tensor = super().forward(*args, **kwargs)
-        return F.pad(compact, (0, 1)).index_select(-1, self.attnprune_index)  # the last channel is the zero
+        return _spread(super().forward(*args, **kwargs), self.attnprune_index)
+
+    @staticmethod
+    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
+        """Makes another module of the compact channels hand on the dense ones, too."""
+        return module.register_forward_hook(lambda _, __, compact: _spread(compact, index))
 
 
 class ExpandedColumns(Expanded):
     """O: reads the channels that are left out of ``(..., dense channels)``."""
 
+    attnprune_columns = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As in the host class: ``(..., dense channels)`` to ``(..., out)``."""
         out: Tensor = super().forward(x.index_select(-1, self.attnprune_index), *args, **kwargs)
         return out
+
+    @staticmethod
+    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
+        """Makes another module of the compact channels read the dense ones, too."""
+        return module.register_forward_pre_hook(lambda _, given: (given[0].index_select(-1, index), *given[1:]))
+
+
+def _spread(compact: Tensor, index: Tensor) -> Tensor:
+    return F.pad(compact, (0, 1)).index_select(-1, index)  # the last channel is the zero
 
 
 class _Dense:
@@ -82,8 +123,6 @@ class Read(Expanded):
 
     attnprune_axis: int
     """The weight's dimension along which channels run."""
-    attnprune_columns: bool
-    """Whether channels are what the projection reads (O)."""
     attnprune_heard: bool
     """Set while calibration has to know whose weight it is that somebody read."""
     attnprune_bias: Tensor | None
@@ -102,22 +141,11 @@ def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bo
         columns: whether channels are what the projection reads (O), not what it writes.
         axis: of a host that reads the weight instead of calling the projection, its dimension along which channels run.
     """
-    device = next((p.device for p in owner.parameters(recurse=False)), None)
-    if columns and axis is None:
-        index = list(channels)
-    else:
-        index = [len(channels)] * width
-        for place, channel in enumerate(channels):
-            index[channel] = place
-    with torch.inference_mode(False):
-        where = torch.device("cpu") if device is None or device.type == "meta" else device
-        buffer = torch.tensor(index, dtype=torch.long, device=where)
-    # new containers, so that whoever kept the old ones can put them back
-    owner.__dict__["_buffers"] = {**owner._buffers, "attnprune_index": buffer}
-    owner.__dict__["_non_persistent_buffers_set"] = {*owner._non_persistent_buffers_set, "attnprune_index"}
+    kind: type[Expanded] = ExpandedColumns if columns else ExpandedRows
     owner.__dict__.update(attnprune_channels=tuple(channels), attnprune_width=width)
-    mixin: type[Expanded] = ExpandedColumns if columns else ExpandedRows
     if axis is not None:
         owner.__dict__.update(attnprune_axis=axis, attnprune_columns=columns)
-        mixin = Read
-    object.__setattr__(owner, "__class__", decoupled_class(mixin, host_class(owner)))
+        kind = Read
+    object.__setattr__(owner, "__class__", decoupled_class(kind, host_class(owner)))
+    assert isinstance(owner, Expanded)
+    owner.index()

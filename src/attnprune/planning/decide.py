@@ -28,6 +28,8 @@ from .allocate import allocate, check_request
 from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
 from .scorers import Gate, Scorer, resolve
+from .scorers.base import Evidence as Learned
+from .scorers.gradient import check_reached
 
 SAMPLES = 32
 """Samples that gate scores look at where the split is fixed; with ``split="auto"`` they look at all data."""
@@ -50,9 +52,11 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         check_budget(specs, costs, rules)
     evidence, moments, bases = _bases(model, views, method, request.evidence, isinstance(amount, MaxError))
     if isinstance(amount, MaxError):
+        _check_reached(views, moments)
         plan = allocate_error(specs, bases, amount.share, rules)
     else:
         chosen, scores = _scores(model, views, bases, method, rules, evidence)
+        _check_reached(views, moments)
         if isinstance(amount, Ratios):
             plan = allocate(specs, scores, amount, rules, chosen)
         else:
@@ -69,8 +73,15 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
     """The scores that :func:`decide` goes by."""
-    evidence, _, bases = _bases(model, views, request.decided, request.evidence)
-    return _scores(model, views, bases, request.decided, request.rules, evidence)[1]
+    evidence, moments, bases = _bases(model, views, request.decided, request.evidence)
+    _, scores = _scores(model, views, bases, request.decided, request.rules, evidence)
+    _check_reached(views, moments)
+    return scores
+
+
+def _check_reached(views: Sequence[AttentionView], moments: Mapping[str, LayerMoments]) -> None:
+    """Raises DataError if no data ran through some attention, once all else is right with them."""
+    check_reached({view.name: moments[view.name].tokens["vo"] for view in views if moments})
 
 
 def _bases(
@@ -104,18 +115,20 @@ def _scores(
     evidence: Evidence,
 ) -> tuple[str, dict[str, Scores]]:
     """The scorer's name and its scores, in the coordinates of these bases."""
-    data, loss_fn, progress = evidence.data, evidence.loss_fn, evidence.progress
-    if not method.named and method.needs_maps and data is None:
+    learned: Learned = {"data": evidence.data, "loss_fn": evidence.loss_fn, "progress": evidence.progress}
+    if evidence.output_fn is not None:
+        learned["output_fn"] = evidence.output_fn
+    if not method.named and method.needs_maps and evidence.data is None:
         return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
     if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
-        found = chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+        found = chosen.score(model, views, **learned)
         return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
-    chosen = resolve(method.scorer, has_data=data is not None, seed=method.seed)
-    if not method.named and loss_fn is None:
-        loss_fn = loss_with_or_without_labels(method.seed)
+    chosen = resolve(method.scorer, has_data=evidence.data is not None, seed=method.seed)
+    if not method.named and evidence.loss_fn is None:
+        learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
     with in_bases(model, views, bases) if method.rotated else nullcontext():
-        return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+        return chosen.name, chosen.score(model, views, **learned)
 
 
 @contextmanager

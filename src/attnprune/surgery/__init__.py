@@ -3,7 +3,7 @@
 from .called import as_called
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
-from .optimizer import Assignment, OptimizerPatch, Step, commit_all, optimizers_of
+from .optimizer import Assignment, OptimizerPatch, Step, check_held, commit_all, optimizers_of
 from .patch import ParamChange, ParamMap, Surgeon
 from .verify import Verification, Verified
 
@@ -19,6 +19,7 @@ __all__ = [
     "as_called",
     "check_expressible",
     "check_fit",
+    "check_held",
     "check_views",
     "commit_all",
     "masked_views",

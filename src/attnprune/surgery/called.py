@@ -27,7 +27,7 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
     same order.
     """
     packed = [view for view in views if not view.called]
-    before = Snapshot(packed)
+    before = Snapshot.below(packed)
     try:
         for view in packed:
             tensors = {key: _alias(slot) for key, slot in view.slots.items()}
