@@ -76,6 +76,7 @@ fuzz: $(STAMP)
 
 bench-streaming: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/large_llama.py
 
 paper-table: $(STAMP)
 	$(BIN)/python examples/keywords/generate.py paper_table_work --only train
