@@ -79,7 +79,7 @@ def byte_language_model(split: str, count: int, workdir: Path | None) -> Task:
 
     if workdir is None or not (workdir / "byte_lm.safetensors").exists():
         raise SystemExit("train the model first: python benchmarks/byte_lm.py WORKDIR, then pass --workdir WORKDIR")
-    text = byte_lm.corpus()
+    text = byte_lm.corpus(byte_lm.folders())
     measured = byte_lm.windows(text[split], 256, 1_000)
 
     def sample(seed: int) -> list[tuple[Tensor, Tensor]]:

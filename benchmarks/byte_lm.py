@@ -51,15 +51,20 @@ class ByteLM(nn.Module):
         return self.head(self.encoder(hidden, mask=mask, is_causal=True))
 
 
-def corpus() -> dict[str, Tensor]:
-    """The bytes of every split, uint8, files in the order of their paths."""
+def folders() -> dict[str, Path]:
+    """Where the text is, by the name that the paths of its files begin with: Python's library and some packages."""
     paths = sysconfig.get_paths()
+    library = Path(paths["stdlib"])
+    return {library.name: library} | {package: Path(paths["purelib"]) / package for package in PACKAGES}
+
+
+def corpus(folders: dict[str, Path], left_out: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The bytes of every split, uint8, files in the order of their paths, without folders named in ``left_out``."""
     found: dict[str, Path] = {}
-    roots = [Path(paths["stdlib"]), *(Path(paths["purelib"]) / package for package in PACKAGES)]
-    for root in roots:
-        for path in root.rglob("*"):
-            parts = path.relative_to(root.parent).parts
-            inside = "site-packages" in parts or "__pycache__" in parts
+    for name, folder in folders.items():
+        for path in folder.rglob("*"):
+            parts = (name, *path.relative_to(folder).parts)
+            inside = not {"site-packages", "__pycache__", *left_out}.isdisjoint(parts)
             if path.suffix in (".py", ".pyi", ".txt", ".rst", ".md") and not inside and path.is_file():
                 found["/".join(parts)] = path
     splits: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
@@ -97,7 +102,7 @@ def load(workdir: Path) -> ByteLM:
 def train(workdir: Path, minutes: float, seed: int) -> None:
     """AdamW in bfloat16 autocast; the learning rate follows the time that is used up."""
     torch.manual_seed(seed)
-    data = corpus()
+    data = corpus(folders())
     print({key: f"{len(part):,} bytes" for key, part in data.items()}, flush=True)
     model = ByteLM().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))

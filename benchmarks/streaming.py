@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,22 +47,28 @@ def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def held() -> int:
+    """Bytes that this process holds now; on Linux alone."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+
+
 def skeleton(folder: Path) -> torch.nn.Module:
     with torch.device("meta"):
         return hf.maker(hf.read_config(Folder.at(folder)))()
 
 
-def write_checkpoint(folder: Path, layers: int) -> int:
+def write_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> int:
     """A sharded checkpoint of transformers; returns its size in bytes."""
-    (folder / hf.CONFIG).write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
+    (folder / hf.CONFIG).write_text(json.dumps(config))
+    noise = (torch.randn((1 << 22) + 1, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
     def values(shape: tuple[int, ...]) -> Tensor:
         count = torch.Size(shape).numel()
         return noise.repeat(-(-count // len(noise)))[:count].reshape(shape)
 
     tensors = {name: tuple(place.tensor.shape) for name, place in places(skeleton(folder)).items()}
-    items = [Item(name, torch.float32, shape, lambda shape=shape: values(shape)) for name, shape in tensors.items()]
+    items = [Item(name, dtype, shape, lambda shape=shape: values(shape)) for name, shape in tensors.items()]
     runs, where = shards(items, SHARD), {}
     for i, run in enumerate(runs):
         name = f"model-{i + 1:05}-of-{len(runs):05}.safetensors"
@@ -113,7 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "dense").mkdir()
-        size = write_checkpoint(folder / "dense", args.layers)
+        size = write_checkpoint(folder / "dense", {**CONFIG, "num_hidden_layers": args.layers})
         print(f"checkpoint: {size / 1e9:.2f} GB in {len(list((folder / 'dense').glob('*.safetensors')))} files")
         for way in ("channels", "rotated"):
             (folder / "plan.json").write_text(plan_for(folder / "dense", way == "rotated").to_json())

@@ -480,6 +480,56 @@ class Decoder(HFFamily):
         return {"inputs_embeds": normal(generator, 2, 6, 24), "attention_mask": mask, "use_cache": False}
 
 
+class Rows:
+    """Some rows of a parameter, read and written like a tensor of their own."""
+
+    def __init__(self, whole: Tensor, places: list[int]) -> None:
+        self.whole, self.places = whole, torch.tensor(places)
+        self.shape = torch.Size([len(places), *whole.shape[1:]])
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return self.whole[self.places[rows]]
+
+    def __setitem__(self, rows: Any, values: Any) -> None:
+        self.whole[self.places[rows]] = values
+
+    def copy_(self, values: Tensor) -> None:
+        self[:] = values
+
+
+LATENT = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+          "num_key_value_heads": 4, "head_dim": 4, "first_k_dense_replace": 2, "moe_intermediate_size": 4}  # fmt: skip
+
+
+class Latent(Decoder):
+    """Multi-head latent attention: queries and keys meet in channels of their own and in rotary ones, whose keys all
+    heads share; K and V are one projection of a low rank."""
+
+    configs = (
+        {"kind": "DeepseekV3", "kernel": "sdpa"}, {"kind": "DeepseekV2", "kernel": "eager"},
+        {"kind": "DeepseekV3", "kernel": "eager", "q_lora_rank": None},
+        {"kind": "DeepseekV2", "kernel": "sdpa", "q_lora_rank": None, "attention_bias": True},
+    )  # fmt: skip
+
+    def build(self, kind: str, kernel: str, **config: Any) -> nn.Module:
+        return super().build(kind, kernel, **{**LATENT, **config})
+
+    def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
+        module: Any = model.get_submodule(name)
+        nope, rope, value = (LATENT[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+
+        def rows(linear: nn.Linear, before: int, own: int, after: int) -> Any:
+            starts = range(before, linear.out_features, before + own + after)
+            return Rows(read(linear.weight), [row for start in starts for row in range(start, start + own)]), None
+
+        q = module.q_proj if module.q_lora_rank is None else module.q_b_proj
+        o = module.o_proj
+        return {
+            "q": rows(q, 0, nope, rope), "k": rows(module.kv_b_proj, 0, nope, value),
+            "v": rows(module.kv_b_proj, nope, value, 0), "o": (read(o.weight), read(o.bias)),
+        }  # fmt: skip
+
+
 class Seq2Seq(HFFamily):
     """Self-attention and cross-attention by one class: BART, Whisper."""
 
@@ -519,6 +569,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         Timm,
         TimmAttention,
         Decoder,
+        Latent,
         Seq2Seq,
     )
 }

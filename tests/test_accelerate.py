@@ -79,7 +79,7 @@ def fresh_state() -> Any:
     GradientState._reset_state()
 
 
-@pytest.mark.parametrize("at", [2, 6, 10, 14])
+@pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.long) for at in (6, 10)), 14])
 def test_resuming_ends_bitwise_where_the_uninterrupted_run_does(tmp_path: Path, at: int) -> None:
     whole = Run()
     whole.train(0, at)

@@ -155,7 +155,8 @@ def test_what_is_refused() -> None:
     for call, error, words in (
         (lambda: distillation_loss(a, a, temperature=0), OptionError, "temperature"),
         (lambda: distillation_loss(a, a[:1]), DataError, r"shape \(1, 3\)"),
-        (lambda: distillation_loss({"logits": a}, a), DataError, "a dict"),
+        (lambda: distillation_loss({"loss": a}, a), DataError, "a dict with loss"),
+        (lambda: distillation_loss({"logits": a, "boxes": a}, a), DataError, "boxes"),
         (lambda: hidden_loss({}, {}), DataError, "same blocks"),
         (lambda: hidden_loss({"a": a}, {"a": a[:1]}), DataError, r"a: .*shape \(1, 3\)"),
         (lambda: teacher_loss(model, hidden=-1.0), OptionError, "hidden"),

@@ -718,9 +718,6 @@ CASES: dict[str, Case] = {
         lambda m: m.load_state_dict(mha(kdim=16).state_dict()),
         build=pruned(lambda: mha(kdim=16)),
     ),
-    "packed weight": wrong(
-        StateDictError, "in_proj_weight|q_proj.weight", lambda m: torch.sum(m.in_proj_weight), build=pruned(mha)
-    ),
 }
 for how in READERS:
     CASES |= {
@@ -731,7 +728,9 @@ for how in READERS:
         f"{how}: mapping": scored(DataError, "iterable of batches|single batch|[batch]", {"input_values": X}, how),
         f"{how}: string": scored(DataError, "iterable of batches|'train'", "train", how),
         f"{how}: number": scored(DataError, "iterable of batches|5", 5, how),
-        f"{how}: three in a batch": scored(DataError, "mapping|pair|tensor|a tuple|loss_fn", [(X, X, X)], how),
+        f"{how}: three in a batch": scored(
+            DataError, "mapping|pair|forward(input_values|a tuple|loss_fn", [(X, X, X)], how
+        ),
         f"{how}: batch is a set": scored(DataError, "mapping|pair|tensor|a set|loss_fn", [{1, 2}], how),
         f"{how}: batch is None": scored(DataError, "mapping|pair|tensor|nonetype|loss_fn", [None], how),
     }

@@ -21,6 +21,16 @@ def test_loop(capsys: Any, name: str) -> None:
     assert last < first
 
 
+def test_with_torch_pruning(capsys: Any) -> None:
+    runpy.run_path(str(EXAMPLES / "with_torch_pruning.py"))["main"]()
+    *lines, last = capsys.readouterr().out.splitlines()
+    for column in (-4, -2):
+        counts = [int(line.split()[column].replace(",", "")) for line in lines]
+        assert counts == sorted(counts, reverse=True)
+        assert len({*counts}) == 4
+    assert last == "loaded again, the same: True"
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own, with new versions of torch
 @pytest.mark.parametrize("name", ["lightning_fit", "hf_trainer"])
 def test_trainer(capsys: Any, name: str) -> None:

@@ -179,6 +179,50 @@ def test_rows_of_no_projection_stay(registered: Callable[..., None]) -> None:
     assert torch.equal(model.qkv.weight[-WIDTH:], gate)
 
 
+class Gates(nn.Module):
+    """Q's projection makes a gate for every channel that O reads; ``order`` says how both lie in it."""
+
+    def __init__(self, order: str, keys: int = 4) -> None:
+        super().__init__()
+        self.order, self.n_head = order, 4  # plain attributes tell hosts apart
+        self.q_proj, self.o_proj = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k_proj, self.v_proj = nn.Linear(WIDTH, keys * DIM), nn.Linear(WIDTH, keys * DIM, bias=False)
+        rows = torch.arange(2 * WIDTH).view([{"h": 4, "d": DIM}.get(word, 2) for word in order.split()])
+        q, g = rows.unbind(next(i for i, word in enumerate(order.split()) if len(word) == 2))
+        self.places = {"q": q.flatten().tolist(), "g": g.flatten().tolist()}
+        if "gq" in order:
+            self.places = {"q": self.places["g"], "g": self.places["q"]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, gate = (self.q_proj(x)[..., self.places[p]] for p in "qg")
+        q, k, v = (y.unflatten(-1, (-1, DIM)).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2) * gate.sigmoid())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("keys", [4, 2])
+@pytest.mark.parametrize("order", ["h qg d", "qg h d", "h gq d", "gq h d"])
+def test_gates_go_with_what_they_gate(order: str, keys: int) -> None:
+    model = randomised(nn.Sequential(Gates(order, keys)))
+    (view,) = all_views(model)
+    assert view.spec.gated
+    assert {p: list(view.slots[f"{p}.weight"].places) for p in "qg"} == model[0].places
+    assert view.spec.parameters == sum(p.numel() for p in model.parameters())
+    before = model[0].q_proj.weight.clone()
+    plan = make_plan(model, {"qk": 0, "vo": 0.5}, scorer="random")
+    assert set(view.fixed) == {"vo"}  # gates tell channels apart
+    exact(copy.deepcopy(model), lambda m: m(X))
+    data = [torch.randn(4, 5, WIDTH, dtype=torch.float64) for _ in range(3)]
+    total = sum(p.numel() for p in model.parameters())
+    report = prune_attention(model, data=data, target_params=0.5)
+    assert abs(sum(p.numel() for p in model.parameters()) / total - 0.5) < 0.08
+    assert report.attention_parameters[1] == sum(p.numel() for p in model.parameters())
+    assert attnprune.Plan.from_json(plan.to_json()) == plan
+    rows = {tuple(row.tolist()) for row in before[model[0].places["g"]]}
+    left = all_views(model)[0].slots["g.weight"]
+    assert all(tuple(row.tolist()) in rows for row in left.cut(left.values))  # picked, whatever becomes of O
+
+
 # hosts of transformers
 
 IDS = {"input_ids": torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(1))}
@@ -194,6 +238,18 @@ HOSTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Persimmon": ("PersimmonModel", {**SMALL, "intermediate_size": 48}, "h qkv d"),
     "Phi3": ("Phi3Model", {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}, "qkv h d"),
     "ModernBert": ("ModernBertModel", {**SMALL, **MODERN, "intermediate_size": 48}, "qkv h d"),
+    "Qwen3Next": (
+        "Qwen3NextModel",
+        {
+            **SMALL,
+            "intermediate_size": 48,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "mlp_only_layers": [0],
+            "layer_types": ["full_attention"],
+        },
+        "h qg d",
+    ),
     "OpenAIGPT": ("OpenAIGPTModel", {"vocab_size": 30, "n_embd": 32, "n_layer": 1, "n_head": 4}, "qkv h d"),
 }
 
@@ -211,7 +267,7 @@ def test_hosts_of_transformers(name: str, tmp_path: Path) -> None:
     assert view.verdict is not None
     assert view.verdict.order == order
     exact(model, hidden, example_inputs=IDS)
-    if name in ("GPTNeoX", "Phi3"):
+    if name in ("GPTNeoX", "Phi3", "Qwen3Next"):
         assert torch.equal(hidden(from_pretrained(save_pruned(model, tmp_path / name))), hidden(model))
 
 

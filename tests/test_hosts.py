@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnprune import apply_plan, load_pruned, make_plan, masked, save_pruned
+from attnprune import apply_plan, load_pruned, make_plan, masked, save_pruned, skipped_attention
 from attnprune.families.registry import Survey, all_views
 
 
@@ -199,3 +199,159 @@ def test_the_reason_is_that_of_the_attention_inside() -> None:
     (skipped,) = Survey(nn.Sequential(SelfAttention(Misplaced().double()))).skipped()
     assert skipped.name == "0.inner"
     assert "heads do not lie" in skipped.why
+
+
+class Clipping(nn.Module):
+    """A Linear inside a module that clips (Gemma 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.clamp(-9, 9)).clamp(-9, 9)  # type: ignore[no-any-return]
+
+
+class Clipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Clipping() for _ in range(4))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = (
+            part(hidden_states).unflatten(-1, (4, 6)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Sparse(Scaling):
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states)[0]
+
+
+class Sibling(nn.Module):
+    """O is a sibling of the module that splits heads (BigBird-Pegasus, LED)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output = Sparse(), nn.Linear(24, 24)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.output(self.self(hidden_states))  # type: ignore[no-any-return]
+
+
+class Grid(nn.Module):
+    """Takes rows and columns of patches (Segment Anything)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.qkv, self.proj = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch, height, width, _ = hidden_states.shape
+        q, k, v = self.qkv(hidden_states).reshape(batch, height * width, 3, 4, 6).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(out.reshape(batch, height, width, -1))  # type: ignore[no-any-return]
+
+
+class OnePack(nn.Module):
+    """Takes sequences one after the other as a batch of one (MiniCPM-V)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        q, k, v = (
+            part(hidden_states).unflatten(-1, (4, 6)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        lengths = cu_seqlens.diff().tolist()
+        parts = zip(*(y.split(lengths, 2) for y in (q, k, v)), strict=True)
+        return self.out_proj(
+            torch.cat([F.scaled_dot_product_attention(*p) for p in parts], 2).transpose(1, 2).flatten(2)
+        )  # type: ignore[no-any-return]
+
+
+GIVEN: dict[type[nn.Module], tuple[Any, ...]] = {
+    Clipped: (torch.randn(2, 5, 24).double(),),
+    Sibling: (torch.randn(2, 5, 24).double(),),
+    Grid: (torch.randn(2, 3, 4, 24).double(),),
+    OnePack: (torch.randn(1, 5, 24).double(), torch.tensor([0, 2, 5]), 3),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_habits_of_parts_and_inputs(kind: type[nn.Module], tmp_path: Path) -> None:
+    """Found without example inputs, exact, and read back."""
+    torch.manual_seed(0)
+    model, given = kind().double(), GIVEN[kind]
+    plan = make_plan(model, 0.5, heads="ragged", scorer="random")
+    with masked(model, plan):
+        expected = model(*given)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model(*given), expected, rtol=1e-10, atol=1e-10)
+    again = load_pruned(save_pruned(model, tmp_path / "pruned"), kind().double())
+    assert torch.equal(again(*given), model(*given))
+
+
+class ConvMixer(nn.Module):
+    """A state space model, whose parts have names of attention's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.in_proj, self.out_proj = 4, nn.Linear(24, 100), nn.Linear(48, 24)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.out_proj(self.in_proj(hidden_states)[..., :48])  # type: ignore[no-any-return]
+
+
+class SampledAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads, self.sampling_offsets, self.attention_weights = 4, nn.Linear(24, 8), nn.Linear(24, 8)
+
+
+class ConvAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Conv2d(24, 72, 1), nn.Conv2d(24, 24, 1)
+
+
+def test_other_kinds_of_attention_are_called_by_name() -> None:
+    model = nn.ModuleDict({"mixer": ConvMixer(), "sampled": SampledAttention(), "convolved": ConvAttention()})
+    why = {one.name: one.why for one in skipped_attention(model)}
+    assert why.keys() == {"sampled", "convolved"}  # a state space model does not attend
+    assert why["sampled"].startswith("deformable attention")
+    assert "convolutions" in why["convolved"]
+
+
+class Caching(Whole):
+    """Keeps what it computed of a parameter (LeViT), so that copying it as it stands fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases, self.kept = nn.Parameter(torch.randn(4, 5, 5)), {}  # type: ignore[var-annotated]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = hidden_states.shape[-2]
+        if tokens not in self.kept:
+            self.kept[tokens] = self.biases[:, :1, :1].expand(-1, tokens, tokens) * 1.5
+        q, k, v = (self.split(part(hidden_states)) for part in (self.query, self.key, self.value))
+        context = (0.3 * q @ k.mT + self.kept[tokens]).softmax(-1) @ v
+        return self.out_lin(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_a_host_that_keeps_what_it_computed() -> None:
+    """Found after a run as before it, and planning changes nothing."""
+    model, x = nn.Sequential(Caching()).double(), torch.randn(2, 5, 24).double()
+    expected = model(x)
+    plan = make_plan(model, 0.5, heads="ragged", scorer="random")
+    assert torch.equal(model(x), expected)
+    with masked(model, plan):
+        expected = model(x)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)

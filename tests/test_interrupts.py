@@ -72,7 +72,7 @@ def test_a_step_is_taken_whole_or_not_at_all() -> None:
     after = state(*taken)
     assert before[3]["steps_done"] == 0
     assert after[3]["steps_done"] == 1
-    often, seldom = (2, 41) if ALL else (5, 97)
+    often, seldom = (2, 41) if ALL else (7, 197)
     places = sorted({*range(1, lines, seldom), *range(lines - 120, lines + 1, often)})
     found = []
     for at in places:

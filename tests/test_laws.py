@@ -20,7 +20,7 @@ import attnprune
 from attnprune import AttentionSpec, Plan, Surgeon, apply_plan, find_attention, make_plan, masked
 from attnprune.families.registry import all_views
 from attnprune.values.layer_plan import make_layer
-from attnprune.values.layout import KINDS
+from attnprune.values.layout import KINDS, PROJECTIONS
 
 from .conformance import check_exact, close, family, forward_backward, fresh, inputs, random_plan
 from .families import FAMILIES
@@ -91,17 +91,20 @@ def test_shapes(name: str) -> None:
             layer = plan[view.name]
             if layer.empty:
                 continue
-            linears = view.linears
-            assert linears is not None
             after = layer.after
             key_of = [key for key, count in enumerate(after.groups) for _ in range(count)]
             q, o = (sum(dims[key] for key in key_of) for dims in (after.qk_dims, after.vo_dims))
             k, v = sum(after.qk_dims), sum(after.vo_dims)
             shapes = {"q": (q, view.spec.q_in), "k": (k, view.spec.k_in), "v": (v, view.spec.v_in)}
-            for p, linear in linears.items():
-                out_features, in_features = shapes.get(p, (view.spec.d_model, o))
-                assert linear.weight.shape == (out_features, in_features)
-                assert (linear.out_features, linear.in_features) == (out_features, in_features)
+            shapes["o"] = (view.spec.d_model, o)
+            linears: Any = {view.owner(p): p for p in PROJECTIONS}
+            for linear, p in linears.items():
+                rows = shapes[p][0]
+                if view.joint and p != "o":  # of several projections, in one
+                    rows = sum(s.size for key, s in view.slots.items() if s.owner is linear and "weight" in key)
+                    assert all(view.weight(p).shape == shapes[p] for p in PROJECTIONS[:3])
+                assert linear.weight.shape == (rows, shapes[p][1])
+                assert (linear.out_features, linear.in_features) == (rows, shapes[p][1])
                 for tensor in (linear.weight, linear.bias):
                     if tensor is not None:
                         assert tensor.is_contiguous()
@@ -301,14 +304,17 @@ def test_order(name: str) -> None:
 def permute(name: str, model: nn.Module, layer: str, spec: AttentionSpec, generator: torch.Generator) -> Any:
     """Shuffles key heads, and qk and vo channels inside each; returns which old one stands where. Channels that are
     rotated have places of their own."""
-    heads, dim, share = spec.kv_heads, spec.qk_dim, spec.heads // spec.kv_heads
+    heads, share = spec.kv_heads, spec.heads // spec.kv_heads
     head_order = torch.randperm(heads, generator=generator).tolist()
-    channels = {k: [torch.randperm(dim, generator=generator).tolist() for _ in range(heads)] for k in ("qk", "vo")}
+    channels = {
+        kind: [torch.randperm(spec.dims(kind)[0], generator=generator).tolist() for _ in range(heads)] for kind in KINDS
+    }
     if spec.rotary != "none":
-        channels["qk"] = [list(range(dim))] * heads
+        channels["qk"] = [list(range(spec.qk_dim))] * heads
     with torch.no_grad():
         for p, (weight, bias) in family(name).dense(model, layer).items():
             own = channels["qk" if p in "qk" else "vo"]
+            dim = len(own[0])
             of = 1 if p in "kv" else share
             index = [
                 (old * of + i) * dim + c for new, old in enumerate(head_order) for i in range(of) for c in own[new]

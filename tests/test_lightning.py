@@ -103,6 +103,7 @@ def fit(trainer: lightning.Trainer, module: Net, **options: Any) -> None:
     trainer.fit(module, batches(), batches(1), **options)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("unit", ["epochs", "steps"])
 @pytest.mark.parametrize("after_validation", [False, True])
 def test_resuming_ends_bitwise_where_the_uninterrupted_run_does(

@@ -180,7 +180,7 @@ def test_a_compiled_model_trains_on_after_every_step() -> None:
     assert run.pruner.steps_done == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"heads": "ragged", "split": "auto"}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.long), {"heads": "ragged", "split": "auto"}])
 def test_what_was_compiled_before_is_not_run_after(options: Any) -> None:
     model = build().eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from attnprune import prune_attention
+from attnprune import (
+    AttentionPruner,
+    calibrate,
+    load_pruned,
+    pack_qkv,
+    prune_attention,
+    prune_channels,
+    prune_heads,
+    save_pruned,
+    unpack_qkv,
+)
+from attnprune.errors import WrappedModelError
 from attnprune.nn import execution
 from attnprune.nn.kept import kept
 from attnprune.nn.policy import asked_once, forced
@@ -79,6 +93,98 @@ def test_inference_mode_leaves_nothing(how: Any) -> None:
         with torch.inference_mode():
             model(x)
         model(x).square().mean().backward()
+
+
+def bert() -> nn.Module:
+    config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.BertModel(transformers.BertConfig(**config, intermediate_size=16)).eval()
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 24, batch_first=True, dropout=0.0)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+
+
+def some(model: nn.Module) -> Tensor:
+    return torch.randn(2, 5, 32) if isinstance(model, nn.TransformerEncoder) else torch.randint(0, 50, (2, 5))
+
+
+def last(output: Any) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
+    return found
+
+
+def by_data(model: nn.Module, _: Path) -> None:
+    prune_attention(model, 0.5, data=[some(model) for _ in range(3)], split="auto", progress=False)
+
+
+def by_a_loss(model: nn.Module, _: Path) -> None:
+    data = [some(model) for _ in range(3)]
+    prune_attention(
+        model, 0.5, data=data, scorer="fisher", progress=False, loss_fn=lambda m, x: last(m(x))[..., 0].sum()
+    )
+
+
+def by_calibration(model: nn.Module, _: Path) -> None:
+    found = calibrate(model, [some(model) for _ in range(3)], progress=False)
+    with torch.inference_mode(False):
+        assert not any(value.is_inference() for value in found.state_dict().values())
+    prune_attention(model, 0.5, calibration=found)
+
+
+def by_hand(model: nn.Module, _: Path) -> None:
+    prune_heads(model, {0: [1]})
+    prune_channels(model, {0: {"qk": [[0], [], []]}})
+    assert pack_qkv(model) == unpack_qkv(model) == pack_qkv(model)
+
+
+def by_a_file(model: nn.Module, folder: Path) -> None:
+    with torch.inference_mode(False):
+        dense = copy.deepcopy(model)
+    prune_attention(model, 0.5, heads="ragged")
+    loaded = load_pruned(save_pruned(model, folder), dense)
+    model.__dict__.update(loaded.__dict__)
+
+
+def by_a_pruner(model: nn.Module, _: Path) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        optimizer = torch.optim.AdamW(model.parameters())
+        last(model(some(model))).sum().backward()
+        optimizer.step()
+        average = copy.deepcopy(model)
+    pruner = AttentionPruner(model, 0.5, steps=1)
+    pruner.observe()
+    pruner.step(optimizer, averages=[average])
+    assert not any(value.is_inference() for state in optimizer.state.values() for value in state.values())
+    assert not any(parameter.is_inference() for parameter in average.parameters())
+    with torch.inference_mode(False), torch.enable_grad():
+        last(model(some(model))).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", [by_data, by_a_loss, by_calibration, by_hand, by_a_file, by_a_pruner])
+@pytest.mark.parametrize("make", [encoder, bert])
+def test_what_is_made_in_inference_mode_can_be_trained(make: Any, way: Any, tmp_path: Path) -> None:
+    model = make()
+    with torch.inference_mode():
+        way(model, tmp_path)
+        assert torch.is_inference_mode_enabled()
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    last(model(some(model))).sum().backward()
+
+
+def test_a_model_that_can_never_be_trained_is_refused(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = encoder()
+        with pytest.raises(WrappedModelError, match="inference_mode"):
+            prune_attention(model, 0.5, data=[some(model)], progress=False)
+    folder = save_pruned(encoder(), tmp_path)
+    with torch.inference_mode():
+        loaded = load_pruned(folder, encoder())  # every value is a new one
+    loaded(some(model)).sum().backward()
+    model = copy.deepcopy(model)  # the remedy
+    prune_attention(model, 0.5, data=[some(model)], progress=False)
+    last(model(some(model))).sum().backward()
 
 
 def test_what_is_kept_belongs_to_no_mode() -> None:

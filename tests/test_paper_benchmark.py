@@ -42,7 +42,10 @@ def short(way: Any) -> Any:
     return way._replace(steps=(4, 7), recipe=way.recipe._replace(clips=36, batch=8))
 
 
-@pytest.mark.parametrize("name", ["PH-G-FI", "EH-L-MAG", "dense", "rotated, free; distilled", "EH-L-FI; all weights"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("PH-G-FI", "EH-L-MAG", "EH-L-FI; all weights")]
+
+
+@pytest.mark.parametrize("name", ["dense", "rotated, free; distilled", *LONG])
 def test_a_run_continues_where_it_was(protocol: Any, task: Any, name: str, tmp_path: Path) -> None:
     way = short(protocol.WAYS[name])
     said: list[str] = []

@@ -287,9 +287,10 @@ def refused(text: str | bytes) -> PlanFormatError:
 
 
 def test_wrong_values_everywhere() -> None:
+    """In ``make test`` every other value of each place, the others in the next."""
     count = 0
-    for path in PLACES:
-        for wrong in wrong_values(at(TREE, path)):
+    for number, path in enumerate(PLACES):
+        for wrong in [*wrong_values(at(TREE, path))][slice(None) if ALL else slice(number % 2, None, 2)]:
             if wrong is None and path in NULLABLE:
                 continue
             text = json.dumps(put(TREE, path, wrong))
@@ -298,7 +299,7 @@ def test_wrong_values_everywhere() -> None:
             except BaseException as error:
                 raise AssertionError(f"{'.'.join(map(str, path))} = {str(wrong)[:40]}") from error
             count += 1
-    assert count > 1000
+    assert count > (1000 if ALL else 500)
 
 
 @pytest.mark.parametrize("key", ["scale"])
@@ -327,7 +328,7 @@ def test_missing_extra_and_double_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 5),
+        (("version",), 6),
         (("version",), 0),
         (("format",), "attnprune.Plan"),
         (("asked", "ratios", "q"), 1.0),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -85,32 +84,35 @@ def check_readable(figure: Any) -> None:
     for text in texts:
         if text.get_visible() and text.get_text():
             assert text.get_fontsize() >= plots.SMALL, text
-            boxes.append((text, text.get_window_extent(renderer)))
-    edge = figure.bbox
-    for text, box in boxes:
-        assert edge.x0 - 1 <= box.x0 <= box.x1 <= edge.x1 + 1, text
-        assert edge.y0 - 1 <= box.y0 <= box.y1 <= edge.y1 + 1, text
-    boxes.sort(key=lambda one: one[1].y0)
-    for (one, a), (other, b) in combinations(boxes, 2):
-        if b.y0 >= a.y1:
-            continue
-        across = min(a.x1, b.x1) - max(a.x0, b.x0)
-        assert across <= 0.5 or min(a.y1, b.y1) - max(a.y0, b.y0) <= 1.5, (one, other)
+            boxes.append((text, text.get_window_extent(renderer).extents.tolist()))
+    left, bottom, right, top = figure.bbox.extents.tolist()
+    for text, (x0, y0, x1, y1) in boxes:
+        assert left - 1 <= x0 <= x1 <= right + 1, text
+        assert bottom - 1 <= y0 <= y1 <= top + 1, text
+    boxes.sort(key=lambda one: one[1][1])
+    for place, (one, (x0, y0, x1, y1)) in enumerate(boxes):
+        for other, (other_x0, other_y0, other_x1, other_y1) in boxes[place + 1 :]:
+            if other_y0 >= y1:
+                break  # and so are all that follow
+            across = min(x1, other_x1) - max(x0, other_x0)
+            assert across <= 0.5 or min(y1, other_y1) - max(y0, other_y0) <= 1.5, (one, other)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", ["small", "one", "base"])
 @pytest.mark.parametrize("picture", ["kept", "scores", "channels", "energy"])
 def test_every_picture_is_readable(picture: str, shape: str) -> None:
     check_readable(draw(picture, shape))
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.8])
+@pytest.mark.parametrize("spread", [0.0, pytest.param(0.05, marks=pytest.mark.long), 0.8])
 def test_scales_of_any_width_are_readable(spread: float) -> None:
     by_name = scores("small", spread)
     check_readable(plots.scores(by_name))
     check_readable(next(iter(by_name.values())).plot())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("picture", ["kept", "scores"])
 def test_pictures_of_deep_models_are_readable(picture: str) -> None:
     check_readable(draw(picture, "deep"))

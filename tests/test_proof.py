@@ -17,6 +17,8 @@ from attnprune import apply_plan, find_attention, make_plan, masked
 from attnprune.errors import AttnPruneError
 from attnprune.families.registry import Survey
 
+from .selection import examples
+
 CHANGES = {
     # where it goes, and what it is
     "values doubled": ("split", "v = v * 2"),
@@ -137,7 +139,7 @@ def outputs(model: nn.Module) -> list[Tensor]:
     return found
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(72))
 @given(
     changes=st.lists(st.sampled_from(sorted(CHANGES)), max_size=4, unique=True),
     ratios=st.sampled_from([0.5, {"qk": 0.5}, {"vo": 0.5}]),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+import attnprune
 from attnprune import AttentionPruner, Plan, apply_plan, find_attention, make_plan, prune_attention
 from attnprune.errors import DataError, OptimizerStateError, OptionError, PlanMismatchError
 from attnprune.planning.scorers import Fisher, Magnitude, Taylor
@@ -359,6 +360,7 @@ def test_scaled_gradients_are_unscaled_and_overflow_is_left_out() -> None:
     assert plans[0] == plans[1]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["linears", "packed", "mapped"])
 def test_resuming_gives_bitwise_the_same_end(kind: str, at: int) -> None:
@@ -473,6 +475,93 @@ def test_what_a_pruner_refuses() -> None:
     with pytest.raises(PlanMismatchError, match="layers"):
         AttentionPruner(nn.MultiheadAttention(16, 4), 0.5, steps=2).load_state_dict(state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"scorer": "fisher"}, {"scorer": "taylor"}, {"preset": "fast"}])
+@pytest.mark.parametrize("name", ["ViT", "MHA"])
+def test_a_step_without_gradients_is_no_step_by_magnitude(name: str, options: Any) -> None:
+    model = fresh(name, 0)
+    pruner = AttentionPruner(model, 0.5, steps=2, **options)
+    for call in (pruner.step, pruner.next_plan):
+        with pytest.raises(DataError, match=r'gradients to score by.*scorer="magnitude"'):
+            call()
+    assert pruner.steps_done == 0
+    for scorer in ("magnitude", "random", Magnitude()):  # asked for
+        AttentionPruner(model, 0.25, steps=1, scorer=scorer).step()
+
+
+def test_gradients_of_one_step_do_not_serve_the_next() -> None:
+    model = fresh("ViT", 0)
+    optimizer, pruner = torch.optim.SGD(model.parameters(), 0.1), AttentionPruner(model, 0.5, steps=2)
+    loop(model, optimizer, pruner, 1)
+    with pytest.raises(DataError, match="observe"):
+        pruner.step(optimizer)
+
+
+def seen(pruner: AttentionPruner) -> dict[str, Any]:
+    family("ViT").run(pruner.model, inputs("ViT", 0, 0)).square().mean().backward()
+    pruner.observe()
+    return pruner.state_dict()
+
+
+WRONG: dict[str, Any] = {
+    "steps_done": [-5, 99, True, 1.0, None, "1"],
+    "observations": [-1, 1.5, None, True, 0],
+    "parameters": [-1, None, "x"],
+    "plan": [None, 3, "{}", "not JSON", "[]"],
+    "seen": [None, [], {}, {"x": []}, "names"],
+    "version": [None, 2, True],
+    "steps": [3, None],
+    "ratios": [None, {}, {"q": 1}],
+    "budget": [{"resource": "latency", "share": 0.5}, 3],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_malformed_state_is_refused_and_changes_nothing(key: str, value: Any) -> None:
+    state = seen(AttentionPruner(fresh("ViT", 0), 0.5, steps=2))
+    pruner = AttentionPruner(fresh("ViT", 0), 0.5, steps=2)
+    before = (pruner.state_dict(), pruner.model.state_dict())
+    with pytest.raises(attnprune.errors.AttnPruneError):
+        pruner.load_state_dict({**state, key: value})
+    if key != "budget":
+        with pytest.raises(attnprune.errors.AttnPruneError):
+            pruner.load_state_dict({one: other for one, other in state.items() if one != key})
+    now = (pruner.state_dict(), pruner.model.state_dict())
+    assert str(now) == str(before)
+    pruner.load_state_dict(state)
+    pruner.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: parts[:2],
+        lambda parts: [part[:-1] for part in parts],
+        lambda parts: [part * torch.nan for part in parts],
+        lambda parts: [part.long() for part in parts],
+        lambda parts: [part.tolist() for part in parts],
+        lambda parts: parts[0],
+        lambda parts: None,
+    ],
+)
+def test_malformed_sums_are_refused(change: Any) -> None:
+    pruner = AttentionPruner(fresh("ViT", 0), 0.5, steps=2)
+    state = seen(pruner)
+    name = next(iter(state["seen"]))
+    with pytest.raises(OptionError, match="seen"):
+        pruner.load_state_dict({**state, "seen": {**state["seen"], name: change(state["seen"][name])}})
+
+
+def test_a_state_with_a_budget_is_checked_too() -> None:
+    pruner = AttentionPruner(fresh("ViT", 0), target_params=0.9, steps=2)
+    state = seen(pruner)
+    for key, value in (("cost", 0.0), ("cost", -1), ("cost", None), ("cost", float("nan")), ("latency", 3)):
+        with pytest.raises(OptionError, match=key):
+            pruner.load_state_dict({**state, key: value})
+    with pytest.raises(attnprune.errors.LatencyError):
+        pruner.load_state_dict({**state, "latency": "{}"})
+    pruner.load_state_dict(state)
 
 
 def test_one_step_at_a_time_ends_where_the_plan_says() -> None:

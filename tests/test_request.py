@@ -276,7 +276,15 @@ def test_an_option_beside_a_preset_goes_before() -> None:
 def test_typed_keys_are_what_parse_takes() -> None:
     assert Options.__optional_keys__ == OPTION_NAMES
     assert PrunerOptions.__optional_keys__ == OPTION_NAMES - {"target_error", "calibration", "measure"}
-    assert ScoreOptions.__optional_keys__ == {"basis", "split", "calibration", "loss_fn", "seed", "progress"}
+    assert ScoreOptions.__optional_keys__ == {
+        "basis",
+        "split",
+        "calibration",
+        "loss_fn",
+        "output_fn",
+        "seed",
+        "progress",
+    }
     assert {one.name for one in (*fields(Rules), *fields(Method))} | set(TARGETS) < OPTION_NAMES
     assert tuple(NAMED) == SCORERS
     source = inspect.getsource(inspect.getmodule(Options))  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_auto_is_resolved_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pruner_keeps_the_multiple_of_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     model = nn.MultiheadAttention(64, 2)
-    pruner = attnprune.AttentionPruner(model, 0.75, steps=2, round_to="auto")
+    pruner = attnprune.AttentionPruner(model, 0.75, steps=2, round_to="auto", scorer="magnitude")
     steps = [pruner.step().layers[0].after.qk_dims for _ in range(2)]
     assert steps == [(16, 16), (8, 8)]
     assert pruner.plan.asked is not None

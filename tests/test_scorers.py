@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ASTConfig, ASTForAudioClassification, BertConfig, BertForSequenceClassification
 
 from attnprune import LayerPlan, Plan, Scores, apply_plan, find_attention, make_plan, masked, prune_channels
+from attnprune.errors import DataError
 from attnprune.families import find_views
-from attnprune.planning.scorers import Fisher, Magnitude, Random, Scorer, Taylor, TorchPruning
+from attnprune.planning.scorers import Fisher, Gate, Magnitude, Random, Scorer, Taylor, TorchPruning
 
 HEADS, CHANNELS, WIDTH = 4, 8, 32
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 37}
@@ -325,18 +326,26 @@ def test_fisher_per_sample_of_an_attention_that_runs_twice() -> None:
     same(score(Fisher(per_sample=True), model, data), score(Fisher(), model, data), rtol=1e-5)
 
 
-@pytest.mark.parametrize("scorer", [Fisher(), Fisher(per_sample=True), Taylor()], ids=lambda s: s.name)
-def test_a_layer_that_the_loss_does_not_reach(scorer: Scorer) -> None:
-    """Its gradients are zero, so it goes first; that is no error as long as another layer is reached."""
+def first_layer(model: Any, batch: Any) -> Tensor:
+    return model(batch[0], output_hidden_states=True).hidden_states[1].square().mean()
 
-    def loss(model: Any, batch: Any) -> Tensor:
-        return model(batch[0], output_hidden_states=True).hidden_states[1].square().mean()
 
-    reached, unreached = score(scorer, ast(), ast_batches(), loss)
-    zero = 2 * WIDTH * 1e-6 if isinstance(scorer, Fisher) else 0.0
-    assert torch.allclose(unreached.qk, torch.full((HEADS, CHANNELS), zero, dtype=torch.float64))
-    assert torch.allclose(unreached.vo, torch.full((HEADS, CHANNELS), zero, dtype=torch.float64))
-    assert float(reached.qk.min()) > zero
+@pytest.mark.parametrize("scorer", [Fisher(), Fisher(per_sample=True), Taylor(), Gate()], ids=lambda s: s.name)
+def test_a_layer_that_the_loss_never_reaches_is_an_error_that_names_it(scorer: Scorer) -> None:
+    """Its scores would be zero, and all of it would go."""
+    with pytest.raises(DataError, match=r"1 of 2 .*layers\.1\.attention.*exclude="):
+        score(scorer, ast(), ast_batches(), first_layer)
+
+
+@pytest.mark.parametrize("scorer", [Fisher(), Fisher(per_sample=True), Taylor(), Gate()], ids=lambda s: s.name)
+def test_a_layer_that_some_batches_reach_scores_by_them(scorer: Scorer) -> None:
+    data, seen = ast_batches(), iter(range(3))
+
+    def sometimes(model: Any, batch: Any) -> Tensor:
+        return model(batch[0]).logits.square().mean() if next(seen) else first_layer(model, batch)
+
+    reached, other = score(scorer, ast(), data, sometimes)
+    assert float(reached.qk.min()) > 0 < float(other.qk.min())
 
 
 # Taylor

@@ -81,7 +81,7 @@ def test_what_no_stock_config_can_say_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["AST", "ViT", "DeiT", "DINOv2"])
+@pytest.mark.parametrize("name", [pytest.param("AST", marks=pytest.mark.long), "ViT", "DeiT", "DINOv2"])
 def test_stock_plans_can_always_be_exported(name: str, tmp_path_factory: Any) -> None:
     """Whatever else is asked: the plan fits a stock config, and the plain model computes what the pruned one does."""
     cases = len(family(name).cases())

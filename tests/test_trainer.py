@@ -41,7 +41,7 @@ def callback_of(trainer: Trainer) -> PruningCallback:
     return next(one for one in trainer.callback_handler.callbacks if isinstance(one, PruningCallback))
 
 
-@pytest.mark.parametrize("unit", ["epochs", "steps"])
+@pytest.mark.parametrize("unit", [pytest.param("epochs", marks=pytest.mark.long), "steps"])
 def test_resuming_ends_bitwise_where_the_uninterrupted_run_does(tmp_path: Path, unit: str) -> None:
     options: dict[str, Any] = {"every": 1 if unit == "epochs" else 5, "unit": unit}
     whole, pruner = build(tmp_path, **options)

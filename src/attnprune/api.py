@@ -17,6 +17,7 @@ from .errors import DataError, OptionError
 from .families.base import AttentionView
 from .families.looks import Skipped
 from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
+from .nn.kept import ordinary
 from .report.making import cache_of, measured, missed, notes_of, ways_of
 from .report.report import Report
 from .surgery import (
@@ -25,11 +26,13 @@ from .surgery import (
     Surgeon,
     Verification,
     check_expressible,
+    check_held,
     check_views,
     commit_all,
     masked_views,
     optimizers_of,
 )
+from .values.choices import Choices
 from .values.method import Method, check_one_of
 from .values.options import Options, YesNoAuto
 from .values.plan import Plan
@@ -42,8 +45,16 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
-def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
-    """The attention modules of a model, in the order of ``named_modules``.
+@ordinary
+def find_attention(
+    model: nn.Module, *, include: Choices | None = None, exclude: Choices | None = None
+) -> tuple[AttentionSpec, ...]:
+    """The attention modules of a model that can be pruned, in the order of ``named_modules``.
+
+    Args:
+        model: any module.
+        include: as in :func:`prune_attention`, and so ``exclude``; together they list what it would prune.
+        exclude: what to leave out.
 
     Raises:
         NoAttentionError: none of a known family; lists what looks like one.
@@ -52,16 +63,17 @@ def find_attention(model: nn.Module) -> tuple[AttentionSpec, ...]:
     >>> [spec.name for spec in find_attention(torch.nn.TransformerEncoderLayer(32, 4))]
     ['self_attn']
     """
-    return tuple(view.spec for view in find_views(plain(model)))
+    return tuple(view.spec for view in find_views(plain(model), include, exclude))
 
 
+@ordinary
 def make_plan(
     model: nn.Module,
     qkvo_ratios: RatiosLike | None = None,
     *,
     data: Iterable[Any] | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     example_inputs: Any = None,
     verify: YesNoAuto = "auto",
     strict: bool = False,
@@ -113,7 +125,7 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     from .planning.decide import decide
 
     model, rules, evidence = plain(model), request.rules, request.evidence
-    sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn)
+    sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn, evidence.output_fn)
     skipped: list[Skipped] = []
 
     def run() -> object:
@@ -141,6 +153,7 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     return Decided(agree(decided, digest=lambda plan: plan.digest), tuple(skipped), sample)
 
 
+@ordinary
 def apply_plan(
     model: nn.Module,
     plan: Plan,
@@ -170,7 +183,7 @@ def apply_plan(
 
     Raises:
         PlanMismatchError: the plan was made for another model.
-        OptimizerStateError: the optimizer has state that cannot follow.
+        OptimizerStateError: the optimizer has state that cannot follow, or lacks what is pruned and trained.
         VerificationError: the result computes something else; it was put back.
         WrappedModelError: (and its kinds) a projection cannot be pruned as it is.
 
@@ -224,7 +237,9 @@ def prepare_plan(
     copies = [plain(_averaged(one)) for one in averages]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
     entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
-    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers_of(optimizer)]
+    optimizers = optimizers_of(optimizer)
+    check_held(optimizers, surgeon.changes, model)
+    patches = [OptimizerPatch(one, surgeon.changes, model) for one in optimizers]
     notes = notes_of(views, plan)
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
@@ -272,6 +287,7 @@ def _averaged(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, AveragedModel) else model
 
 
+@ordinary
 def prune_attention(
     model: nn.Module,
     qkvo_ratios: RatiosLike | None = None,
@@ -279,8 +295,8 @@ def prune_attention(
     data: Iterable[Any] | None = None,
     optimizer: Any = None,
     averages: Iterable[nn.Module] = (),
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     example_inputs: Any = None,
     verify: YesNoAuto = "auto",
     strict: bool = False,
@@ -298,10 +314,12 @@ def prune_attention(
             share the channels of a product and take equal ratios. In its place a ``target_...`` of the options.
         data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
             tensor is called ``model(x)``. Labels are needed only by scorers that take the gradient of a loss.
-        optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's.
+        optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's. Together they
+            hold all that is pruned and trained.
         averages: moving averages of the model, changed by the same plan.
-        include: glob patterns of names; only these attention modules are pruned, and ratios are of these.
-        exclude: glob patterns of names to leave alone.
+        include: only these attention modules are pruned, and ratios are of these: a glob pattern of names, a class, a
+            function of name and module, or a list of such. :func:`find_attention` lists what they mean.
+        exclude: what to leave alone, likewise.
         example_inputs: a tensor, tuple or mapping; where given, the report counts multiply-adds. Budgets of latency and
             multiply-adds need it.
         verify: whether the pruned model is run against the dense one with what went at zero, before the call returns;
@@ -317,7 +335,7 @@ def prune_attention(
         options: of :class:`attnprune.Options`, which says what each means: ``granularity``, ``scope``, ``heads``,
             ``split``, ``round_to``, ``min_heads``, ``min_channels``, ``match_dims``, ``stock``; ``scorer``, ``basis``,
             ``compensate``, ``sequential``, ``seed``; ``target_error``, ``target_latency``, ``target_macs``,
-            ``target_params``; ``calibration``, ``loss_fn``, ``latency``, ``measure``, ``progress``.
+            ``target_params``; ``calibration``, ``loss_fn``, ``output_fn``, ``latency``, ``measure``, ``progress``.
 
     Returns:
         What was asked and what was achieved. They differ by less than one unit of the granularity and rounding.
@@ -344,6 +362,7 @@ def prune_attention(
     return commit()
 
 
+@ordinary
 def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     """The plan's effect without surgery: inside the block, what it removes is zero; on exit every value is back.
 

@@ -14,18 +14,27 @@ from .errors import UnknownUnitError
 from .families import find_views
 from .families.base import AttentionView
 from .families.registry import plain
+from .nn.kept import ordinary
 from .report.report import Report
 from .values.layer_plan import Channels, LayerPlan, make_layer
 from .values.layout import KINDS, Kind
 from .values.plan import Plan
 
 
-def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> Report:
+@ordinary
+def prune_heads(
+    model: nn.Module,
+    heads: Mapping[int | str, Iterable[int]],
+    *,
+    optimizer: Any = None,
+    averages: Iterable[nn.Module] = (),
+) -> Report:
     """Removes the heads named, as ``model.prune_heads`` did in transformers 4.
 
     Args:
         model: any module with attention of a known family.
         heads: heads to remove, by layer number (the place in :func:`find_attention`) or by name.
+        optimizer, averages: as in :func:`attnprune.apply_plan`.
 
     Raises:
         UnknownUnitError: no such layer or head, or all heads of a layer.
@@ -44,16 +53,24 @@ def prune_heads(model: nn.Module, heads: Mapping[int | str, Iterable[int]]) -> R
         nothing: Channels = ((),) * view.spec.kv_heads
         _refuse_all(view.name, gone, view.spec.heads)
         layers.append(make_layer(view.spec, gone, {"qk": nothing, "vo": nothing}))
-    return apply_plan(model, Plan(tuple(layers)))
+    return apply_plan(model, Plan(tuple(layers)), optimizer=optimizer, averages=averages)
 
 
-def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, Sequence[Iterable[int]]]]) -> Report:
+@ordinary
+def prune_channels(
+    model: nn.Module,
+    channels: Mapping[int | str, Mapping[str, Sequence[Iterable[int]]]],
+    *,
+    optimizer: Any = None,
+    averages: Iterable[nn.Module] = (),
+) -> Report:
     """Removes the channels named.
 
     Args:
         model: any module with attention of a known family.
         channels: by layer number or name, a mapping with ``"qk"`` and ``"vo"`` (either may be missing), each one list
             per head (with grouped queries per key head) of the channels to remove from it.
+        optimizer, averages: as in :func:`attnprune.apply_plan`.
 
     Raises:
         UnknownUnitError: no such layer, head or channel, or all channels of a head.
@@ -85,7 +102,7 @@ def prune_channels(model: nn.Module, channels: Mapping[int | str, Mapping[str, S
                 raise UnknownUnitError(f"{view.name}: {kind}", expected, f"{len(lists)} lists", "give empty ones too")
             removed[kind] = tuple(tuple(sorted(_numbers(f"{view.name}: {kind}", one))) for one in lists)
         layers.append(LayerPlan(view.spec, (), removed["qk"], removed["vo"]))
-    return apply_plan(model, Plan(tuple(layers)))
+    return apply_plan(model, Plan(tuple(layers)), optimizer=optimizer, averages=averages)
 
 
 def _by_view(views: Sequence[AttentionView], given: Mapping[int | str, Any]) -> dict[str, Any]:

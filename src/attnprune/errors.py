@@ -137,7 +137,7 @@ class OptimizerStateError(AttnPruneError, ValueError):
 
 
 class StateDictError(AttnPruneError, RuntimeError):
-    """A dense state dict is loaded into a pruned module.
+    """A state dict of a dense module, or of other heads and channels, is loaded into a pruned module.
 
     As always in ``load_state_dict``, modules before this one may have been loaded by then.
     """

@@ -19,6 +19,7 @@ from .calibration.quiet import restored, unfused
 from .errors import AllocationError, NotExpressibleError, PlanMismatchError
 from .families.base import AttentionView
 from .families.registry import all_views, plain, skipped_attention
+from .nn.outputs import outputs_of
 from .surgery import Surgeon
 from .values.layer_plan import LayerPlan
 from .values.layout import KINDS, Projection
@@ -134,24 +135,16 @@ def _leaves(example: Any) -> tuple[Any, list[Tensor]]:
     return one(example), found
 
 
-def _run(module: nn.Module, example: Any) -> tuple[Tensor, list[Tensor]]:
-    """Output, and gradients of a fixed projection of it with respect to the inputs."""
+def _run(module: nn.Module, example: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of a fixed projection of the first with respect to the inputs."""
     given, leaves = _leaves(example)
     with unfused():
-        attached = next(_attached(_called(module, given)))
-    output = attached.detach()
-    direction = torch.randn(output.shape, generator=torch.Generator("cpu").manual_seed(7)).to(output)
-    grads = torch.autograd.grad((attached * direction).sum(), leaves, allow_unused=True) if leaves else ()
-    return output, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-
-
-def _attached(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor) and output.is_floating_point():
-        yield output
-    elif isinstance(output, Mapping):
-        yield from itertools.chain.from_iterable(map(_attached, output.values()))
-    elif isinstance(output, (list, tuple)):
-        yield from itertools.chain.from_iterable(map(_attached, output))
+        outputs = [one.tensor for one in outputs_of(_called(module, given))]
+    first = outputs[0]
+    direction = torch.randn(first.shape, generator=torch.Generator("cpu").manual_seed(7)).to(first)
+    grads = torch.autograd.grad((first * direction).sum(), leaves, allow_unused=True) if leaves else ()
+    found = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+    return [one.detach() for one in outputs], found
 
 
 def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
@@ -176,7 +169,7 @@ def _gone(layer: LayerPlan, side: Projection, view: AttentionView) -> list[int]:
             key, gone = head, all(one in layer.heads for one, other in enumerate(key_of) if other == head)
         else:
             key, gone = key_of[head], head in layer.heads
-        removed = (layer.qk if side in "qk" else layer.vo)[key]
+        removed = () if side == "x" else (layer.qk if side in "qk" else layer.vo)[key]
         rows += range(start, stop) if gone else [start + channel for channel in removed]
     return rows
 
@@ -205,7 +198,9 @@ def _exact(module: nn.Module, example: Any, plan: Plan, tolerance: float, traini
             assert held[name] == (id(parameter), parameter.requires_grad), f"law 3: {name}"
     with restored(oracle), restored(pruned):
         (expected_out, expected_grads), (found_out, found_grads) = (_run(one, example) for one in (oracle, pruned))
-    shares = [_share(found_out, expected_out), *map(_share, found_grads, expected_grads)]
+    pairs = [*zip(found_out, expected_out, strict=True)]
+    outputs = [one for i, one in enumerate(pairs) if not i or one[0].shape == one[1].shape]  # weights: of heads left
+    shares = [_share(*one) for one in (*outputs, *zip(found_grads, expected_grads, strict=True))]
     assert max(shares) <= tolerance, f"law 1: off by {max(shares):.2g} with {plan!r}, training={training}"
     return max(shares), {way.split(":")[0] for way in report.ways.values()}
 

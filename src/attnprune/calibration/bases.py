@@ -8,7 +8,7 @@ stays is then fitted to what went (:mod:`attnprune.calibration.refit`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
+from .elimination import refitted_losses
 from .moments import LayerMoments, Moments
 
 RIDGE = 1e-10
@@ -45,6 +46,9 @@ class HeadBases:
     """Per key head, in logical order."""
     fixed: frozenset[Kind] = frozenset()
     """Kinds whose channels must not be mixed."""
+    alone: Mapping[Kind, tuple[Tensor, ...]] = field(default_factory=dict)
+    """What each channel loses alone, as it stands, of kinds whose energies are what channels lose that go one after the
+    other, the rest being refitted."""
 
     def layer(self, dtype: torch.dtype = torch.float64) -> LayerPlan:
         """The plan that rotates every head and removes nothing; its maps in float32 or float64."""
@@ -101,8 +105,15 @@ def output_gram(view: AttentionView) -> list[Tensor]:
     return [torch.stack(group).mean(0) for group in view.spec.layout.over_groups(grams, "o")]
 
 
-def head_bases(view: AttentionView, moments: LayerMoments, rotated: bool = True) -> HeadBases:
-    """The best basis of every head; not rotated, or of kinds that the adapter fixes, the channels as they stand."""
+def head_bases(view: AttentionView, moments: LayerMoments, rotated: bool = True, refits: bool = False) -> HeadBases:
+    """The best basis of every head; not rotated, or of kinds that the adapter fixes, the channels as they stand.
+
+    Args:
+        view: the attention.
+        moments: of its queries, keys and contexts.
+        rotated: whether to rotate.
+        refits: whether rotary pairs that go will be made up for.
+    """
     spec, fixed = view.spec, frozenset(view.fixed)
     centred = spec.bias[3]
     queries, contexts = (
@@ -116,7 +127,14 @@ def head_bases(view: AttentionView, moments: LayerMoments, rotated: bool = True)
         kind: _gathered([(best_basis if rotated and kind not in fixed else standing)(*pair) for pair in pairs[kind]])
         for kind in KINDS
     }
-    return HeadBases(spec, by_kind, fixed)
+    if not (refits and moments.relative and "qk" in fixed):
+        return HeadBases(spec, by_kind, fixed)
+    losses = [
+        refitted_losses(left, right, spec.units("qk", key))
+        for key, (left, right) in enumerate(zip(queries, moments.keys(), strict=True))
+    ]
+    qk = tuple(basis._replace(energy=loss) for basis, loss in zip(by_kind["qk"], losses, strict=True))
+    return HeadBases(spec, {**by_kind, "qk": qk}, fixed, {"qk": tuple(basis.energy for basis in by_kind["qk"])})
 
 
 def _gathered(bases: Sequence[Basis]) -> tuple[Basis, ...]:

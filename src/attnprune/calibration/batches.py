@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,133 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..errors import DataError, OptionError
 
 
-def forward(model: nn.Module, batch: Any) -> Any:
-    """Calls the model with a batch: a mapping as keywords, a pair's first, a tensor as it is."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return model(batch[0])
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise DataError(
+class Call(NamedTuple):
+    """How a model is called with a batch."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: Any = None
+    """What the batch has beside inputs; None if it has nothing."""
+    sure: bool = True
+    """Whether the model's signature says so; else trying it shows."""
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output.
+
+        Raises:
+            DataError: the model cannot be called so.
+        """
+        if self.sure:
+            return model(*self.args, **self.kwargs)
+        try:
+            return model(*self.args, **self.kwargs)
+        except Exception as error:  # whatever a model raises that does not take a mapping
+            raise unfit(model, batch) from error
+
+
+def call_of(model: nn.Module, batch: Any) -> Call:
+    """How a model is called with a batch, by the signature of its forward; the first of these that it takes.
+
+    A tensor is the only argument; a mapping has keywords, or is the only argument itself (as sentence-transformers have
+    it). Of a tuple or list the last are targets and the others inputs; else all are inputs. Inputs that are a tuple or
+    a mapping in turn are called as such a batch is.
+
+    Raises:
+        DataError: the model takes none of them.
+
+    >>> call_of(nn.Linear(2, 1), (1, 2)).targets
+    2
+    >>> call_of(nn.Bilinear(2, 2, 1), ((1, 2), 3)), call_of(nn.Bilinear(2, 2, 1), (1, 2)).targets
+    (Call(args=(1, 2), kwargs={}, targets=3, sure=True), None)
+    """
+    for call in _calls(batch):
+        if not call.sure or _takes(model, call):
+            return call
+    raise unfit(model, batch)
+
+
+def _calls(batch: Any) -> Iterator[Call]:
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            yield from (one._replace(targets=batch[1]) for one in _inputs(batch[0]))
+        elif len(batch) > 2:
+            yield Call(tuple(batch[:-1]), {}, batch[-1])
+        yield Call(tuple(batch), {})
+    elif isinstance(batch, (Mapping, Tensor)):
+        yield from _inputs(batch)
+
+
+def _inputs(inputs: Any) -> Iterator[Call]:
+    if isinstance(inputs, Mapping):
+        if all(isinstance(key, str) for key in inputs):
+            yield Call((), inputs)
+        yield Call((inputs,), {}, sure=False)
+    elif isinstance(inputs, (tuple, list)):
+        yield Call(tuple(inputs), {})
+    yield Call((inputs,), {})
+
+
+def _takes(model: nn.Module, call: Call) -> bool:
+    """Whether the signature of a model's forward takes a call; a keyword at least must be one of its own names, and
+    labels that it can do without are not given by their place."""
+    signature = _signature(model)
+    if signature is None:
+        return True
+    try:
+        bound = signature.bind(*call.args, **call.kwargs).arguments
+    except TypeError:
+        return False
+    named = {key for key, one in signature.parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    if call.kwargs:
+        return not named or bool(named & bound.keys())
+    optional = [key for key in bound if signature.parameters[key].default is not inspect.Parameter.empty]
+    return not any("label" in key or "target" in key for key in optional)
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):  # compiled code has none
+        return None
+
+
+def unfit(model: nn.Module, batch: Any) -> DataError:
+    """The error of a batch that a model cannot be called with: shows the signature and the batch."""
+    signature = _signature(model)
+    parameters = [] if signature is None else signature.parameters.values()
+    takes = ", ".join(str(one.replace(annotation=one.empty)) for one in parameters)
+    return DataError(
         "data",
-        "batches that are a mapping, a pair (inputs, targets) or a tensor",
-        f"a {type(batch).__name__}",
-        "pass loss_fn, which then takes batches of any form",
+        f"batches that are a mapping, a tensor, a pair (inputs, targets) or a tuple, for forward({takes[:160]})",
+        described(batch),
+        "rename or reorder what batches hold, or pass loss_fn, which then takes batches of any form",
     )
+
+
+def described(batch: Any) -> str:
+    """A batch in words: what it is made of, and shapes.
+
+    >>> described({"x": torch.zeros(2, 3), "y": [1, None]})
+    'a dict {x: (2, 3), y: [int, NoneType]}'
+    """
+    if isinstance(batch, (Tensor, Mapping, tuple, list)):
+        return f"a {type(batch).__name__} {_words(batch)}"[:160]
+    return f"a {type(batch).__name__}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_words(one)}" for key, one in [*value.items()][:8]) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_words(one) for one in value[:8]) + "]"
+    return type(value).__name__
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch (:func:`call_of`)."""
+    return call_of(model, batch).run(model, batch)
 
 
 def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, what: str) -> Iterator[Any]:
@@ -51,7 +165,8 @@ def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, wh
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device; mappings, tuples and lists are followed."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        moved = batch.to(device)
+        return moved.clone() if moved.is_inference() else moved  # else no gradient can be taken through it
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -17,6 +17,8 @@ from ..values.spec import AttentionSpec
 from .processes import add_up, pooled, sharing
 
 FORMAT = "attnprune.calibration"
+FACTS = ("across_heads", "relative")
+"""What is stored of a layer's moments beside numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +142,11 @@ class LayerMoments:
     changes no softmax."""
     c: tuple[Moments, ...]
     """Contexts (what O reads): for every bucket, or one for all heads together."""
+    relative: bool = False
+    """Whether keys were counted as queries see them, rotated by the difference of their places (rotary embeddings)."""
 
     @classmethod
-    def zero(cls, spec: AttentionSpec, across_heads: bool) -> LayerMoments:
+    def zero(cls, spec: AttentionSpec, across_heads: bool, relative: bool = False) -> LayerMoments:
         """Of nothing."""
         buckets = spec.layout.buckets
         q, k, c = (
@@ -153,7 +157,7 @@ class LayerMoments:
                 [(b.heads, b.vo_dim) for b in buckets],
             )
         )
-        return cls(spec, q, k, (Moments.zero(1, spec.layout.channels("o")),) if across_heads else c)
+        return cls(spec, q, k, (Moments.zero(1, spec.layout.channels("o")),) if across_heads else c, relative)
 
     @property
     def across_heads(self) -> bool:
@@ -162,19 +166,22 @@ class LayerMoments:
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Of both samples together."""
-        if self.spec != other.spec or self.across_heads != other.across_heads:
+        same = self.relative == other.relative or not self.tokens["qk"] or not other.tokens["qk"]
+        if self.spec != other.spec or self.across_heads != other.across_heads or not same:
             raise CalibrationError(
                 f"{self.spec.name}: calibration", self._describe(), other._describe(), "merge what one model gave"
             )
         pairs = zip(self.parts(), other.parts(), strict=True)
-        return LayerMoments(self.spec, *(tuple(a.merge(b) for a, b in zip(*pair, strict=True)) for pair in pairs))
+        q, k, c = (tuple(a.merge(b) for a, b in zip(*pair, strict=True)) for pair in pairs)
+        return LayerMoments(self.spec, q, k, c, self.relative or other.relative)
 
     def parts(self) -> tuple[tuple[Moments, ...], ...]:
         """Those of queries, keys and contexts."""
         return self.q, self.k, self.c
 
     def _describe(self) -> str:
-        return f"{self.spec.describe()}, contexts {'across' if self.across_heads else 'by'} heads"
+        keys = ", keys rotated" if self.relative else ""
+        return f"{self.spec.describe()}, contexts {'across' if self.across_heads else 'by'} heads{keys}"
 
     def queries(self) -> list[Tensor]:
         """Per query head ``(qk_dim, qk_dim)``: mean outer products of its queries."""
@@ -213,7 +220,8 @@ class LayerMoments:
 
     def map(self, change: Callable[[Moments], Moments]) -> LayerMoments:
         """With every part changed."""
-        return LayerMoments(self.spec, *(tuple(change(one) for one in part) for part in self.parts()))
+        q, k, c = (tuple(change(one) for one in part) for part in self.parts())
+        return LayerMoments(self.spec, q, k, c, self.relative)
 
     @property
     def tokens(self) -> dict[Kind, float]:
@@ -272,7 +280,9 @@ class Calibration(Mapping[str, LayerMoments]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors alone, ready for ``torch.save`` or safetensors; the specs are bytes of JSON under one key."""
-        specs = [{"spec": layer.spec.to_dict(), "across_heads": layer.across_heads} for layer in self.values()]
+        specs = [
+            {"spec": layer.spec.to_dict(), **{key: getattr(layer, key) for key in FACTS}} for layer in self.values()
+        ]
         head = json.dumps({"format": FORMAT, "version": 1, "layers": specs}).encode()
         found = {"header": torch.frombuffer(bytearray(head), dtype=torch.uint8)}
         for name, layer in self.items():
@@ -295,7 +305,7 @@ class Calibration(Mapping[str, LayerMoments]):
             if header["format"] != FORMAT or header["version"] != 1:
                 raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
             layers = [
-                LayerMoments.zero(AttentionSpec.from_dict(one["spec"]), one["across_heads"] is True)
+                LayerMoments.zero(AttentionSpec.from_dict(one["spec"]), *(one.get(key) is True for key in FACTS))
                 for one in header["layers"]
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -305,11 +315,11 @@ class Calibration(Mapping[str, LayerMoments]):
         found = {}
         for layer in layers:
             name = layer.spec.name
-            parts = (
+            q, k, c = (
                 tuple(_read(state, f"{name}/{key}{i}", zero) for i, zero in enumerate(part))
                 for key, part in zip("qkc", layer.parts(), strict=True)
             )
-            found[name] = LayerMoments(layer.spec, *parts)
+            found[name] = LayerMoments(layer.spec, q, k, c, layer.relative)
         return cls(found)
 
 

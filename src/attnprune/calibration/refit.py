@@ -15,10 +15,8 @@ from torch import Tensor
 from ..values.channel_maps import ChannelMaps
 from ..values.layer_plan import LayerPlan
 from .bases import Basis, HeadBases
+from .elimination import REFIT_RIDGE
 from .moments import LayerMoments
-
-REFIT_RIDGE = 1e-3
-"""Of a covariance's mean variance: larger than for bases, as refits must also hold for other data."""
 
 
 def with_maps(
@@ -40,8 +38,11 @@ def with_maps(
     queries, keys = spec.layout.over_groups(moments.queries(), "q"), moments.keys()
     for key in layer.kept_keys:
         first, second = _cut(bases.by_kind["qk"][key], layer.kept("qk", key))
-        if refit and len(first) < len(first.T) and "qk" not in bases.fixed:
-            first, second = refit_product(torch.stack(queries[key]).sum(0), keys[key], first, second)
+        if refit and len(first) < len(first.T):
+            if "qk" not in bases.fixed:
+                first, second = refit_product(torch.stack(queries[key]).sum(0), keys[key], first, second)
+            elif moments.relative:
+                first = refit_one(keys[key], second, first)
         q[key] = first
         k.append(second)
         v[key], second = _cut(bases.by_kind["vo"][key], layer.kept("vo", key))
@@ -94,20 +95,27 @@ def refit_product(left: Tensor, right: Tensor, first: Tensor, second: Tensor) ->
         second: ``(kept, dim)``: the map of K.
     """
 
-    def fitted(covariance: Tensor, kept: Tensor, towards: Tensor) -> Tensor:
-        gram = kept @ covariance @ kept.T
-        ridge = REFIT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-        if not float(ridge[0, 0]) > 0:
-            return towards
-        solved: Tensor = torch.linalg.solve(gram + ridge, kept @ covariance + ridge @ towards)
-        return solved
-
     def lost(first: Tensor, second: Tensor) -> float:
         rest = torch.eye(len(left), device=left.device, dtype=left.dtype) - first.T @ second
         return float(((left @ rest) * (rest @ right)).sum())
 
-    choices = [(first, second), (fitted(right, second, first), second), (first, fitted(left, first, second))]
+    choices = [(first, second), (refit_one(right, second, first), second), (first, refit_one(left, first, second))]
     return min(choices, key=lambda maps: lost(*maps))
+
+
+def refit_one(covariance: Tensor, kept: Tensor, towards: Tensor) -> Tensor:
+    """``(kept, dim)``: the map of Q with which its product with the kept channels of K loses least, or the other way
+    round: ``(B R B^T)^-1 B R``, with a ridge towards the map given.
+
+    Of a rotary embedding, R is the covariance of keys as queries see them: channels that turn slowly are like one
+    another there, and Q, which is mixed before it is rotated, may take those that stay for those that went.
+    """
+    gram = kept @ covariance @ kept.T
+    ridge = REFIT_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    if not float(ridge[0, 0]) > 0:
+        return towards
+    solved: Tensor = torch.linalg.solve(gram + ridge, kept @ covariance + ridge @ towards)
+    return solved
 
 
 def refit_output(covariance: Tensor, values: Tensor, o: Tensor, tokens: float) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..nn.outputs import OutputFn, outputs_of
 from .batches import device_of, forward, to_device
 from .losses import LossFn
 from .quiet import evaluated, unfused
@@ -27,10 +28,17 @@ class Sample:
         example_inputs: a tensor, a tuple of positional arguments or a mapping; they go before data.
         data: batches.
         loss_fn: how the model is called with a batch that it does not take itself.
+        output_fn: takes the model's output and gives the tensors to look at; None: :func:`outputs_of` does.
     """
 
-    def __init__(self, example_inputs: Any, data: Iterable[Any] | None, loss_fn: LossFn | None = None) -> None:
-        self.example_inputs, self.loss_fn = example_inputs, loss_fn
+    def __init__(
+        self,
+        example_inputs: Any,
+        data: Iterable[Any] | None,
+        loss_fn: LossFn | None = None,
+        output_fn: OutputFn | None = None,
+    ) -> None:
+        self.example_inputs, self.loss_fn, self.output_fn = example_inputs, loss_fn, output_fn
         self._first: Any = _NOTHING
         self.data: Iterable[Any] | None = data
         """The data, to be read instead of what was given."""
@@ -66,14 +74,19 @@ class Sample:
         """How many samples are run."""
         return samples_in(self.example_inputs if self.example_inputs is not None else first_of(self._first))
 
-    def run(self, model: nn.Module) -> Any:
-        """The model's output, in evaluation mode and without gradients; the model is left as found."""
+    def run(self, model: nn.Module) -> list[Tensor]:
+        """The tensors of the model's output (:func:`attnprune.nn.outputs.outputs_of`), in evaluation mode and without
+        gradients; the model is left as found."""
         with evaluated(model), unfused():
             torch.default_generator.manual_seed(0)
+            output_fn = self.output_fn
             if self.example_inputs is not None:
-                return _called(model, self.example_inputs)
-            batch = to_device(first_of(self._first), device_of(model))
-            return forward(model, batch) if self.loss_fn is None else self.loss_fn(model, batch)
+                output = _called(model, self.example_inputs)
+            else:
+                batch = to_device(first_of(self._first), device_of(model))
+                output = forward(model, batch) if self.loss_fn is None else self.loss_fn(model, batch)
+                output_fn = None if self.loss_fn is not None else output_fn
+            return [one.tensor for one in outputs_of(output, output_fn)]
 
     def quietly(self, model: nn.Module) -> object:
         """Runs the model, whatever it raises about the inputs: that is said where they are needed."""
@@ -126,6 +139,29 @@ def samples_in(batch: Any) -> int:
     """Samples in a batch: the first dimension of its first tensor, at any depth; 1 if there is none."""
     first = next(tensors_in(batch), None)
     return len(first) if first is not None and first.dim() else 1
+
+
+def counts_in(batch: Any) -> tuple[int, ...]:
+    """The first dimensions of a batch's tensors, each once, in their order."""
+    return tuple(dict.fromkeys(len(x) for x in tensors_in(batch) if x.dim() and len(x)))
+
+
+def samples_of(rows: int, counts: Sequence[int]) -> int | None:
+    """Of how many samples these sequences are, on which an attention runs; None if that cannot be told.
+
+    They are samples themselves, or windows and frames of samples, those of a sample one after another.
+
+    Args:
+        rows: how many sequences.
+        counts: of the batch (:func:`counts_in`).
+
+    >>> samples_of(8, (8,)), samples_of(32, (8,)), samples_of(32, (8, 4)), samples_of(9, (8,))
+    (8, 8, None, None)
+    """
+    if rows in counts:
+        return rows
+    fits = {count for count in counts if count == 1 == len(counts) or (count > 1 and rows % count == 0)}
+    return fits.pop() if len(fits) == 1 else None
 
 
 def first_of(batch: Any, most: int = MOST) -> Any:

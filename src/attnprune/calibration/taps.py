@@ -10,23 +10,31 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, NonFiniteError, OptionError
+from ..errors import CalibrationError, DataError, NonFiniteError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
+from ..nn.rotary import Turning, rotated_keys
 from ..surgery import as_called, check_views
+from ..values.choices import Choices
 from .batches import batches, device_of, forward
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
 from .processes import agree
 from .quiet import undisturbed
+from .sample import Sample
+
+QUERIES = 4
+"""How many queries of a sequence, evenly spread, look at its rotated keys."""
 
 
+@ordinary
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     loss_fn: LossFn | None = None,
     across_heads: bool = True,
     resume: Calibration | None = None,
@@ -40,8 +48,8 @@ def calibrate(
     Args:
         model: any module with attention of a known family; may have been pruned before.
         data: an iterable of batches, as :func:`attnprune.prune_attention` takes; labels are not needed.
-        include: glob patterns of names; only these attention modules are calibrated.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these are calibrated.
+        exclude: what to leave out.
         loss_fn: ``loss_fn(model, batch)``, for batches that the model cannot be called with; its result is not used.
         across_heads: also compare contexts of different heads, which a refit of O across heads needs. It takes
             ``(heads * vo_dim)^2`` numbers for an attention module instead of ``heads * vo_dim^2``.
@@ -60,11 +68,12 @@ def calibrate(
     {'qk': 120.0, 'vo': 120.0}
     """
     model = plain(model)
+    sample = Sample(None, data, loss_fn)
 
     def seen() -> Calibration:
-        views = find_views(model, include, exclude)
+        views = find_views(model, include, exclude, run=lambda: sample.quietly(model))
         check_views(model, views)
-        return moments_of(model, views, data, loss_fn, across_heads, progress)
+        return moments_of(model, views, sample.data, loss_fn, across_heads, progress)
 
     found = agree(seen)
     if resume is None:
@@ -120,6 +129,8 @@ class _Tap:
         self.view, self.across_heads = view, across_heads
         self.extra = view.constant_keys
         self.mask: Tensor | None = None
+        self.turning: Turning | None = None
+        self.relative = False
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         buckets = view.spec.layout.buckets
         self.q = [Running(len(b.heads), b.qk_dim) for b in buckets]
@@ -131,7 +142,7 @@ class _Tap:
     def moments(self) -> LayerMoments:
         """What was heard."""
         q, k, c = (tuple(one.moments() for one in parts) for parts in (self.q, self.k, self.c))
-        return LayerMoments(self.view.spec, q, k, c)
+        return LayerMoments(self.view.spec, q, k, c, self.relative)
 
     def listen(self, hooks: ExitStack) -> None:
         handles = [
@@ -145,7 +156,7 @@ class _Tap:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen.clear()
-        self.mask = self.view.attended(args, kwargs)
+        self.mask, self.turning = self.view.attended(args, kwargs), self.view.turning(args, kwargs)
 
     def _keep(self, projection: str) -> Any:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -164,13 +175,18 @@ class _Tap:
             keys = _sequences(self.seen["k"][1])
         real_queries = real_keys = None
         if self.mask is not None:
-            mask = self.mask if keys is None else self.mask[..., -keys.shape[1] :]
+            queries, contexts = (_batch_first(x, self.mask) for x in (queries, contexts))
+            keys = None if keys is None else _batch_first(keys, self.mask)
+            mask = self._fitted(self.mask, queries.shape[:2], None if keys is None else keys.shape[1])
             real_queries = mask.any(-1).any(1).expand(queries.shape[:2])
             if keys is not None:
                 real_keys = mask.any(1).any(1).expand(keys.shape[:2])
                 if _same(q_input, self.seen["k"][0]):  # of a padded token, the query is padding too
                     real_queries = real_queries & real_keys
         self.seen.clear()
+        if self.turning is not None and keys is not None and len(self.turning.cos[0]) == keys.shape[1]:
+            self._add_rotated(keys, self.turning)
+            keys = None
         for i, b in enumerate(self.view.spec.layout.buckets):
             self.q[i].add(_tokens(queries[..., b.qk_start : b.qk_stop], len(b.heads), real_queries))
             if keys is not None:
@@ -180,6 +196,26 @@ class _Tap:
                 self.c[i].add(_tokens(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
         if self.across_heads:
             self.c[0].add(_tokens(contexts, 1, real_queries))
+
+    def _fitted(self, mask: Tensor, queries: Sequence[int], keys: int | None) -> Tensor:
+        """A mask for as many sequences and keys as there are; windows of a sample lie one after another, and masks of
+        windows are those of every sample."""
+        batch, _, rows, columns = mask.shape
+        if keys is not None and columns > keys:  # the others lie in a cache
+            mask, columns = mask[..., -keys:], keys
+        if batch > 1 and queries[0] % batch == 0:
+            mask = mask.repeat(queries[0] // batch, 1, 1, 1)
+        fits = len(mask) in (1, queries[0]) and rows in (1, queries[1]) and (keys is None or columns in (1, keys))
+        if fits:
+            return mask
+        if bool(mask.all()):  # it hides nothing
+            return mask.new_ones(1, 1, 1, 1)
+        raise DataError(
+            f"{self.view.name}: attention_mask",
+            f"a mask for {queries[0]} sequences of {queries[1]} queries{'' if keys is None else f' and {keys} keys'}",
+            f"one of shape {tuple(self.mask.shape) if self.mask is not None else ()}",
+            "calibrate on batches without padding, or exclude= this layer",
+        )
 
     def _add_keys(self, running: Running, keys: Tensor, start: int, heads: int, real: Tensor | None) -> None:
         """Deviations of keys ``(batch, tokens, channels)`` from the mean of their own sequence."""
@@ -194,6 +230,34 @@ class _Tap:
         keys = keys.masked_fill(~real[..., None], 0)
         mean = keys.sum(1, keepdim=True) / real.sum(1)[:, None, None].clamp_min(1)
         running.add(_tokens(keys - mean, heads, real))
+
+    def _add_rotated(self, keys: Tensor, turning: Turning) -> None:
+        """Keys ``(batch, tokens, channels)`` as some queries see them, rotated by the difference of the two places:
+        deviations from the mean of the keys that a query may attend to, near ones counting for more."""
+        self.relative, layout = True, self.view.spec.layout
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cos, sin = turning.cos.to(keys), turning.sin.to(keys)
+        tokens = keys.shape[1]
+        turned = rotated_keys(keys, cos, sin, layout, turning.pairs)
+        causal = self.mask is None and getattr(self.view.module, "is_causal", False)
+        for place in dict.fromkeys((i + 1) * tokens // QUERIES - 1 for i in range(QUERIES)):
+            if place < 0:
+                continue
+            here = slice(place, place + 1)
+            seen = rotated_keys(turned, cos[:, here], -sin[:, here], layout, turning.pairs)
+            real = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+            if causal:
+                real[:, place + 1 :] = False
+            elif self.mask is not None:
+                rows = self.mask.any(1)[..., -tokens:]
+                real &= rows[:, min(place, rows.shape[1] - 1)]
+            weights = real / (1.0 + (torch.arange(tokens, device=keys.device) - place).abs())
+            weights *= (real.sum(1) / weights.sum(1).clamp_min(1e-9))[:, None]  # they count as many as they are
+            mean = (weights[..., None] * seen).sum(1, keepdim=True) / weights.sum(1).clamp_min(1)[:, None, None]
+            apart = (seen - mean) * weights.sqrt()[..., None]
+            for running, b in zip(self.k, layout.buckets, strict=True):
+                own = apart[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
+                running.add(_tokens(own, len(b.keys), real))
 
     def check(self, number: int) -> None:
         """Raises if a batch brought NaN or infinity."""
@@ -218,6 +282,13 @@ def _tokens(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
     """``(count, heads, channels)`` from ``(batch, tokens, channels)``, tokens that are not real left out."""
     x = rearrange(x, "b t (h d) -> b t h d", h=heads)
     return x.flatten(0, 1) if real is None else x[real]
+
+
+def _batch_first(x: Tensor, mask: Tensor) -> Tensor:
+    """``(batch, tokens, channels)`` of what may be ``(tokens, batch, channels)``, as a mask ``(batch, heads, queries,
+    keys)`` tells."""
+    batch, tokens = mask.shape[0], mask.shape[-1]
+    return x.transpose(0, 1) if batch != tokens and x.shape[:2] == (tokens, batch) else x
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

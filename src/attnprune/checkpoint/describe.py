@@ -13,8 +13,9 @@ from ..cost.counting import count_parameters
 from ..errors import AttnPruneError, CheckpointError
 from ..families.looks import Skipped
 from ..families.registry import Survey, all_views
+from ..nn.kept import ordinary
 from ..report.report import Report
-from ..surgery import Surgeon, Verified
+from ..surgery import Verified
 from ..values import fields
 from ..values.asked import Asked
 from ..values.layer_plan import LayerPlan
@@ -22,11 +23,13 @@ from ..values.layout import KINDS
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
 from .folder import refuse
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, Sizes
 from .record import Record, layer_between
+from .shapes import take_shapes
 from .source import Source
 
 
+@ordinary
 def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> nn.Module:
     """A Hugging Face model of a directory, its parameters on the meta device: shapes and classes, but no numbers.
 
@@ -49,7 +52,7 @@ def load_skeleton(directory: str | os.PathLike[str], *, dense: bool = False) -> 
     """
     model, source = _skeleton(directory)
     if not dense:
-        shrunk(model, source.record, MANIFEST)
+        shrunk(model, source.record, MANIFEST, source.sizes)
     return model
 
 
@@ -64,6 +67,7 @@ class Overview(NamedTuple):
     """What looks like attention and cannot be pruned; of models of transformers."""
 
 
+@ordinary
 def overview(directory: str | os.PathLike[str]) -> Overview:
     """The class, attention and size of a model in a directory, of any kind; reads JSON and headers of weights.
 
@@ -82,6 +86,7 @@ def overview(directory: str | os.PathLike[str]) -> Overview:
     return Overview(manifest.model_class, tuple(one.spec for one in manifest.record.attention), size)
 
 
+@ordinary
 def read_report(directory: str | os.PathLike[str]) -> Report:
     """What was pruned from the model of a directory; for Hugging Face models, against the dense model of its config.
 
@@ -106,7 +111,7 @@ def read_report(directory: str | os.PathLike[str]) -> Report:
         return _as_saved(manifest)
     model, source = _skeleton(source)
     before = count_parameters(model)
-    plan = shrunk(model, source.record, MANIFEST)
+    plan = shrunk(model, source.record, MANIFEST, source.sizes)
     whole = Report(plan, (before, count_parameters(model)))
     saved = {} if source.manifest is None else source.manifest.report or {}
     return _remembered(whole, saved) or whole
@@ -150,19 +155,15 @@ def _skeleton(directory: str | os.PathLike[str] | Source) -> tuple[nn.Module, So
         return source.skeleton(weights.entries), source
 
 
-def shrunk(model: nn.Module, record: Record, where: str) -> Plan:
+def shrunk(model: nn.Module, record: Record, where: str, sizes: Sizes | None = None) -> Plan:
     """Gives a model without data the shapes of a record; the plan that did it, with the modules that it left alone.
 
     Raises:
         CheckpointError: the model is not the one that ``where`` says.
     """
-    record = record.inside(model)
-    views = all_views(model)
-    plan = record.plan(views, where)
-    Surgeon.prepare(model, views, plan, blank=True).commit()
-    record.settle(model, where)
+    plan = take_shapes(model, record.inside(model), sizes or {}, where).plan
     named = {layer.spec.name: layer for layer in plan}
-    return Plan(tuple(named.get(view.name, LayerPlan(view.spec)) for view in views))
+    return Plan(tuple(named.get(view.name, LayerPlan(view.spec)) for view in all_views(model)))
 
 
 def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:

@@ -15,6 +15,11 @@ from ..errors import AttnPruneError, CheckpointError
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 LONGEST = 1 << 24
 """Bytes of a JSON file, and of the header of a file of weights."""
+OTHER_SHAPE = (
+    "pass a model of the class that was saved, and narrower=True where Torch-Pruning or the like made it smaller; of "
+    "such models only what save_pruned wrote can be read"
+)
+"""What to do where shapes differ."""
 _DRAFT = re.compile(r"\.attnprune-\d+-\d+\.draft")
 
 

@@ -9,12 +9,13 @@ from torch import nn
 
 from ..calibration.batches import device_named
 from ..errors import OptionError
-from ..families.registry import all_views, plain
-from ..surgery import Surgeon
+from ..families.registry import plain
+from ..nn.kept import ordinary
 from . import hf
 from .folder import foreign, refuse
 from .manifest import MANIFEST
 from .record import ConfigEntry
+from .shapes import resized, take_shapes
 from .skeleton import Filling, check_buffers, unsaved
 from .source import Source
 from .tensors import Weights
@@ -22,6 +23,7 @@ from .tensors import Weights
 _ROOM = 1 << 26  # bytes of buffers that no file holds
 
 
+@ordinary
 def load_pruned(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -29,6 +31,7 @@ def load_pruned(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    narrower: bool = False,
 ) -> nn.Module:
     """Reads what :func:`save_pruned` wrote; nothing in the directory is trusted or run.
 
@@ -43,6 +46,8 @@ def load_pruned(
         device: where the model goes; None: the CPU, or where ``model`` is.
         dtype: to convert to; None: as saved, bit by bit.
         verify: whether to compare the weights' digests, which reads the files once more.
+        narrower: whether other layers than attention may be smaller in the directory than in ``model``, as
+            Torch-Pruning leaves them; what is built from a config knows by itself.
 
     Returns:
         The model, in evaluation mode if it was built here.
@@ -70,7 +75,7 @@ def load_pruned(
         if model is not None:
             model = plain(model)
             check_buffers(model)
-            return _filled(model, *_fitted(model, source, weights), place, dtype)
+            return _filled(model, *_fitted(model, source, weights, narrower=narrower), place, dtype)
         return _built(source, weights, place, dtype)
 
 
@@ -128,23 +133,25 @@ def _built(source: Source, weights: Weights, device: torch.device | None, dtype:
 
 
 def _fitted(
-    model: nn.Module, source: Source, weights: Weights, names: dict[str, str] | None = None
+    model: nn.Module,
+    source: Source,
+    weights: Weights,
+    names: dict[str, str] | None = None,
+    narrower: bool = False,
 ) -> tuple[Filling, bool]:
     """Gives a dense model the shapes of a record, and checks that the weights fill it; if not, it is as it was.
 
     Also returns whether anything changed.
     """
-    record = source.record.inside(model)
-    views = all_views(model, {one.spec.name for one in record.attention})
-    plan = record.plan(views, MANIFEST)
-    surgeon = Surgeon.prepare(model, views, plan, blank=True)
-    surgeon.commit()
+    sizes = source.sizes
+    if narrower:
+        sizes = {**sizes, **resized(model, {name: entry.shape for name, entry in weights.entries.items()})}
+    shaped = take_shapes(model, source.record.inside(model), sizes, MANIFEST, source.alone(weights.entries))
     try:
-        record.settle(model, MANIFEST)
         names = source.names(model, weights.entries) if names is None else names
-        return Filling(model, weights, names, source.tied, MANIFEST), not plan.empty
+        return Filling(model, weights, names, source.tied, MANIFEST), not shaped.plan.empty
     except BaseException:
-        surgeon.undo()
+        shaped.undo()
         raise
 
 

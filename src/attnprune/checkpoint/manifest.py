@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -14,9 +14,11 @@ from ..values import fields
 from .folder import Folder, reading, refuse
 from .record import Record, digest_of
 
-FORMAT, VERSION = "attnprune.model", 2
+FORMAT, VERSION = "attnprune.model", 3
 MANIFEST = "attnprune.json"
 WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+Sizes = Mapping[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _VALUES = 1 << 20
 _KEYS = {"format", "version", "class", "config", "attention", "weights", "tied", "report", "sha256"}
@@ -56,12 +58,14 @@ class Manifest:
     """Names of tensors that are one with another that the weights hold."""
     report: Mapping[str, Any] | None = None
     """What :meth:`attnprune.Report.to_dict` gave, if a report was saved along."""
+    sizes: Sizes = field(default_factory=dict)
+    """Shapes of tensors outside attention that are smaller than the config says, by name."""
 
     def to_json(self) -> str:
         """JSON text that detects changes to itself."""
         whole: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.sizes else 2,
             "class": self.model_class,
             "config": self.config,
             "attention": self.record.to_list(),
@@ -69,6 +73,8 @@ class Manifest:
             "tied": dict(self.tied or {}),
             "report": self.report,
         }
+        if self.sizes:
+            whole["sizes"] = {name: list(shape) for name, shape in self.sizes.items()}
         whole["sha256"] = digest_of(whole)
         return json.dumps(whole, sort_keys=True, indent=1, allow_nan=False)
 
@@ -89,7 +95,7 @@ class Manifest:
                 if version > VERSION:
                     remedy = "update attnprune"
                     raise CheckpointError(f"{MANIFEST}: version", f"at most {VERSION}", str(version), remedy)
-                return cls._of_1(found) if version == 1 else cls._of_2(found)
+                return cls._of_1(found) if version == 1 else cls._of_2(found, version > 2)
         except RecursionError as error:
             raise CheckpointError(MANIFEST, "JSON of usual depth", "much more", "save the model anew") from error
 
@@ -100,8 +106,8 @@ class Manifest:
         return cls("", Record.from_list(found["attention"], MANIFEST), (shard,))
 
     @classmethod
-    def _of_2(cls, found: dict[str, Any]) -> Manifest:
-        fields.mapping("manifest", found, _KEYS)
+    def _of_2(cls, found: dict[str, Any], sized: bool) -> Manifest:
+        fields.mapping("manifest", found, _KEYS | ({"sizes"} if sized else set()))
         said = found.pop("sha256")
         if said != digest_of(found):
             refuse(MANIFEST, "a manifest as it was written", "one that was changed")
@@ -121,7 +127,14 @@ class Manifest:
             found["config"],
             tied,
             found["report"],
+            _sizes(found["sizes"]) if sized else {},
         )
+
+
+def _sizes(raw: object) -> dict[str, tuple[int, ...]]:
+    if not isinstance(raw, dict) or not raw:
+        fields.fail("sizes", "a mapping from names to shapes", raw)
+    return {name: fields.integers(f"sizes[{name[:80]!r}]", shape) for name, shape in raw.items()}
 
 
 def _shard(where: str, raw: object) -> Shard:

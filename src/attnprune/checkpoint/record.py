@@ -19,7 +19,7 @@ from ..values.layer_plan import Channels, LayerPlan, make_layer
 from ..values.layout import KINDS, Kind
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
-from .folder import reading, refuse
+from .folder import OTHER_SHAPE, reading, refuse
 
 ENTRY = "attnprune"
 """The entry of a Hugging Face config that holds a record."""
@@ -137,7 +137,7 @@ class Record:
                 found, expected = view.spec.to_dict(), saved.spec.to_dict()
                 differ = [key for key in expected if expected[key] != found[key]]
                 shown = [str({key: one[key] for key in differ})[:120] for one in (expected, found)]
-                refuse(f"{where}: {view.name}", shown[0], shown[1], "pass a model of the class that was saved")
+                refuse(f"{where}: {view.name}", shown[0], shown[1], OTHER_SHAPE)
 
 
 def _renamed(saved: Saved, name: str) -> Saved:

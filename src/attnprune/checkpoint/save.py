@@ -10,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ..errors import OptionError
+from ..errors import CheckpointError, OptionError
+from ..families.base import AttentionView
 from ..families.registry import all_views, plain
 from ..nn import host_class
 from ..surgery import check_views
 from ..values import fields
 from .folder import Folder
-from .hf import CONFIG, GENERATION
-from .manifest import MANIFEST, WEIGHTS, Manifest, Shard
+from .hf import CONFIG, GENERATION, maker
+from .manifest import MANIFEST, WEIGHTS, Manifest, Shard, Sizes
 from .record import ENTRY, Record, is_pretrained
-from .skeleton import class_name, items_of
+from .shapes import smaller_than
+from .skeleton import class_name, items_of, places
 from .tensors import Item, shards, write_tensors
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def save_pruned(
     Raises:
         WrappedModelError: (and its kinds) the model is wrapped, sharded or quantised.
         OptionError: a size that is none, or a state dict that holds more than tensors.
+        CheckpointError: another tool made a layer smaller in a way that tensors and config do not tell.
 
     >>> import tempfile
     >>> from attnprune import load_pruned, prune_attention
@@ -71,9 +75,9 @@ def save_pruned(
     views = all_views(model)
     check_views(model, views)
     items, tied = items_of(model)
-    manifest = Manifest(
-        class_name(model), Record.of(views), (), config_json(model), tied, None if report is None else report.to_dict()
-    )
+    config, said = config_json(model), None if report is None else report.to_dict()
+    sizes = _sizes(model, views, config)
+    manifest = Manifest(class_name(model), Record.of(views), (), config, tied, said, sizes)
     return write_model(Folder.make(directory), items, manifest, limit, generation_json(model))
 
 
@@ -131,6 +135,19 @@ def generation_json(model: nn.Module) -> Mapping[str, Any] | None:
     found: Any = fields.load(settings.to_json_string())
     assert isinstance(found, Mapping)
     return found
+
+
+def _sizes(model: nn.Module, views: Sequence[AttentionView], config: Mapping[str, Any] | None) -> Sizes:
+    """Which tensors outside attention are smaller than in the model of its config; none where no config tells."""
+    if config is None:
+        return {}
+    found = places(model)
+    try:
+        with torch.random.fork_rng(devices=()), torch.device("meta"):
+            dense = maker(config, found)()
+    except CheckpointError:  # a class that transformers does not have
+        return {}
+    return smaller_than(dense, model, views)
 
 
 def parse_size(size: object) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..nn import host_class
-from .folder import refuse
+from .folder import OTHER_SHAPE, refuse
 from .tensors import Entry, Item, Weights
 
 
@@ -24,12 +24,15 @@ class Place(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        found: Tensor = getattr(self.owner, self.key)
+        found: Tensor = self._table[self.key]
         return found
 
     def put(self, tensor: Tensor) -> None:
-        table: Any = self.owner._parameters if self.key in self.owner._parameters else self.owner._buffers
-        table[self.key] = tensor
+        self._table[self.key] = tensor
+
+    @property
+    def _table(self) -> dict[str, Any]:
+        return self.owner._parameters if self.key in self.owner._parameters else self.owner._buffers
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -148,7 +151,7 @@ class Filling:
             for one in group:
                 shape, expected = weights.entries[back[name]].shape, tuple(self.found[one].tensor.shape)
                 if shape != expected:
-                    refuse(f"{where}: {one[:80]}", f"shape {expected}", str(shape)[:80], "pass a model of that class")
+                    refuse(f"{where}: {one[:80]}", f"shape {expected}", str(shape)[:80], OTHER_SHAPE)
             self.reads.append((back[name], group))
 
     def run(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -172,8 +175,8 @@ def check_buffers(model: nn.Module) -> None:
 
 
 def _filled(old: Tensor, tensor: Tensor) -> Tensor:
-    """A parameter or buffer with these values: the same object, unless it had no data."""
-    if not old.is_meta:
+    """A parameter or buffer with these values: the same object, unless it had no data or was made in inference mode."""
+    if not (old.is_meta or old.is_inference()):
         old.data = tensor
         return old
     return nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CheckpointError
 from . import hf
 from .folder import Folder, foreign, refuse
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, Sizes
 from .record import Record, in_config
 from .skeleton import blank
 from .tensors import Entry, Weights
@@ -88,6 +88,15 @@ class Source:
     def tied(self) -> Mapping[str, str]:
         """Names of tensors that are one with another that the weights hold."""
         return {} if self.manifest is None else self.manifest.tied or {}
+
+    def alone(self, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+        """The tensors that the weights hold for one place each; none where nobody says what is tied."""
+        return {} if self.manifest is None or self.manifest.tied is None else entries
+
+    @property
+    def sizes(self) -> Sizes:
+        """Shapes of tensors outside attention that are smaller than the config says."""
+        return {} if self.manifest is None else self.manifest.sizes
 
     @property
     def config(self) -> Mapping[str, Any]:

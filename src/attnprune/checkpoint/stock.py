@@ -17,6 +17,7 @@ from ..families.registry import all_views, plain
 from ..nn import host_class
 from ..values.spec import AttentionSpec
 from .record import ENTRY, is_pretrained
+from .shapes import smaller_than
 
 _STOCK = "plan with stock=True, or use save_pruned"
 
@@ -122,6 +123,9 @@ def check_stock(model: nn.Module, after: Sequence[AttentionSpec]) -> dict[str, A
             shown = "none" if other is None else other.describe()
             found, remedy = f"{shown}, all that its class can have", "use save_pruned"
             raise NotExpressibleError(spec.name, f"{spec.describe()}, from its config", found, remedy)
+    for name, size in smaller_than(stock, model, all_views(model)).items():
+        found, remedy = f"{size}, as another tool left it", "use save_pruned"
+        raise NotExpressibleError(name, "the size that its config says", found, remedy)
     return theirs
 
 

@@ -24,6 +24,7 @@ from .hf import set_generation
 from .manifest import MANIFEST, Manifest
 from .record import Record
 from .save import config_json, generation_json, parse_size, write_model
+from .shapes import take_shapes
 from .skeleton import Filling, class_name, groups, places
 from .source import Source
 from .tensors import Item, Weights
@@ -76,9 +77,9 @@ def apply_to_checkpoint(
         skeleton = plain(model) if model is not None else found.skeleton(weights.entries)
         with _pruned(skeleton, found, weights, plan) as (items, tied):
             record, config = Record.of(all_views(skeleton)), config_json(skeleton)
-            manifest = Manifest(class_name(skeleton), record, (), config, tied)
             if model is None:
                 set_generation(found.folder, skeleton)
+            manifest = Manifest(class_name(skeleton), record, (), config, tied, sizes=found.sizes)
             return write_model(Folder.make(directory), items, manifest, limit, generation_json(skeleton))
 
 
@@ -87,12 +88,10 @@ def _pruned(
     skeleton: nn.Module, source: Source, weights: Weights, plan: Plan
 ) -> Iterator[tuple[list[Item], dict[str, str]]]:
     """Inside the block the skeleton has the shapes that the plan leaves; gives what its tensors are made of."""
-    record = source.record.inside(skeleton)
-    views = all_views(skeleton, {one.spec.name for one in record.attention})
-    before = Surgeon.prepare(skeleton, views, record.plan(views, MANIFEST), blank=True)
-    before.commit()
+    before = take_shapes(
+        skeleton, source.record.inside(skeleton), source.sizes, MANIFEST, source.alone(weights.entries)
+    )
     try:
-        record.settle(skeleton, MANIFEST)
         filling = Filling(skeleton, weights, source.names(skeleton, weights.entries), source.tied, "weights")
         origin = {id(filling.found[name].tensor): key for key, group in filling.reads for name in group}
         views = all_views(skeleton, {spec.name for spec in plan.specs})

@@ -60,8 +60,9 @@ Prices = Mapping[Kind, tuple[int, int]]
 
 
 def total(spec: AttentionSpec, prices: Prices) -> int:
-    """What all channels of an attention cost."""
-    sizes = {"qk": (spec.layout.channels("q"), sum(spec.qk_dims)), "vo": (spec.layout.channels("o"), sum(spec.vo_dims))}
+    """What all channels of an attention cost, those that Q has beside K's among them."""
+    of = spec.layout.channels
+    sizes = {"qk": (of("q") + of("x"), of("k")), "vo": (of("o"), of("v"))}
     return sum(sizes[kind][0] * outer + sizes[kind][1] * inner for kind, (outer, inner) in prices.items())
 
 
@@ -74,7 +75,7 @@ def parameter_prices(spec: AttentionSpec) -> Prices:
     q, k, v, _ = spec.bias
     return {
         "qk": (spec.q_in + q, spec.k_in + k + spec.bias_kv),
-        "vo": (spec.d_model, spec.v_in + v + spec.bias_kv),
+        "vo": (spec.d_model + spec.gated * (spec.q_in + q), spec.v_in + v + spec.bias_kv),
     }
 
 
@@ -91,7 +92,10 @@ def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs:
     return {
         view.name: {
             "qk": (queries * view.spec.q_in + products, keys * view.spec.k_in),
-            "vo": (queries * view.spec.d_model + products, keys * view.spec.v_in),
+            "vo": (
+                queries * (view.spec.d_model + view.spec.gated * view.spec.q_in) + products,
+                keys * view.spec.v_in,
+            ),
         }
         for view in views
         for queries, keys, pairs in [sizes[view.name]]

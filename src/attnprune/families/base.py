@@ -12,13 +12,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..nn import Decoupled, decoupled_class, host_class
-from ..nn.decoupled import State
+from ..nn.decoupled import State, mixin_class
+from ..nn.expanded import Read
+from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
 from .calls import Call, calls_of
 from .linears import Small
-from .slots import Port, Slot
+from .slots import FOLLOWS, Port, Slot
 from .states import Numbers, next_state, numbers_known, telling
 from .ways import EVERY, Verdict, Way
 
@@ -32,7 +34,7 @@ class AttentionView:
         module: the module whose forward splits heads.
         adapter: the module's family: who made the view, and who can give the module another shape.
         slots: where channels lie, by name: ``q.weight``, ``q.bias`` (if there is one), ``k.weight`` … ``o.weight``,
-            and whatever else runs along channels (:class:`torch.nn.MultiheadAttention`'s ``bias_k``, ``bias_v``).
+            ``x.weight`` (``q_extra``), and what runs along them besides (``bias_k`` of ``nn.MultiheadAttention``).
         kinds: for every slot, whose channels it follows: ``"qk"`` or ``"vo"``.
         host: the module that holds all four projections, where ``module`` does not; what is run to prove what it is.
         verdict: what running it showed; None for modules that were pruned before.
@@ -51,7 +53,7 @@ class AttentionView:
     orders: Mapping[str, Mapping[str, Slot]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        usual = {name: KIND_OF[p] for name in self.slots for p in PROJECTIONS if name.startswith(f"{p}.")}
+        usual = {name: KIND_OF[FOLLOWS[part]] for name in self.slots if (part := name.split(".")[0]) in FOLLOWS}
         object.__setattr__(self, "kinds", {**usual, **self.kinds})
 
     @property
@@ -62,8 +64,7 @@ class AttentionView:
     @property
     def state(self) -> State | None:
         """What the module knows of its pruning; None where it runs by its own forward."""
-        found: State | None = self.module.__dict__.get("attnprune_state")
-        return found
+        return self.module.__dict__.get("attnprune_state")
 
     @property
     def top(self) -> nn.Module:
@@ -82,11 +83,8 @@ class AttentionView:
         return slot.cut(slot.values)
 
     def heads(self, projection: Projection) -> list[Tensor]:
-        """Per head of a projection ``(channel, in)``: its weights in logical order; views.
-
-        Q and O have query heads, K and V key heads. For O the second dimension is what it writes. With equal heads,
-        :meth:`stacked` gives one tensor.
-        """
+        """Per head of a projection (of Q and O query heads, of K and V key heads) ``(channel, in)``: its weights in
+        logical order; views. For O the second dimension is what it writes. :meth:`stacked` gives equal heads as one."""
         return [self.weight(projection)[slice(*span)] for span in self.spans(projection)]
 
     def stacked(self, projection: Projection) -> Tensor:
@@ -118,8 +116,7 @@ class AttentionView:
     def side(self, key: str) -> Projection:
         """The projection whose channels a slot follows: its own; what lies along qk or vo channels besides follows K or
         V."""
-        own: dict[str, Projection] = {p: p for p in PROJECTIONS}
-        return own.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
+        return FOLLOWS.get(key.split(".")[0], "k" if self.kinds[key] == "qk" else "v")
 
     # modules
 
@@ -140,8 +137,7 @@ class AttentionView:
     @property
     def linears(self) -> dict[Projection, nn.Linear] | None:
         """The four Linear modules, or None where several projections lie in one, or in other parameters."""
-        owners = {p: self.owner(p) for p in PROJECTIONS}
-        linears: dict[Projection, nn.Linear] = {p: o for p, o in owners.items() if isinstance(o, nn.Linear)}
+        linears: dict[Projection, nn.Linear] = {p: o for p in PROJECTIONS if isinstance(o := self.owner(p), nn.Linear)}
         return linears if len({id(one) for one in linears.values()}) == len(PROJECTIONS) else None
 
     def port(self, projection: Projection) -> Port:
@@ -151,8 +147,7 @@ class AttentionView:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """Every module that a commit may touch: the attention itself and the owners of its parameters."""
-        found = {id(module): module for module in (self.module, *(slot.owner for slot in self.slots.values()))}
-        return tuple(found.values())
+        return tuple(dict.fromkeys((self.module, *(slot.owner for slot in self.slots.values()))))
 
     # how it runs
 
@@ -160,6 +155,11 @@ class AttentionView:
     def runs_expanded(self) -> bool:
         """Whether it runs by its host's forward on dense dims."""
         return self.state is not None and self.state.expanded is not None
+
+    @property
+    def read(self) -> bool:
+        """Whether its host reads the weights of projections, instead of calling them."""
+        return isinstance(self.owner("q"), Read) if self.verdict is None else self.verdict.read
 
     @property
     def mixin_runs(self) -> bool:
@@ -179,8 +179,8 @@ class AttentionView:
             stock, expanded = verdict.stock, verdict.expanded or (word and self.called)
         heads = self.heads_may_go if (fewer := spec.heads < self.spec.heads) else EVERY
         alone = fewer and verdict is not None and verdict.stock_heads and spec.dims_of == self.spec.dims_of
-        shaped = self.expresses(spec) and not (fewer and self.masks_by_head)
-        if shaped and (alone or (stock and "stock" in heads)):
+        stock = alone or (stock and "stock" in heads)
+        if stock and self.expresses(spec) and not (fewer and self.masks_by_head):
             return "stock"
         if decoupled is not None and "decoupled" in heads:
             return "decoupled"
@@ -197,7 +197,7 @@ class AttentionView:
     def mixin(self) -> type[Decoupled] | None:
         """The class with a forward of ours that runs, or may run, the module."""
         if isinstance(self.module, Decoupled):
-            return type(self.module).__bases__[0]
+            return mixin_class(self.module)
         known = self.verdict
         return next(iter(self.adapter.decoupled_for(self)), None) if known is None else known.decoupled
 
@@ -224,6 +224,10 @@ class AttentionView:
     def attended(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """Which keys each query may attend to in a call of the module (:meth:`Adapter.attended`)."""
         return self.adapter.attended(self, args, kwargs)
+
+    def turning(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        """How queries and keys are rotated in a call of the module (:meth:`Adapter.turning`)."""
+        return self.adapter.turning(self, args, kwargs)
 
     @property
     def constant_keys(self) -> Tensor | None:
@@ -340,25 +344,21 @@ class Adapter(ABC):
         """Which keys each query may attend to, ``(batch, heads, queries, keys)`` bool, any but the last may be 1.
 
         Calibration leaves out tokens that nobody attends to. None: all. The default reads ``attention_mask``: bool
-        (True attends), additive, or 0 and 1 per key.
-
-        Args:
-            view: the module whose forward is about to run.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
+        (True attends), additive, or 0 and 1 per key. Arguments are those of a call that is about to run.
         """
         return linears.attended(view.name, view.module, args, kwargs)
+
+    def turning(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        """How a call that is about to run rotates queries and keys, if that is all before their product; or None."""
+        return None
 
     def constant_keys(self, view: AttentionView) -> Tensor | None:
         """``(keys, channels)``: keys that every sequence has beside those that K makes; None by default."""
         return None
 
     def calls(self, view: AttentionView) -> Sequence[Call]:
-        """Ways to call the view's host that show all it does; the default goes by the names of its arguments.
-
-        The first is the plainest. What the host refuses is left out; an argument that no call gives makes a forward of
-        ours unfit, as nobody knows what the host does with it.
-        """
+        """Ways to call the view's host that show all it does, the plainest first; by default by its arguments' names.
+        What the host refuses is left out; where no call gives an argument, no forward of ours fits: nobody knows it."""
         return calls_of(view.top, view.spec)
 
     def small(self, view: AttentionView) -> Small:

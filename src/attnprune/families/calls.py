@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..values.spec import AttentionSpec
+from .probe_cache import ProbeCache
 
 CACHES = ("past_key_values", "past_key_value", "cache", "layer_past")
 MASKS = (
@@ -52,35 +53,6 @@ class Call:
     """Whether it is computed in float64 throughout, as the host rounds to less (``attnprune.nn.exactly``)."""
 
 
-class ProbeCache:
-    """A cache that keeps whatever it is given: what any version's dynamic cache does."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, Any] = {}
-        self.is_updated: dict[int, bool] = {}
-
-    @property
-    def self_attention_cache(self) -> ProbeCache:
-        return self
-
-    @property
-    def cross_attention_cache(self) -> ProbeCache:
-        return self
-
-    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values ``(batch, heads, tokens, dim)``, and gives all so far."""
-        old = self.layers.get(int(layer))
-        if old is not None:
-            k, v = torch.cat([old.keys, k], -2), torch.cat([old.values, v], -2)
-        self.layers[int(layer)] = SimpleNamespace(keys=k, values=v)
-        return k, v
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens so far."""
-        found = self.layers.get(int(layer))
-        return 0 if found is None else int(found.keys.shape[-2])
-
-
 class Signature:
     """What a host's forward takes, by role."""
 
@@ -106,18 +78,18 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
     if not signature.names:
         return []
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
-    # what an argument that may be missing may still have to be
-    for more in ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS):
-        for form in FORMS:
-            inputs = _Inputs(signature, spec, more, form)
-            if (more and not inputs.optional) or not inputs.possible:
-                continue
-            try:
-                found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
-                host(*positional(found), **found)
-            except Exception:  # the next one, then
-                continue
-            return list(_variants(signature, spec, inputs))
+    # what an argument that may be missing may still have to be; Q may read less than what comes in, through a low rank
+    given = ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS)
+    for width, more, form in product(dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
+        inputs = _Inputs(signature, spec, more, form, width)
+        if (more and not inputs.optional) or not inputs.possible:
+            continue
+        try:
+            found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
+            host(*positional(found), **found)
+        except Exception:  # the next one, then
+            continue
+        return list(_variants(signature, spec, inputs))
     return [Call("plain inputs", lambda generator, dtype: [_Inputs(signature, spec, ())(generator, dtype)])]
 
 
@@ -128,10 +100,11 @@ def positional(arguments: Arguments) -> list[Any]:
 
 def rotary_width(host: nn.Module, spec: AttentionSpec) -> int:
     """How many channels of a head the tables of a host's rotary embedding have, by what it and its config say."""
+    most = spec.qk_dim + spec.q_extra
     for module in host.modules():
-        for name in ("rotary_ndims", "rotary_dim", "rotary_emb_dim"):
+        for name in ("rotary_ndims", "rotary_dim", "rotary_emb_dim", "qk_rope_head_dim"):
             width = module.__dict__.get(name)
-            if isinstance(width, int) and 0 < width <= spec.qk_dim:
+            if isinstance(width, int) and 0 < width <= most:
                 return width
         config = module.__dict__.get("config")
         found = getattr(config, "rope_parameters", None)
@@ -139,7 +112,7 @@ def rotary_width(host: nn.Module, spec: AttentionSpec) -> int:
         share = getattr(config, "partial_rotary_factor", None) if share is None else share
         if isinstance(share, float) and 0 < share < 1:
             return int(spec.qk_dim * share)
-    return spec.qk_dim
+    return spec.q_extra or spec.qk_dim
 
 
 class Form(NamedTuple):
@@ -151,9 +124,18 @@ class Form(NamedTuple):
     """Rotary tables serve the whole batch, and have no batch dimension."""
     packed: bool = False
     """Sequences of several lengths lie one after the other, without a batch dimension."""
+    one: bool = False
+    """Such are a batch of one."""
+    grid: bool = False
+    """Tokens are a grid of rows and columns."""
+    complex: bool = False
+    """Rotary tables hold one complex number for each pair of channels."""
 
 
-FORMS = (Form(), Form(by_pair=True), Form(single=True), Form(single=True, packed=True))
+FORMS = (
+    Form(), Form(by_pair=True), Form(by_pair=True, complex=True), Form(single=True), Form(single=True, packed=True),
+    Form(packed=True, one=True), Form(grid=True),
+)  # fmt: skip
 
 
 class _Inputs:
@@ -164,9 +146,18 @@ class _Inputs:
         spec: the attention.
         more: names of arguments to give although they may be missing.
         form: how it takes them.
+        hidden: width of what it reads; None: that of what Q reads.
     """
 
-    def __init__(self, signature: Signature, spec: AttentionSpec, more: Sequence[str], form: Form = FORMS[0]) -> None:
+    def __init__(
+        self,
+        signature: Signature,
+        spec: AttentionSpec,
+        more: Sequence[str],
+        form: Form = FORMS[0],
+        hidden: int | None = None,
+    ) -> None:
+        self.read = spec.q_in if hidden is None else hidden
         self.form, self.width = form, rotary_width(signature.host, spec) // (2 if form.by_pair else 1)
         self.lengths = signature.first(LENGTHS)
         self.spec, self.hidden, self.required = spec, signature.names[0], signature.required
@@ -187,12 +178,13 @@ class _Inputs:
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
     ) -> Arguments:
         spec = self.spec
-        lead = () if self.form.packed else (batch,)
+        lead = [1] * self.form.one if self.form.packed else [batch]
 
         def normal(tokens: int, width: int) -> Tensor:
-            return torch.randn(*lead, tokens, width, generator=generator, dtype=dtype, device="cpu") * size
+            shape = [*lead, -(-tokens // 3), min(tokens, 3), width] if self.form.grid else [*lead, tokens, width]
+            return torch.randn(shape, generator=generator, dtype=dtype, device="cpu") * size
 
-        found: Arguments = {self.hidden: normal(tokens, spec.q_in)}
+        found: Arguments = {self.hidden: normal(tokens, self.read)}
         if self.key is not None:
             found[self.key] = normal(tokens, spec.k_in)
         if self.value is not None:
@@ -202,7 +194,8 @@ class _Inputs:
         if self.angles is not None:
             rows = () if self.form.single else (batch,)
             turn = torch.randn(*rows, tokens, self.width, generator=generator, dtype=dtype, device="cpu")
-            found[self.angles] = (turn.cos(), turn.sin())
+            cos, sin = turn.cos(), turn.sin()
+            found[self.angles] = torch.complex(cos, sin) if self.form.complex else (cos, sin)
         if self.places is not None:
             found[self.places] = torch.arange(tokens, device="cpu")
         if self.positions is not None:
@@ -219,6 +212,8 @@ class _Inputs:
         """Whether the host has arguments of this form."""
         if self.form.packed:
             return self.lengths is not None
+        if self.form.grid:
+            return self.key is None and self.source is None
         return self.angles is not None or not (self.form.by_pair or self.form.single)
 
     def keys(self, found: Arguments) -> int:

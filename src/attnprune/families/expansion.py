@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..nn.expanded import Expanded, expand
+from ..nn.expanded import Expanded, Read, expand
 from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
@@ -41,7 +41,8 @@ class Joint(NamedTuple):
     @property
     def slot(self) -> Slot:
         """The whole parameter."""
-        return Slot(self.owner, self.name, getattr(self.owner, self.name).shape[self.axis], self.axis)
+        slot = Slot(self.owner, self.name, 0, self.axis)
+        return replace(slot, size=slot.parameter.shape[self.axis])
 
     @property
     def columns(self) -> bool:
@@ -84,6 +85,8 @@ def expand_view(
     spec: AttentionSpec,
     kept: Sequence[int],
     rows: Mapping[Projection, Sequence[int]],
+    *,
+    read: bool = False,
 ) -> None:
     """Puts compact parameters in place; the host's own forward runs them on its dense dims. Only assigns.
 
@@ -93,6 +96,7 @@ def expand_view(
         spec: the new shape.
         kept: query heads that stay.
         rows: of each projection, the stored channels that stay, in the order in which they will be stored.
+        read: whether the host reads weights, instead of calling projections.
     """
     slots: dict[str, Slot] = {}
     for joint in joints(view):
@@ -110,7 +114,7 @@ def expand_view(
                 dense, width = owner.attnprune_channels, owner.attnprune_width
             channels = [dense[place] for place in flat]
             linears.put(owner, joint.name, parameter)
-            expand(owner, channels, width, columns=joint.columns)
+            expand(owner, channels, width, columns=joint.columns, axis=joint.axis if read else None)
         else:
             linears.put(owner, joint.name, parameter)
     state = view.next_state(spec, kept)
@@ -170,7 +174,8 @@ def rescale(view: AttentionView, scale: float) -> None:
                 dense, rows = list(state.kept), tuple(rows[one] for one in view.spec.layout.key_of)
             for head, span, row in zip(dense, view.spans(side), rows, strict=True):
                 places[slice(*span)] = [head * dim + number for number in row]
-            expand(slot.owner, places, host.layout.channels(side), columns=key[0] == "o")
+            axis = slot.axis if isinstance(slot.owner, Read) else None
+            expand(slot.owner, places, host.layout.channels(side), columns=key[0] == "o", axis=axis)
     view.adapter.reshape(view, host)
     expanded = known._replace(spec=replace(spec, scale=scale))
     view.module.attnprune_state = state._replace(scale=scale, expanded=expanded)  # type: ignore[assignment]

@@ -38,28 +38,50 @@ def looks_like(model: nn.Module, known: Collection[nn.Module], why: Mapping[str,
         if id(module) in inside:
             continue
         if name not in why:
-            if not _looks(module) or any(id(part) in tops for part in module.modules()):
+            if not looks(module) or any(id(part) in tops for part in module.modules()):
                 continue
             if any(other.startswith(f"{name}." if name else "") for other in why):
                 continue  # a container of one whose reason is known
-            below = [part for part in module.modules() if part is not module and _looks(part)]
+            below = [part for part in module.modules() if part is not module and looks(part)]
             if sum(not any(one in other.modules() for other in below if other is not one) for one in below) > 1:
                 continue  # a container of several
         inside.update(id(part) for part in module.modules())
         yield Skipped(name, type(module).__name__, why.get(name) or _unknown(module))
 
 
-def _looks(module: nn.Module) -> bool:
+def looks(module: nn.Module) -> bool:
+    """Whether a module has the class name or the children of attention."""
     children = {child for child, _ in module.named_children()}
     word = type(module).__name__.lower()
     named = "attention" in word or word.endswith("attn") or isinstance(module, nn.MultiheadAttention)
     return bool(children & _CHILDREN) or (named and next(module.parameters(), None) is not None)
 
 
+DEFORMABLE = "deformable attention: its weights come from queries alone, so that there are no keys"
+RECURRENT = "a linear recurrence: it takes no softmax over keys"
+CONVOLVED = "its projections are convolutions"
+OTHER_KINDS: Mapping[str, Collection[str]] = {
+    DEFORMABLE: {"sampling_offsets"},
+    RECURRENT: {"A_log", "dt_bias", "time_decay", "conv1d", "q_conv1d", "linear_attn"},
+}
+"""Attention without four projections around a softmax, and what parts of it are called."""
+
+
 def _unknown(module: nn.Module) -> str:
     children = [child for child, _ in module.named_children()]
+    inside = {name for part in module.modules() for name in (*part._modules, *part._parameters)}
+    for reason, names in OTHER_KINDS.items():
+        if inside & {*names}:
+            return reason
+    convolutions = [part for part in module.children() if any(map(_convolves, part.modules()))]
+    if len(convolutions) > 1 or (convolutions and not any(isinstance(part, nn.Linear) for part in module.modules())):
+        return CONVOLVED
     shown = ", ".join(children[:6]) or "none"
     return f"four projections and a number of heads are not found among its parts ({shown})"
+
+
+def _convolves(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 class _Watch(TorchFunctionMode):

@@ -11,18 +11,30 @@ from .linears import is_linear
 
 Q, K, V, O = (
     ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
-     "W_q", "q_head", "q_attn"),
+     "W_q", "q_head", "q_attn", "projection_query", "queries", "q_b_proj", "q_gate_proj"),
     ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
-     "W_k", "k_head"),
+     "W_k", "k_head", "projection_key"),
     ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
-     "W_v", "v_head"),
+     "W_v", "v_head", "projection_value"),
     ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj", "Wo",
      "W_o", "w_o", "proj_out", "output_proj", "projection_layer", "attention_out", "linear_o", "post_proj", "post",
      "output", "out"),
 )  # fmt: skip
 QKV = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj", "in_proj_qkv",
-       "att_proj", "linear_qkv", "w_qkv")  # fmt: skip
-KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_value", "c_attn")
+       "att_proj", "linear_qkv", "w_qkv", "queries_keys_values")  # fmt: skip
+KV = (
+    "kv",
+    "to_kv",
+    "kv_proj",
+    "Wkv",
+    "wkv",
+    "linear_kv",
+    "kv_linear",
+    "key_value",
+    "c_attn",
+    "kv_b_proj",
+    "keys_values",
+)
 QK = ("qk", "to_qk", "qk_proj", "query_key")
 """What holds several of them in one."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",
@@ -43,10 +55,15 @@ def first(names: Sequence[str], among: Collection[str]) -> str | None:
 def part_of(module: nn.Module, names: Sequence[str]) -> Any:
     """The first child of these names; any module under one, as a wrapper is refused later, by name."""
     children = module._modules
-    for name in names if children else ():
-        if children.get(name) is not None:
-            return children[name]
-    return None
+    return next((_inside(children[name]) for name in names if children.get(name) is not None), None)
+
+
+def _inside(part: Any) -> Any:
+    """The one Linear of a module that does more with it: clips what comes and goes, norms over the batch."""
+    if is_linear(part) or isinstance(part, (nn.Sequential, nn.ModuleList)):
+        return part
+    inner = [module for module in part.modules() if is_linear(module)]
+    return inner[0] if len(inner) == 1 else part
 
 
 def parts_of(module: nn.Module) -> dict[str, Any]:
@@ -83,6 +100,6 @@ def output_of(module: nn.Module) -> Any:
     """O: a child of one of its names, or the Linear in a Sequential of that name."""
     found = part_of(module, O)
     if isinstance(found, (nn.Sequential, nn.ModuleList)):
-        inner = [part for part in found if is_linear(part)]
+        inner = [part for part in map(_inside, found) if is_linear(part)]
         return inner[0] if len(inner) == 1 else None
     return found

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 from warnings import warn
 
 from torch import nn
 
-from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError
+from ..errors import AdapterError, AttnPruneError, AttnPruneWarning, NoAttentionError, OptionError, ShardedError
+from ..nn.kept import ordinary
+from ..values.choices import Choice, Choices, means, read_choices
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
-from .linears import computes_linear
-from .looks import Skipped, attending, looks_like
+from .linears import computable, computes_linear
+from .looks import Skipped, attending, looks, looks_like
+from .mha.readers import read_by_hand
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
 from .table import adapter_of, registered
@@ -68,24 +70,26 @@ class Survey:
         trusted: Collection[str] = (),
         run: Run | None = None,
     ) -> None:
+        _check_partitioned(model)
         self.model = model
         self.views: list[AttentionView] = []
         self.errors: dict[str, AttnPruneError] = {}
         """Attention of known families that is wrapped, quantised and so on."""
-        self.why: dict[str, str] = {}
+        self.why = read_by_hand(model)
         """By name, why a module of a known family is not prunable."""
         self._skipped: dict[bool, tuple[Skipped, ...]] = {}
         pending: list[AttentionView] = []
         tables = _tables(model)
         for found in _walk(model):
-            if only is not None and found.name not in only:
+            if (only is not None and found.name not in only) or found.name in self.why:
                 continue
             try:
                 view = found.view()
             except AdapterError as error:
                 if registered(found.adapter):
                     raise
-                self.why[found.name] = f"expected {error.expected}, found {error.found}"
+                if looks(found.module):  # others have parts of such names too: state space models, for one
+                    self.why[found.name] = f"expected {error.expected}, found {error.found}"
             except AttnPruneError as error:
                 self.errors[found.name] = error
             else:
@@ -113,7 +117,7 @@ class Survey:
             silent = verdict is not None and not (verdict.ran and verdict.attends)
             if verdict is None or verdict.prunable or (said and silent and view.way(view.spec) is not None):
                 yield view
-            else:
+            elif looks(view.top) or verdict.attends or not verdict.ran:
                 self.why[view.name] = verdict.why
 
     def skipped(self, run: Run | None = None) -> tuple[Skipped, ...]:
@@ -151,7 +155,21 @@ def _plain(view: AttentionView) -> bool:
         if "forward" in module.__dict__ or linear or tuner:
             return False
     parameters = [slot.owner._parameters.get(slot.name) for slot in view.slots.values()]
-    return all(isinstance(one, nn.Parameter) and one.is_floating_point() for one in parameters)
+    return all(computable(one) for one in parameters)
+
+
+def _check_partitioned(model: nn.Module) -> None:
+    """Raises ShardedError where parameters lie in parts with other processes (DeepSpeed's ZeRO-3)."""
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", None)
+        if shape is not None and parameter.shape != shape:
+            raise ShardedError(
+                name,
+                f"a whole parameter of shape {tuple(shape)}",
+                f"one of shape {tuple(parameter.shape)}, partitioned by ZeRO-3",
+                "apply the plan before deepspeed.initialize; to plan alone, gather all parameters for a while "
+                "(deepspeed.zero.GatheredParameters)",
+            )
 
 
 def _tables(model: nn.Module) -> set[int]:
@@ -164,6 +182,12 @@ def _tables(model: nn.Module) -> set[int]:
         if tensor is not None and any(word in f"{name.rpartition('.')[2]}.{key}" for word in words)
         for size in tensor.shape
     }
+
+
+def again(view: AttentionView) -> AttentionView:
+    """The view of the same attention as it is now; what was found by running it is taken over."""
+    found = _Found(view.name, view.top, view.adapter).view()
+    return replace(found, verdict=view.verdict, masks_by_head=view.masks_by_head)
 
 
 def attention_names(model: nn.Module) -> list[str]:
@@ -184,6 +208,7 @@ def sound_views(model: nn.Module) -> list[AttentionView]:
     return Survey(model).views
 
 
+@ordinary
 def skipped_attention(model: nn.Module, run: Run | None = None) -> tuple[Skipped, ...]:
     """What looks like attention and cannot be pruned, each with the reason.
 
@@ -208,17 +233,18 @@ def skipped_attention(model: nn.Module, run: Run | None = None) -> tuple[Skipped
 
 def find_views(
     model: nn.Module,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     *,
     run: Run | None = None,
 ) -> list[AttentionView]:
-    """The attention modules of a model whose names match.
+    """The attention modules of a model that are meant.
 
     Args:
         model: any module.
-        include: glob patterns (``"encoder.*"``); a name must match one of them. None: all.
-        exclude: glob patterns; a name must match none of them.
+        include: glob patterns (``"encoder.*"``), classes, or functions of name and module; one of them must mean a
+            module. None: all.
+        exclude: the same; none of them may mean it.
         run: runs the model once, for modules whose arguments have names that tell nothing.
 
     Raises:
@@ -228,10 +254,8 @@ def find_views(
     return select(Survey(model, run=run), include, exclude)
 
 
-def select(
-    survey: Survey, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-) -> list[AttentionView]:
-    """The attention modules of a survey whose names match (:func:`find_views`)."""
+def select(survey: Survey, include: Choices | None = None, exclude: Choices | None = None) -> list[AttentionView]:
+    """The attention modules of a survey that are meant (:func:`find_views`)."""
     model = survey.model
     names = survey.names
     if not names:
@@ -255,21 +279,30 @@ def select(
     return left
 
 
-def chosen(
-    survey: Survey, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> Callable[[str], bool]:
-    """Which names the patterns mean. A pattern has to match some attention, prunable or not.
+def chosen(survey: Survey, include: Choices | None, exclude: Choices | None) -> Callable[[str], bool]:
+    """Which names are meant. A pattern has to match some attention, prunable or not; a class or function need not.
 
     Raises:
         OptionError: a pattern matches none.
     """
-    names = survey.names
+    model, names = survey.model, survey.names
     if include is not None or exclude is not None:
         names = [*names, *(one.name for one in survey.skipped())]
-    wanted, unwanted = _patterns("include", include, names), _patterns("exclude", exclude, names)
+    parts = {view.name: view.module for view in survey.views}
+    wanted, unwanted = read_choices("include", include), read_choices("exclude", exclude)
+    for option, choices in (("include", wanted), ("exclude", unwanted)):
+        for pattern in choices or ():
+            if isinstance(pattern, str) and not any(means(pattern, name, None) for name in names):
+                near = get_close_matches(pattern, names, n=3, cutoff=0.0)
+                expected, remedy = "patterns that match an attention module", f"names here are like {near}"
+                raise OptionError(option, expected, repr(pattern), remedy)
+
+    def any_of(choices: Sequence[Choice], name: str) -> bool:
+        module = model.get_submodule(name)
+        return any(means(choice, name, module, parts.get(name)) for choice in choices)
 
     def meant(name: str) -> bool:
-        return (wanted is None or _any(name, wanted)) and not (unwanted and _any(name, unwanted))
+        return (wanted is None or any_of(wanted, name)) and not (unwanted and any_of(unwanted, name))
 
     return meant
 
@@ -287,25 +320,6 @@ def report_skipped(skipped: Sequence[Skipped], strict: bool) -> None:
         remedy = "exclude it by name, leave strict off, or tell how its class is built (attnprune.register_adapter)"
         raise NoAttentionError("strict=True", "every attention to be prunable", found, remedy)
     warn(f"Attention that is not pruned: {found}.", AttnPruneWarning, stacklevel=3)
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _patterns(option: str, given: str | Sequence[str] | None, names: Sequence[str]) -> Sequence[str] | None:
-    if given is None:
-        return None
-    if not isinstance(given, (str, Sequence)):
-        raise OptionError(option, "a glob pattern or a list of them", repr(given), 'write "encoder.*"')
-    patterns = [given] if isinstance(given, str) else list(given)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
-            near = get_close_matches(str(pattern), names, n=3, cutoff=0.0)
-            raise OptionError(
-                option, "patterns that match an attention module", repr(pattern), f"names here are like {near}"
-            )
-    return patterns
 
 
 def _shorten(names: Sequence[str], limit: int = 4) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.expanded import Expanded
+from ..values.layout import SIDES, Projection
+
+FOLLOWS: Mapping[str, Projection] = {**{side: side for side in SIDES}, "g": "o"}
+"""By the first word of a slot's name, whose channels it follows; ``g`` gates what O reads."""
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -47,9 +51,9 @@ class Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter itself."""
-        parameter: nn.Parameter = getattr(self.owner, self.name)
-        return parameter
+        """The parameter itself; compact, where the owner shows its host a dense one."""
+        parameter = self.owner._parameters.get(self.name)
+        return getattr(self.owner, self.name) if parameter is None else parameter
 
     @property
     def places(self) -> Sequence[int]:

@@ -27,6 +27,8 @@ class Verdict:
     """The forward of ours that computes what the host computes; None if there is none."""
     expanded: bool = False
     """Whether projections can be compact inside the host as it is."""
+    read: bool = False
+    """Whether that is so with a host that reads weights, instead of calling projections."""
     heads: frozenset[str] = EVERY
     """Ways in which whole heads may go."""
     attends: bool = True
@@ -65,4 +67,4 @@ class Verdict:
             return ""
         if self.ran and not self.attends:
             return "no softmax over keys was seen in its forward"
-        return "; ".join(dict.fromkeys(self.reasons.values()))
+        return "; ".join(dict.fromkeys(why for way, why in self.reasons.items() if way != "read"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import ceil, cos, pi
 from typing import Any
 
@@ -17,9 +17,12 @@ from ..calibration.losses import LossFn, loss_of
 from ..calibration.quiet import restored, unfused
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
+from ..nn import host_class
+from ..nn.expanded import ExpandedColumns, ExpandedRows
 from ..surgery import check_views
 from ..training.blocks import find_blocks
 from ..training.distillation import teacher_loss
+from ..values.choices import Choices
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
@@ -33,16 +36,16 @@ def lora_targets(
     model: nn.Module,
     *,
     mlp: bool = True,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
 ) -> list[str]:
     """The names of a model's attention projections, and of the other Linears of their blocks: for ``LoraConfig``.
 
     Args:
         model: any module with attention of a known family, pruned or not.
         mlp: whether the blocks' other Linears are named too.
-        include: glob patterns of attention names; only these and their blocks.
-        exclude: glob patterns of attention names to leave out.
+        include: as in :func:`attnprune.prune_attention`; only these and their blocks.
+        exclude: what to leave out, likewise.
 
     >>> import attnprune
     >>> model = nn.TransformerEncoderLayer(32, 4, batch_first=True)
@@ -75,8 +78,8 @@ def lora_recover(
     never_worse: bool = True,
     loss_fn: LossFn | None = None,
     teacher: nn.Module | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> nn.Module:
@@ -104,8 +107,8 @@ def lora_recover(
         loss_fn: ``loss_fn(model, batch) -> scalar``; None for the model's own loss.
         teacher: instead of labels, the output of this model (usually the dense one) is to be matched:
             ``loss_fn=attnprune.teacher_loss(teacher)``.
-        include: glob patterns of attention names; only these and their blocks.
-        exclude: glob patterns of attention names to leave out.
+        include: as in :func:`attnprune.prune_attention`; only these and their blocks.
+        exclude: what to leave out, likewise.
         seed: of the updates' start and of dropout; the global random state is left as found.
         progress: whether to show a progress bar.
 
@@ -138,16 +141,17 @@ def lora_recover(
     targets = lora_targets(whole, mlp=mlp, include=include, exclude=exclude)
     _check_shared(whole, targets)
     data, validation = _sized(data), None if validation is None else _sized(validation)
-    pattern = "|".join(re.escape(name) for name in targets)  # names in full: a list would match by their ends
+    pattern = "|".join(re.escape(f"model.{name}") for name in targets)  # in full: a list would match by their ends
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
-    with _as_before(whole), torch.enable_grad():
+    with _as_before(whole), _compact(whole, targets) as hear, torch.enable_grad():
         torch.manual_seed(seed)
-        tuner: Any = LoraModel(whole, config, "default")
+        tuner: Any = LoraModel(_Bare(whole), config, "default")
+        hear()
         for parameter in whole.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()  # the updates; PEFT's layers cast their inputs
         _train(whole, data, validation, loss_fn, lr, epochs, warmup, DECAYS[decay], checks, never_worse, progress)
-        weights = [(p, p.detach().clone()) for name in targets for p in tuner.model.get_submodule(name).parameters()]
+        weights = [(p, p.detach().clone()) for name in targets for p in whole.get_submodule(name).parameters()]
         try:
             tuner.merge_and_unload()
         except BaseException:
@@ -156,6 +160,35 @@ def lora_recover(
                     parameter.copy_(value)
             raise
     return model
+
+
+class _Bare(nn.Module):
+    """A model without its config, by whose type PEFT would turn names of Linears into those of experts' weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@contextmanager
+def _compact(model: nn.Module, targets: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Projections that run expanded are plain compact ones inside the block, so that updates have their shapes.
+
+    Yields what makes whatever took their places hand on and read dense channels.
+    """
+    ours = (ExpandedRows, ExpandedColumns)
+    expanded = {name: one for name in targets if isinstance(one := model.get_submodule(name), ours)}
+    kinds = {name: type(one) for name, one in expanded.items()}
+    with ExitStack() as stack:
+        for name, one in expanded.items():
+            stack.callback(object.__setattr__, one, "__class__", kinds[name])
+            object.__setattr__(one, "__class__", host_class(one))
+
+        def hear() -> None:
+            for name, one in expanded.items():
+                stack.callback(kinds[name].listen(model.get_submodule(name), one.attnprune_index).remove)
+
+        yield hear
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import ExportError, StateDictError
 from ..values.layout import Bucket, HeadLayout
 
 
@@ -43,10 +44,14 @@ class State(NamedTuple):
     """Channels of the dot product in a head before any pruning, where a forward of ours needs to know."""
 
 
+_METADATA = "attnprune"  # the entry in a state dict's metadata
+
+
 class Decoupled(nn.Module):
     """Base of the classes that pruned modules get: a forward of ours in front of the host's own class.
 
-    The module object stays the same; ``isinstance`` with the host class stays true; copies and pickles work.
+    The module object stays the same; ``isinstance`` with the host class stays true; copies and pickles work. State
+    dicts say in their metadata how channels lie, as weights of the same shapes may belong to other heads.
     """
 
     attnprune_state: State
@@ -61,7 +66,43 @@ class Decoupled(nn.Module):
         """Class attributes that the forward needs to know about the host class."""
         return {}
 
+    def laid_out(self) -> dict[str, Any]:
+        """What weights of these shapes mean: plain values, equal where state dicts may be exchanged."""
+        state = self.attnprune_state
+        return {
+            "qk": state.layout.qk, "vo": state.layout.vo, "groups": state.layout.groups, "heads": state.kept,
+            "channels": None if state.numbers is None else dict(state.numbers),
+        }  # fmt: skip
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        if prefix[:-1] in metadata:
+            metadata[prefix[:-1]][_METADATA] = self.laid_out()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        found, own = local_metadata.get(_METADATA), self.laid_out()
+        if found is not None and found != own:
+            differing = [key for key in own if own[key] != found.get(key)]
+            raise StateDictError(
+                prefix.rstrip(".") or "state dict",
+                f"weights of channels that lie as here ({', '.join(f'{key} {own[key]}' for key in differing)})",
+                ", ".join(f"{key} {found.get(key)}" for key in differing),
+                "give the model the same shape first: apply the plan that the other one was pruned by to a dense model",
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ExportError(
+            f"torch.jit.script: {type(self).__name__}",
+            "a forward in the part of Python that TorchScript knows",
+            "one of attnprune, whose heads may have any dims",
+            "use torch.jit.trace(model.eval(), inputs), torch.export or torch.compile",
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if made_class(self) is not type(self):  # a class that something else made of ours
+            return super().__reduce_ex__(protocol)
         mixin, host = type(self).__bases__
         return _blank, (mixin, host), self.__dict__
 
@@ -103,9 +144,21 @@ def decoupled_class(mixin: type[Decoupled], host: type[nn.Module]) -> type[Any]:
     return _CLASSES[key]
 
 
+def made_class(module: nn.Module) -> type[Any] | None:
+    """The class that :func:`decoupled_class` made, also where parametrisations or FSDP2 made another one of it."""
+    return next((kind for kind in type(module).__mro__ if kind in _CLASSES.values()), None)
+
+
 def host_class(module: nn.Module) -> type[Any]:
     """The class that a module had before it was pruned."""
-    return type(module).__bases__[1] if isinstance(module, Decoupled) else type(module)
+    made = made_class(module) if isinstance(module, Decoupled) else None
+    return type(module) if made is None else made.__bases__[1]
+
+
+def mixin_class(module: nn.Module) -> type[Decoupled] | None:
+    """The class whose forward of ours a pruned module has."""
+    made = made_class(module)
+    return None if made is None else made.__bases__[0]
 
 
 def forward_of(host: type[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What is made once and used in every call, without being owned by a mode of PyTorch: :func:`kept`."""
+"""Tensors that no mode of PyTorch owns: what is made once (:func:`kept`), and what verbs make (:func:`ordinary`)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,30 @@ def kept(make: Callable[Args, Made]) -> Callable[Args, Made]:
         return once(*args, **kwargs) if _eager() else make(*args, **kwargs)  # type: ignore[arg-type]
 
     return found
+
+
+def ordinary(verb: Callable[Args, Made]) -> Callable[Args, Made]:
+    """A function that makes ordinary tensors in ``torch.inference_mode`` too, where it runs as in ``torch.no_grad``.
+
+    Inference tensors can never be trained, and that would show long after the call.
+
+    >>> @ordinary
+    ... def ramp() -> torch.Tensor:
+    ...     return torch.arange(3)
+    >>> with torch.inference_mode():
+    ...     found = ramp()
+    >>> found.is_inference()
+    False
+    """
+
+    @wraps(verb)
+    def run(*args: Args.args, **kwargs: Args.kwargs) -> Made:
+        if not torch.is_inference_mode_enabled():
+            return verb(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return verb(*args, **kwargs)
+
+    return run
 
 
 def _eager() -> bool:

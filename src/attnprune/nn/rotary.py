@@ -28,6 +28,16 @@ class Pairs(NamedTuple):
     """Whether the tables have an angle for each pair, not for each channel, in their first half."""
 
 
+class Turning(NamedTuple):
+    """How the queries and keys of one call are rotated."""
+
+    cos: Tensor
+    """``(batch or 1, tokens, width)``."""
+    sin: Tensor
+    """The same."""
+    pairs: Pairs
+
+
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Queries and keys, rotated.
 
@@ -48,12 +58,19 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, 
     cos, sin = F.pad(cos, (0, 1), value=1.0), F.pad(sin, (0, 1))  # the last angle is that of what is not rotated
     if layout.uniform and len(set(pairs.turned)) == 1:
         return _uniform(q, k, cos, sin, layout, pairs)
-    found = []
-    for x, side in ((q, "q"), (k, "k")):
-        angles, partners, signs = _flat(pairs, layout, side, x.device)  # type: ignore[arg-type]
-        turned = x.index_select(-1, partners) * signs.to(x.dtype)
-        found.append(x * cos.index_select(-1, angles) + turned * sin.index_select(-1, angles))
-    return found[0], found[1]
+    return _by_channel(q, "q", cos, sin, layout, pairs), _by_channel(k, "k", cos, sin, layout, pairs)
+
+
+def rotated_keys(k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, pairs: Pairs) -> Tensor:
+    """Keys alone, rotated; arguments as for :func:`rotated`."""
+    return _by_channel(k, "k", F.pad(cos, (0, 1), value=1.0), F.pad(sin, (0, 1)), layout, pairs)
+
+
+def _by_channel(x: Tensor, side: Projection, cos: Tensor, sin: Tensor, layout: HeadLayout, pairs: Pairs) -> Tensor:
+    """Queries or keys of heads of any dims, rotated by tables with an angle for what is not rotated at their end."""
+    angles, partners, signs = _flat(pairs, layout, side, x.device)
+    turned = x.index_select(-1, partners) * signs.to(x.dtype)
+    return x * cos.index_select(-1, angles) + turned * sin.index_select(-1, angles)
 
 
 def _uniform(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, pairs: Pairs) -> tuple[Tensor, Tensor]:

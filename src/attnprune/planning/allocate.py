@@ -80,6 +80,8 @@ class Layer:
         """Whether costs are compared per weight, as moves of different kinds compete."""
         self.prices = prices or {kind: spec.per_channel(kind) for kind in KINDS}
         """What a channel frees: weights, or in a budget of something else that."""
+        self.besides = spec.q_extra * prices["qk"][0] if prices else 0
+        """What a query head frees beside its channels; in no ratio, as those never go alone."""
 
     @property
     def keys(self) -> list[int]:
@@ -154,6 +156,7 @@ class Layer:
             else sum(self.left(kind, h) * self.price(kind, h) for h in heads)
             for kind in KINDS
         }
+        freed["qk"] += self.besides * sum(len(self.units[h]) for h in heads)
         return Move(self._price(cost, freed, len(heads)), heads, (), 0, freed)
 
     def _price(self, cost: float, freed: Mapping[Kind, int], units: int) -> float:

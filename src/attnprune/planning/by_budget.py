@@ -51,7 +51,7 @@ class Costs:
         if self.table is not None:
             return self.table.share(spec.keep(heads, [qk] * keys, [vo] * keys))
         prices = self.prices[spec.name]
-        return sum(
+        return len(heads) * spec.q_extra * prices["qk"][0] + sum(
             dim * (len(heads) * outer + keys * inner)
             for dim, (outer, inner) in ((qk, prices["qk"]), (vo, prices["vo"]))
         )

@@ -15,6 +15,7 @@ from ..calibration.taps import check_calibration
 from ..errors import OptionError
 from ..families.registry import find_views, plain
 from ..values.amount import MaxError
+from ..values.choices import Choices
 from ..values.layer_plan import make_layer
 from ..values.layout import KINDS, Kind
 from ..values.plan import Plan
@@ -42,8 +43,8 @@ def energy_curves(
     calibration: Calibration | None = None,
     *,
     basis: str = "rotated",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
 ) -> dict[str, dict[Kind, list[Tensor]]]:
     """How much of its energy every head loses when 0, 1, ... of its directions stay: curves to choose ratios by.
 
@@ -54,8 +55,8 @@ def energy_curves(
         model: any module with attention of a known family.
         calibration: what :func:`attnprune.calibrate` gave for it; None for what weights alone tell (white inputs).
         basis: ``"rotated"``, or ``"channels"`` as they stand (each channel's own energy).
-        include: glob patterns of names; only these attention modules.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these.
+        exclude: what to leave out.
 
     Returns:
         By name and kind, per head ``(dim + 1,)`` float64, from 1 (nothing stays) to 0 (all stay).

@@ -28,6 +28,8 @@ from .allocate import allocate, check_request
 from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
 from .scorers import Gate, Scorer, resolve
+from .scorers.base import Evidence as Learned
+from .scorers.gradient import check_reached
 
 SAMPLES = 32
 """Samples that gate scores look at where the split is fixed; with ``split="auto"`` they look at all data."""
@@ -50,9 +52,11 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         check_budget(specs, costs, rules)
     evidence, moments, bases = _bases(model, views, method, request.evidence, isinstance(amount, MaxError))
     if isinstance(amount, MaxError):
+        _check_reached(views, moments)
         plan = allocate_error(specs, bases, amount.share, rules)
     else:
         chosen, scores = _scores(model, views, bases, method, rules, evidence)
+        _check_reached(views, moments)
         if isinstance(amount, Ratios):
             plan = allocate(specs, scores, amount, rules, chosen)
         else:
@@ -69,8 +73,15 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
     """The scores that :func:`decide` goes by."""
-    evidence, _, bases = _bases(model, views, request.decided, request.evidence)
-    return _scores(model, views, bases, request.decided, request.rules, evidence)[1]
+    evidence, moments, bases = _bases(model, views, request.decided, request.evidence)
+    _, scores = _scores(model, views, bases, request.decided, request.rules, evidence)
+    _check_reached(views, moments)
+    return scores
+
+
+def _check_reached(views: Sequence[AttentionView], moments: Mapping[str, LayerMoments]) -> None:
+    """Raises DataError if no data ran through some attention, once all else is right with them."""
+    check_reached({view.name: moments[view.name].tokens["vo"] for view in views if moments})
 
 
 def _bases(
@@ -89,7 +100,9 @@ def _bases(
             moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress)
         else:
             moments = {view.name: white_moments(view) for view in views}
-    bases = {view.name: head_bases(view, moments[view.name], method.rotated) for view in views if moments}
+    bases = {
+        view.name: head_bases(view, moments[view.name], method.rotated, method.refits) for view in views if moments
+    }
     return replace(evidence, data=data), moments, bases
 
 
@@ -102,17 +115,20 @@ def _scores(
     evidence: Evidence,
 ) -> tuple[str, dict[str, Scores]]:
     """The scorer's name and its scores, in the coordinates of these bases."""
-    data, loss_fn, progress = evidence.data, evidence.loss_fn, evidence.progress
-    if not method.named and method.needs_maps and data is None:
+    learned: Learned = {"data": evidence.data, "loss_fn": evidence.loss_fn, "progress": evidence.progress}
+    if evidence.output_fn is not None:
+        learned["output_fn"] = evidence.output_fn
+    if not method.named and method.needs_maps and evidence.data is None:
         return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
     if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
-        return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
-    chosen = resolve(method.scorer, has_data=data is not None, seed=method.seed)
-    if not method.named and loss_fn is None:
-        loss_fn = loss_with_or_without_labels(method.seed)
+        found = chosen.score(model, views, **learned)
+        return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
+    chosen = resolve(method.scorer, has_data=evidence.data is not None, seed=method.seed)
+    if not method.named and evidence.loss_fn is None:
+        learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
     with in_bases(model, views, bases) if method.rotated else nullcontext():
-        return chosen.name, chosen.score(model, views, data=data, loss_fn=loss_fn, progress=progress)
+        return chosen.name, chosen.score(model, views, **learned)
 
 
 @contextmanager
@@ -120,6 +136,22 @@ def in_bases(model: nn.Module, views: Sequence[AttentionView], bases: Mapping[st
     """Inside the block every head runs in another basis, at full rank: the same function, other channels."""
     with masked_views(model, views, Plan(tuple(bases[view.name].layer(_maps_dtype(view)) for view in views))):
         yield
+
+
+def in_turn(bases: HeadBases, scores: Scores) -> Scores:
+    """The scores, those of rotary pairs for what each loses when its turn to go comes.
+
+    A gate tells what closing a pair alone does; others may make up for it, or need it once more have gone. So gates say
+    what a loss of logits costs in a head, and the losses are those of :func:`refitted_losses`.
+    """
+    if "qk" not in bases.alone:
+        return scores
+    qk = scores.qk.clone()
+    for row, basis, alone in zip(qk, bases.by_kind["qk"], bases.alone["qk"], strict=True):
+        own, total = row[: len(alone)], float(alone.sum())
+        if total > 0:
+            own.copy_(basis.energy * (float(own.sum()) / total))
+    return replace(scores, qk=qk)
 
 
 def energy_scores(bases: HeadBases) -> Scores:

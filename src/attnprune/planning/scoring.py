@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..calibration.processes import agree
+from ..calibration.sample import Sample
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..surgery import check_views
+from ..values.choices import Choices
 from ..values.faults import Faults
 from ..values.options import ScoreOptions
 from ..values.request import Request
@@ -21,13 +25,14 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
+@ordinary
 def score_attention(
     model: nn.Module,
     scorer: str | Scorer | Any = "auto",
     *,
     data: Iterable[Any] | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     **options: Unpack[ScoreOptions],
 ) -> dict[str, Scores]:
     """How much every channel and every head matters: what :func:`attnprune.make_plan` with the same arguments goes by.
@@ -38,11 +43,11 @@ def score_attention(
         model: any module with attention of a known family; left exactly as found.
         scorer: as in :func:`attnprune.prune_attention`.
         data: an iterable of batches, for scorers and bases that need them.
-        include: glob patterns of names; only these attention modules are scored.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these are scored.
+        exclude: what to leave out.
         options: of :class:`attnprune.values.options.ScoreOptions`: ``basis`` (where heads are rotated, channels are
             directions, the one with the most energy first), ``split`` (with ``"auto"``, gates look at all data instead
-            of 32 samples), ``calibration``, ``loss_fn``, ``seed`` and ``progress``.
+            of 32 samples), ``calibration``, ``loss_fn``, ``output_fn``, ``seed`` and ``progress``.
 
     Returns:
         Scores by the attention's name, in the order of the model.
@@ -60,11 +65,12 @@ def score_attention(
     parsed = faults.attempt(Request.parse, 0.0, data=data, include=include, exclude=exclude, scorer=scorer, **known)
     faults.throw()
     assert parsed is not None
-    request, whole = parsed, plain(model)
+    request, whole, evidence = parsed, plain(model), parsed.evidence
+    sample = Sample(None, evidence.data, evidence.loss_fn, evidence.output_fn)
 
     def found() -> dict[str, Scores]:
-        views = find_views(whole, request.include, request.exclude)
-        check_views(whole, views, shards=not request.evidence.has_data)
-        return scored(whole, views, request)
+        views = find_views(whole, request.include, request.exclude, run=lambda: sample.quietly(whole))
+        check_views(whole, views, shards=not evidence.has_data)
+        return scored(whole, views, replace(request, evidence=replace(evidence, data=sample.data)))
 
     return agree(found)

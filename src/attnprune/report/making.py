@@ -13,6 +13,7 @@ from ..errors import AttnPruneWarning
 from ..families.base import AttentionView
 from ..families.calls import CACHES
 from ..families.expansion import KEYS
+from ..families.linears import reads_low_rank
 from ..nn import host_class
 from ..nn.expanded import Expanded
 from ..surgery import Surgeon
@@ -32,6 +33,8 @@ def _way(view: AttentionView, after: AttentionSpec) -> str:
     way = view.way(after)
     if way != "expanded" or view.verdict is None:
         return str(way)
+    if view.read:
+        return "expanded: its host reads the weights of its projections, so that their products stay dense"
     why = next((reason for key, reason in view.verdict.reasons.items() if key.startswith("decoupled")), "")
     return f"expanded: {why or 'no forward of ours is known for it'}"
 
@@ -39,7 +42,8 @@ def _way(view: AttentionView, after: AttentionSpec) -> str:
 def cache_of(views: Sequence[AttentionView], plan: Plan) -> tuple[int, int] | None:
     """Bytes of keys and values that caches keep for every token, before and after; None where nothing is cached.
 
-    A host that runs expanded keeps its dense dims there.
+    A host that runs expanded keeps its dense dims there. One whose keys come from a low rank keeps that instead, of
+    which nothing goes: it is left out.
     """
     before = after = 0
     for view in views:
@@ -48,6 +52,8 @@ def cache_of(views: Sequence[AttentionView], plan: Plan) -> tuple[int, int] | No
         if not any(name in names for name in CACHES) or type(place) is not int or decodes is False:
             continue
         spec, then = view.spec, plan[view.name].after
+        if reads_low_rank(spec, view.top):
+            continue
         size = view.weight("k").element_size()
         now, left = (size * (sum(one.qk_dims) + sum(one.vo_dims)) for one in (spec, then))
         if view.way(then) == "expanded":

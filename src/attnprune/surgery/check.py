@@ -19,7 +19,7 @@ from ..errors import (
     WrappedModelError,
 )
 from ..families.base import AttentionView
-from ..families.linears import computes_linear
+from ..families.linears import computable, computes_linear
 from ..families.registry import attention_names
 from ..families.slots import Slot, gathered
 from ..values.layer_plan import difference
@@ -100,11 +100,22 @@ def _check_parameter(where: str, slot: Slot, blank: bool, shards: bool) -> nn.Pa
         raise ShardedError(
             where, "a whole parameter", f"a {kind.__name__}", "apply the plan before sharding, on the whole model"
         )
+    if hasattr(parameter, "ds_shape") and not shards:
+        remedy = "apply the plan before deepspeed.initialize"
+        raise ShardedError(where, "a parameter of the model alone", "one that ZeRO-3 partitions", remedy)
     if (parameter.is_meta and not blank) or "Uninitialized" in kind.__name__:
         raise MetaTensorError(where, "a parameter with data", f"one on {parameter.device}", "load the weights first")
-    if kind is not nn.Parameter or not parameter.is_floating_point():
-        found = f"a {kind.__name__} of {parameter.dtype}"
-        raise QuantizedError(where, "a floating-point nn.Parameter", found, "prune first, then quantise")
+    found = f"a {kind.__module__}.{kind.__qualname__} of {parameter.dtype}"
+    if not computable(parameter) or _quantized(kind):
+        expected = "an nn.Parameter of 16 bits floating point or more"
+        raise QuantizedError(where, expected, found, "prune first, then quantise")
+    if kind is not nn.Parameter:
+        remedy = "assign nn.Parameter(p.detach().as_subclass(torch.Tensor)) in its place, or exclude this layer"
+        raise WrappedModelError(where, "an nn.Parameter itself, not of a subclass", found, remedy)
+    if parameter.is_inference():
+        found = "one that was made in torch.inference_mode, and can never be trained"
+        remedy = "make the model outside of it, or a copy of it there: model = copy.deepcopy(model)"
+        raise WrappedModelError(where, "an ordinary parameter", found, remedy)
     return parameter
 
 

@@ -12,7 +12,7 @@ from ..families.base import AttentionView
 from ..families.expansion import Joint
 from ..families.slots import channels_of
 from ..values.layer_plan import LayerPlan
-from ..values.layout import PROJECTIONS, HeadLayout, Projection
+from ..values.layout import SIDES, HeadLayout, Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +123,8 @@ def joined(view: AttentionView, joint: Joint, maps: Mapping[str, Pick | Mix]) ->
 
 def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, Pick | Mix]:
     """For every slot of a view, how its channels (in stored order) change."""
+    picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in SIDES}
     if layer.fold is None:
-        picks = {p: Pick(tuple(kept_channels(view, layer, p))) for p in PROJECTIONS}
         return {key: picks[view.side(key)] for key in view.slots}
     blocks: dict[Projection, Blocks] = {
         "q": _by_head(view, layer, "q", layer.fold.q),
@@ -148,13 +148,15 @@ def channel_maps(view: AttentionView, layer: LayerPlan) -> dict[str, Pick | Mix]
             row += len(matrix)
         return ((0, width, whole),)
 
-    mixes: dict[Projection, Mix] = {
+    mixes: dict[Projection, Pick | Mix] = {
         "q": Mix(blocks["q"], lambda: duals["q"]),
         "k": Mix(blocks["k"], lambda: duals["k"]),
         "v": Mix(blocks["v"], lambda: _by_head(view, layer, "v", _duals_of_v(layer))),
         "o": Mix(((0, width, o),), values),
+        "x": picks["x"],
     }
-    return {key: mixes[view.side(key)] for key in view.slots}
+    gates = picks["o"]  # of single channels, whatever becomes of O's weights
+    return {key: gates if key.startswith("g.") else mixes[view.side(key)] for key in view.slots}
 
 
 def _by_head(view: AttentionView, layer: LayerPlan, projection: Projection, matrices: Sequence[Tensor]) -> Blocks:

@@ -10,12 +10,13 @@ from torch import nn
 from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
 from ..nn import Decoupled
+from ..nn.kept import ordinary
+from ..values.choices import Choices
 from . import check_views
 
 
-def pack_qkv(
-    model: nn.Module, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-) -> tuple[str, ...]:
+@ordinary
+def pack_qkv(model: nn.Module, *, include: Choices | None = None, exclude: Choices | None = None) -> tuple[str, ...]:
     """Lays the weights of Q, K and V of every self-attention side by side, so that one matrix product serves all three.
 
     Worth it where a call costs as much as its work: few tokens, narrow models, GPUs at small batches. Names, values and
@@ -26,8 +27,8 @@ def pack_qkv(
     Args:
         model: pruned or not; attention of known families. ``nn.MultiheadAttention`` that was never pruned is packed
             already, and attention whose queries and keys read different widths never is.
-        include: glob patterns of names; None: all.
-        exclude: glob patterns of names to leave alone.
+        include: glob patterns of names, classes, or functions of name and module; None: all.
+        exclude: what to leave alone.
 
     Returns:
         The names of what is packed.
@@ -46,7 +47,7 @@ def pack_qkv(
     model = plain(model)
     views = [view for view in find_views(model, include, exclude) if _can_be_packed(view)]
     check_views(model, views)
-    laid = [(parts, _lay(parts)) for view in views for parts in _parts(view)]
+    laid = [(parts, _laid(parts)) for view in views for parts in _parts(view)]
     for parts, values in laid:
         for part, value in zip(parts, values, strict=True):
             part.data = value
@@ -56,6 +57,7 @@ def pack_qkv(
     return tuple(view.name for view in views)
 
 
+@ordinary
 def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
     """Undoes :func:`pack_qkv`: every weight has storage of its own again, bitwise the same.
 
@@ -73,6 +75,13 @@ def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
             assert view.mixin is not None
             view.decouple(view.mixin)
     return tuple(view.name for view in views)
+
+
+def lay_again(view: AttentionView) -> None:
+    """Lays weights of Q, K and V side by side anew, where they were before each of them changed."""
+    for parts in _parts(view) if _packed(view) else ():
+        for part, value in zip(parts, _laid(parts), strict=True):
+            part.data = value
 
 
 def _packed(view: AttentionView) -> bool:
@@ -94,6 +103,6 @@ def _parts(view: AttentionView) -> list[list[nn.Parameter]]:
     return [[view.slots[f"{p}.{key}"].parameter for p in "qkv"] for key in keys]
 
 
-def _lay(parts: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+def _laid(parts: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
     """The same values, one after the other in one storage."""
     return torch.split(torch.cat([part.detach() for part in parts]), [len(part) for part in parts])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from ..families.proof.verdict import inherit
 from ..families.slots import Slot, channels_of
 from ..families.ways import Way
 from ..values.layer_plan import LayerPlan
-from ..values.layout import PROJECTIONS, HeadLayout
+from ..values.layout import SIDES, HeadLayout
 from ..values.plan import Plan
 from .check import check_expressible, check_fit, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
@@ -62,6 +61,19 @@ class ParamChange:
         change = self.map.squared if squared else self.map.dual
         return along(tensor, self.axis, self.places, change) / (self.gain**2 if squared else self.gain)
 
+    def move(self, tensor: Tensor) -> Tensor:
+        """What values in the place of the old parameter's (an average of it, say) are in the place of the new one's."""
+        if self.map is None:
+            return tensor + (self.new - self.old).detach()  # O's bias gained a vector
+        return along(tensor, self.axis, self.places, self.map) * self.gain
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The same for sizes of steps: weighted means, as far as channels are mixed, so that they stay positive."""
+        if self.map is None:
+            return tensor.clone()
+        size, whole = (along(x, self.axis, self.places, self.map.squared) for x in (tensor, torch.ones_like(tensor)))
+        return size / whole * abs(self.gain)
+
 
 def along(tensor: Tensor, axis: int, places: Sequence[int], change: Callable[[Tensor], Tensor]) -> Tensor:
     """Channels of a tensor, changed; owned and contiguous."""
@@ -90,11 +102,14 @@ class _Tensors:
     def __init__(self) -> None:
         self.changes: dict[int, list[tuple[ParamChange, Slot]]] = {}
         self.users: dict[int, set[tuple[int, str]]] = {}
+        self.first: dict[int, str] = {}
+        """Which projection asked for a parameter first."""
 
     def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float = 1.0) -> nn.Parameter:
         """The successor of the channels of a slot."""
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
+        self.first.setdefault(id(old), where)
         for known, other in self.changes.get(id(old), []):
             same = (slot.axis, [*slot.places]) == (other.axis, [*other.places])
             if same and known.gain == gain and known.map is not None and change.same(known.map):
@@ -112,7 +127,7 @@ class _Tensors:
         if slot.whole and gain == 1.0 and isinstance(change, Pick) and change.rows == tuple(range(slot.size)):
             new = old
         else:
-            new = _parameter(
+            new = successor(
                 old,
                 along(old.detach(), slot.axis, slot.places, change),
                 lambda grad: along(grad, slot.axis, slot.places, change.dual),
@@ -132,8 +147,9 @@ class _Tensors:
                 where, "a bias of its own", "one that another projection uses too", "untie the biases (assign a clone)"
             )
         self.users.setdefault(id(old), set()).add((id(owner), "bias"))
+        self.first.setdefault(id(old), where)
         gained = mean_output(view, shift)
-        new = _parameter(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
+        new = successor(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
         slot = Slot(owner, "bias", len(old))
         self.changes[id(old)] = [(ParamChange(old, new, 0, None, places=range(len(old))), slot)]
         return new
@@ -154,12 +170,13 @@ class _Tensors:
                 old = storage.get(_address(parameter)) if parameter.numel() else None
                 if old is None or (id(module), key) in self.users[old]:
                     continue
+                named = f"{name}.{key}" if name else key
                 if id(parameter) != old and id(parameter) in self.changes:
-                    found = "another parameter with the same storage"
+                    found = f"{named}, another parameter with the same storage"
                 else:
-                    found = f"{name}.{key} using it too"
+                    found = f"{named} using it too"
                 raise TiedWeightsError(
-                    f"{name}.{key}",
+                    self.first[old],
                     "a parameter that is pruned to be used by that attention only",
                     found,
                     "untie the weights (assign a clone), or exclude the layer that shares them",
@@ -187,7 +204,7 @@ def mean_of(weight: Tensor, layout: HeadLayout, shift: Tensor) -> Tensor:
     return stored.to(weight.device, torch.float64) @ weight.double()
 
 
-def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
+def successor(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
     """A parameter with other values and storage of its own; gradient, hooks, flags and attributes come along."""
     with torch.no_grad():
         new = nn.Parameter(data.mul_(gain) if gain != 1.0 else data, requires_grad=old.requires_grad)
@@ -201,7 +218,7 @@ def _parameter(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor],
     return new
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
     """What gives one attention its new shape; assigns alone."""
 
     view: AttentionView
@@ -215,16 +232,16 @@ class _Operation(NamedTuple):
     def run(self) -> None:
         view, after, kept = self.view, self.layer.after, self.layer.kept_heads
         if self.way == "expanded":
-            rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
+            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
             parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
-            expand_view(view, parameters, after, kept, rows)
+            expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
             view.commit(self.tensors, after)
         if self.bias is not None:
             view.owner("o").bias = self.bias
         if self.way == "decoupled":
             assert view.mixin is not None, "surgery checks this before anything moves"
-            rows = {p: kept_channels(view, self.layer, p) for p in PROJECTIONS}
+            rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
             view.decouple(view.mixin, after, kept, numbers=numbers_left(view, after, kept, rows))
         if self.way == "stock":
             view.recast()
@@ -232,7 +249,7 @@ class _Operation(NamedTuple):
                 inherit(view, view.verdict)
 
 
-def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Operation], _Tensors]:
+def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
     """What gives attention modules their new shapes, and every new tensor."""
     tensors, operations = _Tensors(), []
     for view, layer in work:
@@ -246,22 +263,22 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[_Opera
         else:
             gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
             new = {
-                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] == "q" else 1.0)
+                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] in "qx" else 1.0)
                 for key, slot in view.slots.items()
             }
         bias = None
         if layer.fold is not None and layer.fold.shift is not None:
             bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
-        operations.append(_Operation(view, layer, way, new, bias))
+        operations.append(Operation(view, layer, way, new, bias))
     return operations, tensors
 
 
 class Surgeon:
     """Applies a plan: :meth:`prepare` builds every new tensor and changes nothing, :meth:`commit` swaps them in."""
 
-    def __init__(self, operations: Sequence[_Operation], parameters: ParamMap) -> None:
+    def __init__(self, operations: Sequence[Operation], parameters: ParamMap) -> None:
         self._operations, self.changes = operations, parameters
-        self._before: _Snapshot | None = None
+        self._before: Snapshot | None = None
 
     @classmethod
     def prepare(cls, model: nn.Module, views: Sequence[AttentionView], plan: Plan, *, blank: bool = False) -> Surgeon:
@@ -291,7 +308,7 @@ class Surgeon:
 
     def commit(self) -> ParamMap:
         """Swaps the new tensors in. If anything fails midway, everything is put back bitwise and the error goes on."""
-        self._before = _Snapshot(operation.view for operation in self._operations)
+        self._before = Snapshot.below(operation.view for operation in self._operations)
         try:
             for operation in self._operations:
                 operation.run()
@@ -306,12 +323,17 @@ class Surgeon:
             self._before.restore()
 
 
-class _Snapshot:
-    """Class and attributes of every module below some views, to put back."""
+class Snapshot:
+    """Class and attributes of some modules, to put back."""
 
-    def __init__(self, views: Iterable[AttentionView]) -> None:
-        modules = {id(module): module for view in views for top in view.modules for module in top.modules()}
-        self._saved = [(module, type(module), _shallow(module.__dict__)) for module in modules.values()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        each = {id(module): module for module in modules}
+        self._saved = [(module, type(module), _shallow(module.__dict__)) for module in each.values()]
+
+    @classmethod
+    def below(cls, views: Iterable[AttentionView]) -> Snapshot:
+        """Of all modules of some views."""
+        return cls(module for view in views for top in view.modules for module in top.modules())
 
     def restore(self) -> None:
         for module, kind, state in self._saved:
@@ -327,29 +349,3 @@ class _Snapshot:
 def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any] | None]]:
     """Every attribute, and for the dicts of a module also what they hold."""
     return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in state.items()}
-
-
-@contextmanager
-def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
-    """For a while, each projection of every attention is a module that is called, so that its ports can be heard.
-
-    Attention that holds packed parameters itself gets its decoupled form, over views of its own weights; the rest stays
-    as it is. Yields views in the same order.
-    """
-    packed = [view for view in views if not view.called]
-    before = _Snapshot(packed)
-    try:
-        for view in packed:
-            tensors = {key: _alias(slot) for key, slot in view.slots.items()}
-            _Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
-        yield [
-            replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
-            for view in views
-        ]
-    finally:
-        before.restore()
-
-
-def _alias(slot: Slot) -> nn.Parameter:
-    part = slot.cut(slot.parameter.detach()).movedim(0, slot.axis)
-    return nn.Parameter(part, requires_grad=slot.parameter.requires_grad)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Verification:
         model: the model.
         views: its attention modules.
         plan: what is about to be done to it.
-        run: runs the model on a few inputs, without a trace, and gives its output.
+        run: runs the model on a few inputs, without a trace, and gives the tensors of its output.
         samples: how many inputs these are.
         needed: whether inputs that the model cannot take are an error.
     """
@@ -47,7 +47,7 @@ class Verification:
         model: nn.Module,
         views: Sequence[AttentionView],
         plan: Plan,
-        run: Callable[[nn.Module], Any],
+        run: Callable[[nn.Module], Sequence[Tensor]],
         samples: int,
         needed: bool = False,
     ) -> None:
@@ -58,7 +58,7 @@ class Verification:
         self.expected: list[Tensor] = []
         try:
             with masked_views(model, views, plan):
-                self.expected = [tensor.clone() for tensor in outputs_of(run(model))]
+                self.expected = [tensor.clone() for tensor in run(model)]
         except Exception as error:  # whatever a model raises about inputs
             self.why_not = f"the model could not be run ({type(error).__name__}: {str(error)[:80]})"
             if needed:
@@ -70,8 +70,8 @@ class Verification:
         if self.why_not:
             return
         error = 0.0
-        for before, after in zip(self.expected, outputs_of(self.run(self.model)), strict=False):
-            if before.shape != after.shape:  # attention weights, caches: of the heads that are left
+        for before, after in zip(self.expected, self.run(self.model), strict=False):
+            if before.shape != after.shape:  # attention weights: of the heads that are left
                 continue
             share = difference(after, before)
             error = max(error, share)
@@ -92,9 +92,9 @@ class Verification:
         differ by more than rounding in float64, as it takes two passes more."""
         if not any(tensor.dtype == torch.float64 for tensor in self.expected):
             return 0.0
-        plain = [tensor.clone() for tensor in outputs_of(self.run(self.model))]
+        plain = [tensor.clone() for tensor in self.run(self.model)]
         with Exactly():
-            exact = list(outputs_of(self.run(self.model)))
+            exact = self.run(self.model)
         return min(100 * max(map(difference, exact, plain), default=0.0), ROUNDING[torch.float32])
 
     def undo(self) -> None:
@@ -112,17 +112,3 @@ def difference(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     left, right = found[real].double(), expected[real].double()
     return float((left - right).norm()) / (float(right.norm()) or 1.0)
-
-
-def outputs_of(output: Any) -> Iterator[Tensor]:
-    """The tensors of real numbers in what a model returns, in order; its caches are left out."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and not output.is_nested:
-            yield output.detach()
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            if "past" not in str(key) and "cache" not in str(key):
-                yield from outputs_of(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from outputs_of(value)

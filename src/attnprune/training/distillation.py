@@ -11,27 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration.batches import forward
-from ..calibration.losses import LossFn
+from ..calibration.losses import LossFn, token_mask
 from ..calibration.quiet import undisturbed
 from ..errors import DataError, OptionError
 from ..families.registry import plain
+from ..nn.outputs import Output, OutputFn, outputs_of
 from .blocks import find_blocks
 
-OUTPUTS = ("logits", "last_hidden_state")
 
-
-def distillation_loss(student: Any, teacher: Any, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def distillation_loss(
+    student: Any,
+    teacher: Any,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    output_fn: OutputFn | None = None,
+) -> Tensor:
     """How far a student's output is from a teacher's; 0 if and only if they agree.
 
     ``T^2 KL(softmax(t / T) || softmax(s / T))`` over the last dimension (Hinton et al. 2015, arXiv 1503.02531),
     averaged over all others. Outputs without classes (``last_hidden_state``, or a last dimension of 1) are compared by
-    the mean square error instead. The teacher gets no gradient.
+    the mean square error instead. Of several tensors (:func:`attnprune.scorers.outputs_of`) it is the sum. The teacher
+    gets no gradient.
 
     Args:
-        student: logits ``(..., classes)``, or an output that carries ``logits`` or ``last_hidden_state``.
-        teacher: the like, of the same shape.
+        student: logits ``(..., classes)``, or what a model returns.
+        teacher: the like, of the same shapes.
         temperature: T; above 1 what the teacher thinks unlikely counts more.
         mask: ``(...)`` without the last dimension, 0 or False where a token does not count.
+        output_fn: takes what a model returns, and gives the tensor or tensors to compare.
 
     Raises:
         DataError: no such output, or shapes that differ.
@@ -41,17 +49,24 @@ def distillation_loss(student: Any, teacher: Any, *, temperature: float = 1.0, m
     (0.0, 0.993)
     """
     check_temperature(temperature)
-    (s, classes), (t, _) = _tensor("student", student), _tensor("teacher", teacher)
-    if s.shape != t.shape:
+    mine, theirs = outputs_of(student, output_fn), outputs_of(teacher, output_fn)
+    shapes = [[(one.name, *one.tensor.shape) for one in found] for found in (mine, theirs)]
+    if [shape[1:] for shape in shapes[0]] != [shape[1:] for shape in shapes[1]]:
         remedy = "prune attention only, and give both the same batch"
-        raise DataError("student", f"the teacher's shape {tuple(t.shape)}", str(tuple(s.shape)), remedy)
-    s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, t.detach()))
-    if classes:
-        s, t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
-        apart = F.kl_div(s, t, reduction="none", log_target=True).sum(-1) * temperature**2
-    else:
-        apart = (s - t).square().mean(-1)
-    return _mean(apart, mask)
+        found, expected = (", ".join(f"{name} {tuple(shape)}".strip() for name, *shape in one) for one in shapes)
+        raise DataError("student", f"the teacher's shape {expected}", found, remedy)
+    bare = isinstance(student, Tensor)
+    return torch.stack([_apart(*pair, temperature, mask, bare) for pair in zip(mine, theirs, strict=True)]).sum()
+
+
+def _apart(student: Output, teacher: Output, temperature: float, mask: Tensor | None, bare: bool) -> Tensor:
+    """How far one tensor is from the teacher's; one that is the whole output are logits."""
+    s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student.tensor, teacher.tensor.detach()))
+    dim = student._replace(name="logits").classes if bare else student.classes
+    if dim is None:
+        return _mean((s - t).square().mean(-1) if s.dim() else (s - t).square(), mask)
+    s, t = F.log_softmax(s / temperature, dim), F.log_softmax(t / temperature, dim)
+    return _mean(F.kl_div(s, t, reduction="none", log_target=True).sum(dim) * temperature**2, mask)
 
 
 def hidden_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], *, mask: Tensor | None = None) -> Tensor:
@@ -105,7 +120,7 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[di
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
-            seen[name], _ = _tensor(name or "the model itself", first)
+            seen[name] = outputs_of(first)[0].tensor
 
         return hook
 
@@ -115,7 +130,9 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[di
         yield seen
 
 
-def teacher_loss(teacher: nn.Module, *, temperature: float = 1.0, hidden: float = 0.0) -> LossFn:
+def teacher_loss(
+    teacher: nn.Module, *, temperature: float = 1.0, hidden: float = 0.0, output_fn: OutputFn | None = None
+) -> LossFn:
     """A ``loss_fn(model, batch)`` that needs no labels: :func:`distillation_loss` against a teacher's output.
 
     The teacher runs without gradients and dropout and is left as found. Batches are taken as by
@@ -125,6 +142,7 @@ def teacher_loss(teacher: nn.Module, *, temperature: float = 1.0, hidden: float 
         teacher: usually the model before pruning (``copy.deepcopy``).
         temperature: as in :func:`distillation_loss`.
         hidden: the weight of :func:`hidden_loss` over the blocks around attention; 0 leaves it out.
+        output_fn: as in :func:`distillation_loss`.
 
     >>> import copy, attnprune
     >>> _ = torch.manual_seed(0)
@@ -148,10 +166,8 @@ def teacher_loss(teacher: nn.Module, *, temperature: float = 1.0, hidden: float 
             said = forward(teacher, batch)
         with capture(model, list(theirs)) as mine:
             output = forward(model, batch)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = None
-        total = distillation_loss(output, said, temperature=temperature, mask=mask)
+        mask = token_mask(batch)
+        total = distillation_loss(output, said, temperature=temperature, mask=mask, output_fn=output_fn)
         if not hidden:
             return total
         apart = hidden_loss(mine, theirs, mask=mask)
@@ -168,19 +184,6 @@ def check_temperature(temperature: object) -> None:
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not 0 < temperature < float("inf"):  # type: ignore[operator]
         raise OptionError("temperature", "a positive number", repr(temperature), "use 1.0, or 2.0 to soften")
-
-
-def _tensor(where: str, output: Any) -> tuple[Tensor, bool]:
-    """The tensor that an output is or carries, and whether its last dimension are classes."""
-    found, key = output, ""
-    for key in OUTPUTS:
-        if isinstance(getattr(output, key, None), Tensor):
-            found = getattr(output, key)
-            break
-    if not isinstance(found, Tensor):
-        expected = f"a tensor, or an output that carries {' or '.join(OUTPUTS)}"
-        raise DataError(where, expected, f"a {type(output).__name__}", "pick the tensors to compare yourself")
-    return found, found.shape[-1] > 1 and (found is output or key == "logits")
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

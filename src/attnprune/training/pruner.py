@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..api import Decided, apply_plan, decided_by, plan_for, prepare_plan
 from ..calibration.processes import across_processes, active, agree, exchange
+from ..calibration.sample import Sample
 from ..cost.counting import count_parameters
 from ..cost.latency.table import LatencyTable
 from ..cost.rounding import auto_rounding
 from ..errors import DataError, OptionError, PlanMismatchError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
+from ..nn.kept import ordinary
 from ..planning.costs import cost_now, table_for
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of
 from ..values.budget import Budget
+from ..values.choices import Choices
 from ..values.faults import Faults
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS
@@ -31,6 +35,7 @@ from ..values.request import Request
 from ..values.rules import Rules
 from .observing import Observations, observer, read
 from .schedules import MOST, Schedule, check_schedule, gone, of_what_is_left
+from .state import VERSION, read_state
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -70,7 +75,7 @@ class AttentionPruner:
             in (0, 1], to the fraction of the ratios that is gone by then.
         steps: number of calls of :meth:`step`, 1 for ``"one-shot"``.
         data: as in :func:`attnprune.prune_attention`; every step plans by them. Without,
-            ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) use the gradients that :meth:`observe` saw.
+            ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) need the gradients that :meth:`observe` saw.
         include: as there, and so ``exclude``, ``example_inputs``, ``verify``, ``strict``, ``preset``, ``rules`` and
             ``method``.
         options: of :class:`attnprune.values.options.PrunerOptions`: all of :class:`attnprune.Options` but
@@ -81,6 +86,7 @@ class AttentionPruner:
             several, it lists all of them.
     """
 
+    @ordinary
     def __init__(
         self,
         model: nn.Module,
@@ -89,8 +95,8 @@ class AttentionPruner:
         schedule: Schedule = "geometric",
         steps: int = 10,
         data: Iterable[Any] | None = None,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        include: Choices | None = None,
+        exclude: Choices | None = None,
         example_inputs: Any = None,
         verify: YesNoAuto = "auto",
         strict: bool = False,
@@ -146,7 +152,9 @@ class AttentionPruner:
         return replace(self.request, amount=self.budget or Ratios(), method=method, evidence=evidence)
 
     def _views(self) -> list[AttentionView]:
-        return find_views(self.model, self.request.include, self.request.exclude)
+        sample = Sample(self.request.evidence.example_inputs, None)
+        run = partial(sample.quietly, self.model)
+        return find_views(self.model, self.request.include, self.request.exclude, run=run)
 
     @property
     def _together(self) -> bool:
@@ -171,6 +179,7 @@ class AttentionPruner:
 
     # observing
 
+    @ordinary
     def observe(self, *, scaler: Any = None) -> None:
         """Adds the gradients that the loop has just computed to the scores; costs no pass of its own.
 
@@ -202,6 +211,7 @@ class AttentionPruner:
 
     # pruning
 
+    @ordinary
     def step(
         self, optimizer: Any = None, scheduler: Any = None, *, averages: Iterable[nn.Module] = (),
         example_inputs: Any = None,
@@ -256,6 +266,7 @@ class AttentionPruner:
             _, commit = agree(prepared, digest=lambda both: both[0].digest)
         return commit()
 
+    @ordinary
     def next_plan(self) -> Plan:
         """What :meth:`step` would do now, without doing it: for a model that is sharded (FSDP2), say.
 
@@ -277,8 +288,8 @@ class AttentionPruner:
         if seen.count:
             scorer: Any = seen.scorer(observer(request))
             request = replace(request, method=replace(request.method, scorer=scorer))
-        elif request.evidence.data is None and request.method.scorer in ("fisher", "taylor"):
-            remedy = "call observe() after loss.backward(), or give data"
+        elif request.evidence.data is None and request.method.scorer in ("auto", "fisher", "taylor"):
+            remedy = 'call observe() after loss.backward(), give data, or ask for scorer="magnitude"'
             raise DataError("step", "gradients to score by", "none", remedy)
         return decided_by(self.model, request)
 
@@ -319,15 +330,19 @@ class AttentionPruner:
 
     # checkpoints
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What a pruner that goes on must have been asked for."""
+        budget = None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share}
+        return {"steps": self.steps, "ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, "budget": budget}
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on in another process, beside the model's and the optimizer's own: plain values."""
         bare = Plan(tuple(LayerPlan(one.spec, one.heads, one.qk, one.vo) for one in self._plan), self._plan.asked)
         return {
-            "version": 1,
-            "steps": self.steps,
+            "version": VERSION,
+            **self._options,
             "steps_done": self.steps_done,
-            "ratios": {p: self.ratios.of(p) for p in PROJECTIONS},
-            "budget": None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share},
             "cost": self._cost,
             "latency": None if self._table is None else self._table.to_json(),
             "plan": bare.to_json(),
@@ -336,6 +351,7 @@ class AttentionPruner:
             "seen": {name: list(parts) for name, parts in self._seen.sums.items()},
         }
 
+    @ordinary
     def load_state_dict(
         self, state: Mapping[str, Any], *, optimizer: Any = None, averages: Iterable[nn.Module] = ()
     ) -> None:
@@ -345,17 +361,11 @@ class AttentionPruner:
         for it already and averages; load the weights and the optimizer's state afterwards.
 
         Raises:
-            OptionError: the state of a pruner with other ratios or steps.
+            OptionError: the state of a pruner with other ratios or steps, or one that is malformed.
             PlanMismatchError: the state of another model.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1:
-            raise OptionError("state", "a mapping that state_dict gave", repr(state)[:60], "save pruner.state_dict()")
-        mine = {"steps": self.steps, "ratios": {p: self.ratios.of(p) for p in PROJECTIONS}}
-        mine["budget"] = None if self.budget is None else {"resource": self.budget.resource, "share": self.budget.share}
-        theirs = {key: state[key] for key in ("steps", "ratios")} | {"budget": state.get("budget")}
-        if mine != theirs:
-            raise OptionError("state", str(mine), str(theirs), "make the pruner with the options that it had")
-        plan = Plan.from_json(state["plan"])
+        found = read_state(state, self._options)
+        plan = found.plan
         now = {view.name: view.spec for view in self._views()}
         shapes = {spec.name: spec.layout for spec in now.values()}
         if shapes != {spec.name: spec.layout for spec in plan.after}:
@@ -367,10 +377,7 @@ class AttentionPruner:
             apply_plan(self.model, plan, optimizer=optimizer, averages=averages)
         self._plan, self._dense = plan, plan.specs
         if self.budget is not None:
-            self._cost = float(state["cost"])
-            if state["latency"] is not None:
-                self._keep_table(LatencyTable.from_json(state["latency"]))
-        self._before = int(state["parameters"])
-        self.steps_done = int(state["steps_done"])
-        seen = {name: tuple(part.clone() for part in parts) for name, parts in state["seen"].items()}
-        self._seen = Observations(seen, int(state["observations"]))
+            self._cost = found.cost
+            if found.table is not None:
+                self._keep_table(found.table)
+        self._before, self.steps_done, self._seen = found.parameters, found.steps_done, found.seen

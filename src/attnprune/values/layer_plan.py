@@ -116,6 +116,8 @@ class LayerPlan:
         """Per head of a projection that stays (query heads of Q and O, key heads of K and V), in logical order, its
         number and the channels that stay in it."""
         kind = KIND_OF[projection]
+        if projection == "x":
+            return [(head, tuple(range(self.spec.q_extra))) for head in self.kept_heads]
         if projection in "kv":
             return [(key, self.kept(kind, key)) for key in self.kept_keys]
         return [(head, self.kept(kind, self.spec.layout.key_of[head])) for head in self.kept_heads]
@@ -205,7 +207,8 @@ class LayerPlan:
 
 def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
     """Raises PlanMismatchError unless a plan for ``expected`` fits ``found`` (packing and scale do not count)."""
-    for key in ("name", "qk_dims", "vo_dims", "groups", "d_model", "q_in", "k_in", "v_in", "bias", "bias_kv"):
+    sizes = ("qk_dims", "vo_dims", "groups", "d_model", "q_in", "k_in", "v_in", "q_extra")
+    for key in ("name", *sizes, "bias", "bias_kv", "gated"):
         if getattr(expected, key) != getattr(found, key):
             detail = f" ({key}: {getattr(expected, key)} against {getattr(found, key)})"
             short = key not in ("qk_dims", "vo_dims")

@@ -8,10 +8,12 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["qk", "vo"]
-Projection = Literal["q", "k", "v", "o"]
+Projection = Literal["q", "k", "v", "o", "x"]
 KINDS: tuple[Kind, Kind] = ("qk", "vo")
 PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
-KIND_OF: Mapping[Projection, Kind] = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
+SIDES: tuple[Projection, ...] = (*PROJECTIONS, "x")
+"""What may hold channels: the four projections, and what Q holds besides (:attr:`HeadLayout.extra`)."""
+KIND_OF: Mapping[Projection, Kind] = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "x": "qk"}
 
 
 class Bucket(NamedTuple):
@@ -70,6 +72,8 @@ class HeadLayout:
     """Channels carried out, per logical key head."""
     groups: tuple[int, ...] = ()
     """Query heads per key head; none given: one each."""
+    extra: int = 0
+    """Channels of every query head that Q holds beside those of ``qk`` (:attr:`AttentionSpec.q_extra`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups) or (1,) * len(self.qk))
@@ -153,6 +157,8 @@ class HeadLayout:
 
     def sizes(self, projection: Projection) -> tuple[int, ...]:
         """Channels of a projection, per head of its own: query heads of Q and O, key heads of K and V."""
+        if projection == "x":
+            return (self.extra,) * self.heads
         dims = self.dims(KIND_OF[projection])
         return dims if projection in "kv" else tuple([dims[key] for key in self.key_of])
 
@@ -166,7 +172,7 @@ class HeadLayout:
 
     def _find_spans(self) -> dict[Projection, tuple[tuple[int, int], ...]]:
         spans: dict[Projection, tuple[tuple[int, int], ...]] = {}
-        for projection in PROJECTIONS:
+        for projection in SIDES:
             sizes, order = self.sizes(projection), self.stored(projection)
             ends = list(accumulate(sizes[head] for head in order))
             stored = {head: (end - sizes[head], end) for head, end in zip(order, ends, strict=True)}

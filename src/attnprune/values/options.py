@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LossFn = Callable[["nn.Module", Any], "Tensor"]
 """``loss_fn(model, batch)`` gives a scalar."""
+OutputFn = Callable[[Any], Any]
+"""``output_fn(output)`` takes what a model returns and gives the tensor or tensors of it to compare."""
 YesNoAuto = Literal["auto"] | bool
 
 
@@ -49,6 +51,10 @@ class _Scoring(TypedDict, total=False):
     loss_fn: LossFn | None
     """``loss_fn(model, batch)`` gives a scalar; None for the model's own loss, or for a pair cross entropy (integer
     targets) or square error."""
+    output_fn: OutputFn | None
+    """``output_fn(output)`` takes what the model returns, and gives the tensor, or a tuple or mapping of tensors, that
+    stand for it: in losses without ``loss_fn`` and where the pruned model is verified. None:
+    :func:`attnprune.scorers.outputs_of` finds them."""
     seed: int
     """For ``scorer="random"`` and projections of the output; 0 by default."""
     progress: bool

@@ -18,7 +18,7 @@ from .layout import PROJECTIONS, Projection
 from .spec import AttentionSpec
 
 FORMAT = "attnprune.plan"
-VERSION = 4
+VERSION = 5
 _SINCE_2: dict[str, Any] = {"basis": "channels", "compensate": "no", "target_error": None}
 _SINCE_3: dict[str, Any] = {"match_dims": False, "budget": None}
 
@@ -107,8 +107,11 @@ class Plan:
 
     @property
     def _version(self) -> int:
-        """The lowest version that says all: 4 brought grouped queries and rotary pairs, which most plans have not."""
-        return VERSION if any(spec.heads > spec.kv_heads or spec.rotary != "none" for spec in self.specs) else 3
+        """The lowest version that says all: 4 brought grouped queries and rotary pairs, 5 more channels in Q than in K,
+        or gates; most plans have none of them."""
+        if any(spec.q_extra or spec.gated for spec in self.specs):
+            return 5
+        return 4 if any(spec.heads > spec.kv_heads or spec.rotary != "none" for spec in self.specs) else 3
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -137,7 +140,8 @@ class Plan:
                 read.append(LayerPlan.from_dict(one, f"layers[{i}]"))
             plan = cls(tuple(read), asked)
             if version < plan._version and plan._version > 3:
-                fields.fail("version", f"{plan._version}, as attention has grouped queries or rotary pairs", version)
+                what = "more in Q than in K, or gates" if plan._version == 5 else "grouped queries or rotary pairs"
+                fields.fail("version", f"{plan._version}, as attention has {what}", version)
             return plan
         except PlanFormatError as error:
             if len(str(error)) < 1000:

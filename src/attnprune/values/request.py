@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -10,9 +10,10 @@ from ..errors import OptionError
 from .amount import TARGETS, Amount, MaxError, check_amount, parse_amount
 from .asked import Asked
 from .budget import Budget
+from .choices import Choice, Choices, read_choices
 from .faults import Faults
 from .method import Method, check_one_of
-from .options import Calibrated, Latencies, LossFn, YesNoAuto
+from .options import Calibrated, Latencies, LossFn, OutputFn, YesNoAuto
 from .presets import preset_options
 from .ratios import Ratios
 from .rules import Rules
@@ -28,6 +29,7 @@ class Evidence:
     calibration: Any = None
     """An :class:`attnprune.Calibration`, or None."""
     loss_fn: LossFn | None = None
+    output_fn: OutputFn | None = None
     latency: Any = None
     """An :class:`attnprune.LatencyTable`, or None."""
     example_inputs: Any = None
@@ -41,7 +43,7 @@ class Evidence:
 
 _RULES = tuple(one.name for one in fields(Rules))
 _METHOD = tuple(one.name for one in fields(Method))
-_EVIDENCE = ("calibration", "loss_fn", "latency", "progress")
+_EVIDENCE = ("calibration", "loss_fn", "output_fn", "latency", "progress")
 OPTION_NAMES = frozenset((*_RULES, *_METHOD, *_EVIDENCE, *TARGETS, "measure"))
 """What :meth:`Request.parse` takes beyond its signature."""
 
@@ -69,9 +71,9 @@ class Request:
     method: Method = field(default_factory=Method)
     """As asked; :attr:`decided` says what ``"auto"`` means."""
     evidence: Evidence = field(default_factory=Evidence, compare=False, repr=False)
-    include: tuple[str, ...] | None = None
-    """Glob patterns of names; None: all."""
-    exclude: tuple[str, ...] | None = None
+    include: tuple[Choice, ...] | None = None
+    """Glob patterns of names, classes, or functions of name and module; None: all."""
+    exclude: tuple[Choice, ...] | None = None
     measure: YesNoAuto = "auto"
     verify: YesNoAuto = "auto"
     strict: bool = False
@@ -85,8 +87,8 @@ class Request:
         rules: Rules | Mapping[str, Any] | None = None,
         method: Method | Mapping[str, Any] | None = None,
         data: Iterable[Any] | None = None,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        include: Choices | None = None,
+        exclude: Choices | None = None,
         example_inputs: Any = None,
         verify: bool | Literal["auto"] = "auto",
         strict: bool = False,
@@ -117,7 +119,7 @@ class Request:
         parsed_method = faults.attempt(Method, **method_values)
         amount = faults.attempt(parse_amount, qkvo_ratios, {key: meant.get(key) for key in TARGETS})
         included, excluded = (
-            faults.attempt(_patterns, key, value) for key, value in (("include", include), ("exclude", exclude))
+            faults.attempt(read_choices, key, value) for key, value in (("include", include), ("exclude", exclude))
         )
         measure = meant.get("measure", "auto")
         for key, value, allowed in (
@@ -127,8 +129,8 @@ class Request:
         ):
             faults.attempt(check_one_of, key, value, allowed)
         evidence = Evidence(
-            data, meant.get("calibration"), meant.get("loss_fn"), meant.get("latency"), example_inputs,
-            bool(meant.get("progress", True)),
+            data, meant.get("calibration"), meant.get("loss_fn"), meant.get("output_fn"), meant.get("latency"),
+            example_inputs, bool(meant.get("progress", True)),
         )  # fmt: skip
         _check_evidence(evidence, faults)
         if amount is not None and parsed_rules is not None:
@@ -195,14 +197,6 @@ def _fields_of(
     return said
 
 
-def _patterns(option: str, given: object) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    if not isinstance(given, (str, Sequence)):
-        raise OptionError(option, "a glob pattern or a list of them", repr(given), 'write "encoder.*"')
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
 def _check_evidence(evidence: Evidence, faults: Faults) -> None:
     """Adds what is of another type."""
     expected = {
@@ -213,9 +207,16 @@ def _check_evidence(evidence: Evidence, faults: Faults) -> None:
         value = getattr(evidence, key)
         if value is not None and not isinstance(value, kind):
             faults.add(OptionError(key, what, f"a {type(value).__name__}", remedy))
-    if evidence.loss_fn is not None and not callable(evidence.loss_fn):
-        found, remedy = f"a {type(evidence.loss_fn).__name__}", "write loss_fn(model, batch), which gives a scalar"
-        faults.add(OptionError("loss_fn", "a function", found, remedy))
+    functions = {
+        "loss_fn": "write loss_fn(model, batch), which gives a scalar",
+        "output_fn": "write output_fn(output), which gives tensors of it",
+    }
+    for key, remedy in functions.items():
+        value = getattr(evidence, key)
+        if value is not None and not callable(value):
+            faults.add(OptionError(key, "a function", f"a {type(value).__name__}", remedy))
+    if evidence.loss_fn is not None and evidence.output_fn is not None:
+        faults.add(OptionError("output_fn", "no loss_fn beside it", "both", "pick the tensors in loss_fn"))
 
 
 def _check_needs(amount: Amount | None, meant: Mapping[str, Any], evidence: Evidence, faults: Faults) -> None:

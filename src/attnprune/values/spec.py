@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..errors import AdapterError
 from . import fields
-from .layout import PROJECTIONS, HeadLayout, Kind, Projection
+from .layout import SIDES, HeadLayout, Kind, Projection
 
 Rotary = Literal["none", "half", "interleaved"]
 
@@ -59,6 +59,12 @@ class AttentionSpec:
     are (``"half"``, as in LLaMA), or neighbours (``"interleaved"``, as in GPT-J)."""
     rotary_dims: tuple[int, ...] = ()
     """Per key head, how many channels are rotated: the first ones."""
+    gated: bool = False
+    """Whether Q's projection also makes a gate for every channel that O reads (as in Qwen3-Next)."""
+    q_extra: int = 0
+    """Channels of every query head that Q has beside the qk channels: they meet keys that all heads share (the rotary
+    part of multi-head latent attention), or no keys at all. They go only with their head, have no scores, and are in no
+    ratio."""
 
     @classmethod
     def of(cls, name: str, *, heads: int, head_dim: int, d_model: int, **facts: Any) -> AttentionSpec:
@@ -124,7 +130,7 @@ class AttentionSpec:
     @cached_property
     def layout(self) -> HeadLayout:
         """Where each head's rows are stored."""
-        return HeadLayout(self.qk_dims, self.vo_dims, self.groups)
+        return HeadLayout(self.qk_dims, self.vo_dims, self.groups, self.q_extra)
 
     def dims(self, kind: Kind) -> tuple[int, ...]:
         """Channels per key head of ``"qk"`` or ``"vo"``."""
@@ -143,7 +149,8 @@ class AttentionSpec:
 
     def width(self, projection: Projection) -> int:
         """The other side of a projection's weight: weights per channel."""
-        return {"q": self.q_in, "k": self.k_in, "v": self.v_in, "o": self.d_model}[projection]
+        widths = {"q": self.q_in, "k": self.k_in, "v": self.v_in, "o": self.d_model, "x": self.q_in}
+        return widths[projection]
 
     def weights(self, projection: Projection) -> int:
         """Number of weights of a projection, without its bias."""
@@ -157,16 +164,18 @@ class AttentionSpec:
     def parameters(self) -> int:
         """Number of parameters of the four projections, biases and ``bias_k``, ``bias_v`` included."""
         q, k, v, o = self.bias
-        biases = self.layout.channels("q") * q + sum(self.qk_dims) * (k + self.bias_kv)
+        biases = (self.layout.channels("q") + self.layout.channels("x")) * q + sum(self.qk_dims) * (k + self.bias_kv)
         biases += sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
-        return sum(self.weights(projection) for projection in PROJECTIONS) + biases
+        gates = self.layout.channels("o") * (self.q_in + q) * self.gated
+        return sum(self.weights(side) for side in SIDES) + biases + gates
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
         """Multiply-adds for one sequence: ``tokens`` queries against ``keys`` keys (default: the same number)."""
         keys = tokens if keys is None else keys
-        per_query = self.weights("q") + self.weights("o")
+        per_query = self.weights("q") + self.weights("x") + self.weights("o")
+        per_query += self.layout.channels("o") * self.q_in * self.gated
         per_key = self.weights("k") + self.weights("v")
-        products = self.layout.channels("q") + self.layout.channels("o")
+        products = self.layout.channels("q") + self.layout.channels("x") + self.layout.channels("o")
         return tokens * per_query + keys * per_key + tokens * keys * products
 
     @property
@@ -216,12 +225,16 @@ class AttentionSpec:
         return f"{self.heads} heads{shared} of {inside}, d_model {self.d_model}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; what most attention does not have (groups, rotary pairs) is left out there."""
+        """A JSON-ready mapping; what most attention has not (groups, rotary pairs, gates, more in Q) is left out."""
         found = fields.to_dict(self)
         if self.heads == self.kv_heads:
             del found["groups"]
         if self.rotary == "none":
             del found["rotary"], found["rotary_dims"]
+        if not self.gated:
+            del found["gated"]
+        if not self.q_extra:
+            del found["q_extra"]
         return found
 
     @classmethod
@@ -231,7 +244,7 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        usual = {"groups": [], "rotary": "none", "rotary_dims": []}
+        usual = {"groups": [], "rotary": "none", "rotary_dims": [], "gated": False, "q_extra": 0}
         found = fields.checked(cls, {**usual, **raw} if isinstance(raw, dict) else raw, where)
         heads = len(found["qk_dims"])
         fields.integer(f"{where}: heads by vo_dims", len(found["vo_dims"]), low=heads, high=heads)
@@ -240,6 +253,7 @@ class AttentionSpec:
         if found["groups"]:
             fields.integer(f"{where}: heads by groups", len(found["groups"]), low=heads, high=heads)
             fields.integer(f"sum of {where}.groups", sum(found["groups"]), low=1)
+        fields.integer(f"{where}.q_extra of all heads", found["q_extra"] * (sum(found["groups"]) or heads))
         if found["rotary"] != "none":
             fields.integer(f"{where}: heads by rotary_dims", len(found["rotary_dims"]), low=heads, high=heads)
             for turned, dim in zip(found["rotary_dims"], found["qk_dims"], strict=True):

@@ -19,6 +19,7 @@ from ...errors import AttnPruneWarning, LatencyError, OptionError
 from ...families.base import AttentionView
 from ...families.registry import find_views, plain
 from ...surgery import Surgeon, check_views
+from ...values.choices import Choices
 from ...values.layer_plan import Channels, LayerPlan, make_layer
 from ...values.layout import Kind
 from ...values.plan import Plan
@@ -39,8 +40,8 @@ def measure(
     *,
     granularity: Granularity = "channel",
     round_to: int | str = "auto",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
+    include: Choices | None = None,
+    exclude: Choices | None = None,
     seconds: float = 60.0,
     cache: bool | str = True,
     progress: bool = True,
@@ -59,8 +60,8 @@ def measure(
             12 numbers of heads) or ``"joint"`` (at most 4 x 5 x 5).
         round_to: channels of measured shapes are multiples of this; ``"auto"`` as in
             :func:`attnprune.prune_attention`.
-        include: glob patterns of names; only these attention modules.
-        exclude: glob patterns of names to leave out.
+        include: glob patterns of names, classes, or functions of name and module; only these.
+        exclude: what to leave out.
         seconds: about how long to measure; three rounds of all shapes at least.
         cache: True keeps the table in the user's cache directory and reads it from there where machine, versions,
             model and inputs are the same; a path is a directory to use instead; False measures anew.

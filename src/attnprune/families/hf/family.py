@@ -6,16 +6,19 @@ run (:mod:`attnprune.families.proof`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn import Decoupled, host_class
 from ...nn.decoupled import forward_of
+from ...nn.rotary import Turning, pairs_of
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import is_linear, size_of
 from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, first, heads_of, output_of, parts_of, tells_heads
+from ..states import numbers_known
 from .forward import (
     HFClosedSelfAttention,
     HFCrossAttention,
@@ -39,9 +42,8 @@ class HFEncoderAdapter(Adapter):
 
     def _of(self, name: str, module: nn.Module, o: nn.Module | None) -> AttentionView:
         parts = {**parts_of(module), "o": o}
-        part = "q" if "q" in parts else "o"
-        channels = size_of(parts[part])[part == "o"] if is_linear(parts[part]) else 0
-        return self.of_linears(name, module, heads=heads_of(module, channels), scale=_scale(module), **parts)
+        channels = [size_of(parts[p])[p == "o"] for p in ("q", "o") if is_linear(parts.get(p))]
+        return self.of_linears(name, module, heads=heads_of(module, _queries(*channels)), scale=_scale(module), **parts)
 
     def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
         host = host_class(view.module)
@@ -63,6 +65,23 @@ class HFEncoderAdapter(Adapter):
             return (HFLegacySelfAttention,)
         named = (HFStaged,) if len(names) > 1 and names[1] != "attention_mask" else ()  # its order is another
         return (HFSelfAttention, HFClosedSelfAttention, *named)
+
+    def turning(self, view: AttentionView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Turning | None:
+        mixin, state = view.mixin, view.state
+        if not any(view.spec.rotary_dims) or mixin is None or not issubclass(mixin, HFStaged):
+            return None
+        roles = roles_of(host_class(view.module))
+        if roles.norms and any(getattr(view.module, name, None) is not None for name in roles.norms):
+            return None
+        tables = {**dict(zip(roles.names, args, strict=False)), **kwargs}.get(roles.angles or "")
+        if not isinstance(tables, tuple) or len(tables) != 2 or not all(isinstance(x, Tensor) for x in tables):
+            return None
+        pairs = None if state is None else state.pairs
+        if pairs is None:
+            numbers = numbers_known(state, view.spec)["qk"]
+            pairs = pairs_of(view.spec.rotary, max(view.spec.rotary_dims), view.spec.rotary_dims, numbers)
+        cos, sin = tables
+        return Turning(cos, sin, pairs._replace(by_pair=mixin.by_pair))
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
         if _scale(view.module) is not None or not self.expresses(view, spec):
@@ -95,15 +114,21 @@ class HFTwoModuleAdapter(HFEncoderAdapter):
 
     @staticmethod
     def _halves(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-        """The module that splits heads and its sibling's ``dense``."""
+        """The module that splits heads, and O: its sibling's ``dense``, or a sibling itself."""
         if not 2 <= len(module._modules) <= 4:
             return None
         children = list(module.children())
         inner = [child for child in children if _splits(child) and output_of(child) is None]
         outer = [child.dense for child in children if is_linear(getattr(child, "dense", None))]
+        outer += [child for child in children if is_linear(child) and child is output_of(module)]
         if len(inner) != 1 or len(outer) != 1:
             return None
         return inner[0], outer[0]  # type: ignore[return-value]
+
+
+def _queries(first: int = 0, read: int = 0) -> int:
+    """Channels of Q, whose projection may also hold a gate of everything that O reads."""
+    return read if first == 2 * read else first
 
 
 def _splits(module: nn.Module) -> bool:

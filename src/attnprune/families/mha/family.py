@@ -135,7 +135,11 @@ class MultiheadAttentionAdapter(Adapter):
         return torch.cat(keys) if keys else None
 
     def reshape(self, view: AttentionView, spec: AttentionSpec) -> None:
-        view.module.num_heads, view.module.head_dim = spec.heads, spec.qk_dim  # type: ignore[assignment]
+        values = {
+            "num_heads": spec.heads, "head_dim": spec.qk_dim,
+            "embed_dim": spec.d_model, "kdim": spec.k_in, "vdim": spec.v_in,
+        }  # fmt: skip
+        view.module.__dict__.update(values)
 
 
 def _calls(view: AttentionView) -> Iterator[Call]:

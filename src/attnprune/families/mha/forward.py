@@ -18,28 +18,51 @@ from ...values.layout import Bucket
 GONE = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class _Gone:
-    """Stands where a packed weight was.
+class PrunedAway:
+    """What is found where a packed weight or bias was.
 
-    That it overrides torch functions makes PyTorch's fused inference paths, which would read the packed weight, step
-    aside; whoever else uses it is told what to use instead.
+    nn.TransformerEncoder asks it whether it requires a gradient: where it would hand its dense layers nested tensors,
+    and leave zeros at padded positions, it does so with pruned ones too. Who asks for more is told what to use instead.
     """
 
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
-        raise cls._error()
+    def __init__(self, name: str, requires_grad: bool) -> None:
+        self.name, self.requires_grad = name, requires_grad
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(str(self._error()))
+        raise AttributeError(str(gone(self.name)))
 
-    @staticmethod
-    def _error() -> StateDictError:
-        return StateDictError(
-            "nn.MultiheadAttention.in_proj_weight",
-            "a dense module",
-            "one whose heads were pruned, which has no packed weight",
-            "use q_proj.weight, k_proj.weight and v_proj.weight",
-        )
+
+class _PrunedAwayInTrace(PrunedAway):
+    """In a trace PyTorch's fused paths step aside from what overrides torch functions: no nested tensors in graphs."""
+
+    def __torch_function__(self, *_: Any, **__: Any) -> NoReturn:
+        raise gone(self.name)
+
+
+class _WasPacked:
+    """A class attribute in the place of a parameter: None where the dense module had none, else :class:`PrunedAway`."""
+
+    def __init__(self, name: str, part: str) -> None:
+        self.name, self.part = name, part
+
+    def __get__(self, module: DecoupledMultiheadAttention | None, owner: type) -> PrunedAway | None:
+        if module is None:
+            return PrunedAway(self.name, False)
+        parts = [getattr(linear, self.part) for linear in (module.q_proj, module.k_proj, module.v_proj)]
+        if parts[0] is None:
+            return None
+        kind = _PrunedAwayInTrace if torch._C._get_tracing_state() is not None else PrunedAway
+        return kind(self.name, any(parameter.requires_grad for parameter in parts))
+
+
+def gone(name: str) -> StateDictError:
+    """Says what to use in place of a packed weight."""
+    return StateDictError(
+        f"nn.MultiheadAttention.{name}",
+        "a dense module",
+        "one whose heads were pruned, which has no packed weight",
+        "use q_proj.weight, k_proj.weight and v_proj.weight",
+    )
 
 
 class DecoupledMultiheadAttention(Decoupled):
@@ -56,7 +79,8 @@ class DecoupledMultiheadAttention(Decoupled):
     v_proj: nn.Linear
     out_proj: nn.Linear
 
-    in_proj_weight = _Gone()
+    in_proj_weight = _WasPacked("in_proj_weight", "weight")
+    in_proj_bias = _WasPacked("in_proj_bias", "bias")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         dense = [prefix + name for name in GONE if prefix + name in state_dict]

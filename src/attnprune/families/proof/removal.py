@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...values.layout import KIND_OF, KINDS, PROJECTIONS, Kind, Projection
+from ...values.layout import KIND_OF, KINDS, SIDES, Kind, Projection
 from ...values.spec import AttentionSpec
 
 
@@ -44,13 +44,14 @@ class Removal:
         self.rows: dict[Projection, list[int]] = {}
         """Of each projection, the stored channels that stay, in the order in which they will be stored."""
         self.gone: dict[Projection, list[int]] = {}
-        for p in PROJECTIONS:
+        for p in SIDES:
             stays = keys if p in "kv" else self.heads
             self.rows[p] = []
             for place in self.after.layout.stored(p):
                 head = stays[place]
                 start = layout.span(p, head)[0]
                 own = kept[KIND_OF[p]][keys.index(head if p in "kv" else layout.key_of[head])]
+                own = list(range(spec.q_extra)) if p == "x" else own
                 self.rows[p] += [start + channel for channel in own]
             self.gone[p] = sorted({*range(layout.channels(p))} - {*self.rows[p]})
 

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from ..base import AttentionView
 from ..slots import Slot
+from .runs import tensors
 
 _PLAIN = (bool, int, float, str, type(None))
 _NAMES = ("training", "layer_idx", "_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
 """Attributes that say where something is from, or have a place of their own."""
+_OWN = frozenset(nn.Module().__dict__)
+"""Attributes of every module."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -116,6 +119,8 @@ class StandIn:
                     shape = shapes.get(id(parameter), parameter.shape)
                     memo[id(parameter)] = _random(parameter, shape, dtype, generator)
             for key, value in module.__dict__.items():
+                if key not in _OWN:  # a cache of the host's
+                    memo.update((id(tensor), tensor.detach().clone()) for tensor in tensors(value))
                 if not isinstance(value, (Tensor, nn.Module, dict, list, tuple, set, *_PLAIN)):
                     memo.setdefault(id(value), copy.copy(value) if key == "config" else value)
         self.host: nn.Module = copy.deepcopy(host, memo)
@@ -148,6 +153,8 @@ class StandIn:
             for value in module.__dict__.values():
                 if not isinstance(value, (Tensor, nn.Module, dict, list, tuple, set, *_PLAIN)):
                     memo[id(value)] = value
+                for tensor in tensors(value):
+                    memo[id(tensor)] = tensor
         new = object.__new__(StandIn)
         new.fresh = {}
         new.host = copy.deepcopy(self.host, memo)

@@ -51,6 +51,7 @@ class Trial:
                 continue
             self.calls.append(call)
         self.reasons: dict[str, str] = {}
+        self.unseen = self._unseen()
         self.order = ""
         """The order in which several projections lie in one, where that had to be found."""
         if self.calls and dtype == torch.float64 and self._rounds():
@@ -79,12 +80,11 @@ class Trial:
         """What the runs show. Every removal takes away more than the one before, so one set of weights serves all."""
         with Softmax() as softmax:
             run(self.stand_in.host, self.calls[0], self.dtype)
-        view, adapter = self.view, self.view.adapter
-        unseen = self._unseen()
+        view = self.view
         self._find_order()
-        for way in ("stock", "decoupled") if unseen else ():
-            self.reasons[way] = f"nobody knows what its argument {unseen[0]} does"
-        forwards = () if unseen else adapter.decoupled_for(view)
+        for way in ("stock", "decoupled") if self.unseen else ():
+            self.reasons[way] = f"nobody knows what its argument {self.unseen[0]} does"
+        forwards = () if self.unseen else view.adapter.decoupled_for(view)
         telling = [mixin for mixin in forwards if mixin.tells_channels(host_class(view.module))]
         fitting = [mixin for mixin in forwards if mixin not in telling and self._decoupled(mixin)]
         # what a forward computes that tells no channels apart has no rotary embedding
@@ -94,17 +94,18 @@ class Trial:
         spec = self.view.spec
         ways: dict[str, set[bool]] = {}  # whether heads may go, where the way is open
         for removal in (Removal(spec, False, False), Removal(spec, True, False), Removal(spec, True, True)):
-            if not self._try(removal, mixins, unseen, ways):  # whole heads cannot go: channels alone
+            if not self._try(removal, mixins, ways):  # whole heads cannot go: channels alone
                 self.reasons["heads"] = "its output is not finite where all of a head is zero"
                 self.stand_in = self.again()
                 self._told(spec)
-                self._try(Removal(spec, False, True), mixins, unseen, ways)
+                self._try(Removal(spec, False, True), mixins, ways)
                 break
-        for way in ("stock", "expanded", *mixins):  # a way that failed with heads may still hold for channels
+        for way in ("stock", "expanded", "read", *mixins):  # a way that failed with heads may still hold for channels
             if way in self.reasons and way in ways:
                 self.reasons[f"{way}, heads"] = self.reasons.pop(way)
-            elif way in self.reasons:
-                ways.pop(way, None)
+        read = "expanded" not in ways and "read" in ways
+        if read:
+            ways["expanded"] = ways.pop("read")
         decoupled = next((mixin for way, mixin in mixins.items() if way in ways), None)
         if not view.called:
             self.reasons["expanded"] = "its projections are not modules of their own"
@@ -116,8 +117,8 @@ class Trial:
         heads = frozenset(way.split()[0] for way, found in ways.items() if True in found)
         stock = "stock" in ways
         return Verdict(
-            stock, decoupled, "expanded" in ways, heads, softmax.seen, fixed, dict(self.reasons), rotary=rotary,
-            rotary_dim=turned, order=self.order, stock_heads=not stock and not unseen and self._loses_heads(spec),
+            stock, decoupled, "expanded" in ways, read, heads, softmax.seen, fixed, dict(self.reasons), rotary=rotary,
+            rotary_dim=turned, order=self.order, stock_heads=not (stock or self.unseen) and self._loses_heads(spec),
         )  # fmt: skip
 
     def _loses_heads(self, spec: AttentionSpec) -> bool:
@@ -125,8 +126,7 @@ class Trial:
         removal = Removal(spec, True, False, channels=False)
         if not removal.removes_heads or not self.view.adapter.expresses(self.view, removal.after):
             return False
-        before = dict(self.reasons)
-        self.stand_in = self.again()
+        before, self.stand_in = dict(self.reasons), self.again()
         self._told(spec)
         other = self._made("stock", self._stock(removal))
         self._zero(removal)
@@ -161,7 +161,8 @@ class Trial:
 
     def _find_order(self) -> None:
         """Takes the first order of the view's in which its heads lie; without one that of the view."""
-        tries = [(order, strictly) for strictly in (True, False) for order in self.view.orders]
+        # of queries and gates nothing but the strict question tells one from the other
+        tries = [(o, strictly) for strictly in (True, False) for o in self.view.orders if strictly or "g" not in o]
         found = (o for o, strictly in tries if self._heads(self.view.lying(o)).in_order(strictly))
         self.order = next(found, "")
         self._told(self.view.spec)
@@ -177,16 +178,14 @@ class Trial:
 
         return Heads(view, outputs, alike)
 
-    def _try(
-        self, removal: Removal, mixins: Mapping[str, type[Decoupled]], unseen: Sequence[str], ways: dict[str, set[bool]]
-    ) -> bool:
+    def _try(self, removal: Removal, mixins: Mapping[str, type[Decoupled]], ways: dict[str, set[bool]]) -> bool:
         """Tries the ways that a removal is for; False if it leaves nothing to compare."""
         makers = {}
         if removal.ragged:
             makers = {way: self._cut(mixin, removal) for way, mixin in mixins.items()}
             if self.view.called:
                 makers["expanded"] = self._expanded(removal)
-        elif self.view.adapter.expresses(self.view, removal.after) and not unseen:
+        elif self.view.adapter.expresses(self.view, removal.after) and not self.unseen:
             makers["stock"] = self._stock(removal)
         made = {way: self._made(way, make) for way, make in makers.items() if way not in self.reasons}
         self._zero(removal)
@@ -195,6 +194,10 @@ class Trial:
         for way, other in made.items():
             if other is not None and self._same(way, other, removal):
                 ways.setdefault(way, set()).add(removal.removes_heads)
+        if "expanded" in makers and "expanded" in self.reasons and "read" not in self.reasons:
+            other = self._made("read", self._expanded(removal, read=True))
+            if other is not None and self._same("read", other, removal):
+                ways.setdefault("read", set()).add(removal.removes_heads)
         return True
 
     def _finite(self) -> bool:
@@ -243,14 +246,14 @@ class Trial:
 
         return make
 
-    def _expanded(self, removal: Removal) -> Callable[[], StandIn]:
+    def _expanded(self, removal: Removal, read: bool = False) -> Callable[[], StandIn]:
         def make() -> StandIn:
             other = self.stand_in.copy()
             parameters = {}
             for joint in joints(other.view):
                 places = [place for part in joint.places(other.view, removal.rows).values() for place in part]
                 parameters[id(joint.owner), joint.name] = self._parameter(joint.slot, places)
-            expand_view(other.view, parameters, removal.after, removal.heads, removal.rows)
+            expand_view(other.view, parameters, removal.after, removal.heads, removal.rows, read=read)
             return other
 
         return make
@@ -274,10 +277,10 @@ class Trial:
             except Exception as error:
                 self.reasons[way] = f"it fails, called with {call.what}, ({short(error)})"
                 return False
-            heads = removal.heads if way != "expanded" else None
+            heads = removal.heads if way not in ("expanded", "read") else None
             if not self._alike(way, call, found, expected, heads):
                 return False
-        return way != "expanded" or self._in_training(way, other)
+        return way not in ("expanded", "read") or self._in_training(way, other)
 
     def _alike(self, way: str, call: Call, found: Result, expected: Result, heads: Sequence[int] | None = None) -> bool:
         if found.shape != expected.shape:
@@ -349,7 +352,7 @@ class Trial:
                 self.reasons[way] = f"it fails in training ({short(error)})"
                 return False
             alike = self._alike(way, replace(call, what="dropout in training"), found, expected)
-            return alike and (way == "expanded" or self._same_gradients(way, other))
+            return alike and (way in ("expanded", "read") or self._same_gradients(way, other))
         finally:
             for host in hosts:
                 without_dropout(host)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...calibration.losses import LossFn, loss_with_or_without_labels, projection_loss
+from ...nn.outputs import outputs_of
 from ...values.method import unknown_scorer
 from .base import Scorer
 from .fisher import Fisher
@@ -26,6 +27,7 @@ __all__ = [
     "Taylor",
     "TorchPruning",
     "loss_with_or_without_labels",
+    "outputs_of",
     "projection_loss",
     "resolve",
 ]

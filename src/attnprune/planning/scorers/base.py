@@ -10,6 +10,7 @@ from torch import nn
 
 from ...calibration.losses import LossFn
 from ...families.base import AttentionView
+from ...nn.outputs import OutputFn
 from ...values.scores import Scores
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ class Evidence(TypedDict, total=False):
     """Batches, for scorers that need them; default None."""
     loss_fn: LossFn | None
     """``loss_fn(model, batch)`` gives a scalar; None, the default, for the model's own loss."""
+    output_fn: OutputFn | None
+    """Takes the model's output and gives what of it losses without ``loss_fn`` are about; given where a user has one.
+    """
     progress: bool
     """Whether a progress bar may be shown; default True."""
 

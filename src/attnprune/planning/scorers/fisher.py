@@ -11,13 +11,24 @@ from torch import Tensor, nn
 from ...calibration.batches import device_of
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
-from ...errors import OptionError
+from ...calibration.sample import samples_of
+from ...errors import DataError, OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
 from .base import Evidence
-from .gradient import Gradients, GradientScorer, check_finite, head_sums, listen, sample_gradients, unit_sums
+from .gradient import (
+    Gradients,
+    GradientScorer,
+    check_finite,
+    check_reached,
+    head_sums,
+    listen,
+    sample_gradients,
+    sequences,
+    unit_sums,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,6 +103,7 @@ def squared_gradients(
         finally:
             for tap in taps.values():
                 tap.handle.remove()
+    check_reached(pooled({view.name: sum(taps[view.name, p].heard for p in PROJECTIONS) for view in views}))
     return pooled(({view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count))
 
 
@@ -104,10 +116,11 @@ class _Tap:
     def __init__(self, view: AttentionView, projection: Projection, switch: Tensor) -> None:
         self.where, self.projection, self.switch = f"{view.name}: {projection}", projection, switch
         self.total = torch.zeros(len(view.weight(projection)), dtype=torch.float64, device=switch.device)
-        self.runs = 0
+        self.runs = self.heard = 0
+        self.counts: Sequence[int] = ()
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.squares: Tensor | None = None
-        self.samples: list[int] = []
+        self.rows: set[int] = set()
         port = view.port(projection)
         self.own = port.own if projection == "o" else None
         self.handle = port.owner.register_forward_hook(self._forward) if self.own else port.listen(self._forward)
@@ -117,29 +130,37 @@ class _Tap:
         read = inputs[0].detach()
         return listen(output, self.switch, read if self.own is None else self.own(read), self)
 
+    def begin(self, counts: Sequence[int]) -> None:
+        self.counts, self.runs, self.rows = counts, 0, set()
+
     def receive(self, x: Tensor, grad: Tensor) -> None:
-        samples = len(x)
+        rows = sequences(x)
+        self.rows.add(rows)
+        samples = samples_of(rows, self.counts) or rows
         # the loss is a mean over samples, so a sample's own gradient is that many times larger
         self.seen.append((x.reshape(samples, -1, x.shape[-1]), grad.reshape(samples, -1, grad.shape[-1]) * samples))
         if len(self.seen) == self.runs:
             self._add()
 
     def _add(self) -> None:
-        self.samples.append(len(self.seen[0][0]))
+        sizes = sorted({len(x) for x, _ in self.seen})
+        if len(sizes) > 1:
+            remedy = "use Fisher(per_sample=False)"
+            raise DataError(self.where, "runs on the same number of samples in a batch", str(sizes), remedy)
         x, grad = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
         outer, inner = (grad, x) if self.projection == "o" else (x, grad)
         exact = torch.promote_types(grad.dtype, torch.float32)
         self.squares = row_squares(outer.to(exact), inner.to(exact)).double().sum(0)
         self.seen = []
 
-    def finish(self, number: int) -> list[int]:
-        """Adds what a batch gave to the total; returns its number of samples, if any came."""
+    def finish(self, number: int, groups: Mapping[int, int], samples: int) -> None:
         if self.seen:  # some runs do not reach the loss
             self._add()
         if self.squares is not None:
-            self.total += check_finite(self.where, self.squares, number)
-        samples, self.samples, self.squares, self.runs = self.samples, [], None, 0
-        return samples
+            share = samples / max(groups[rows] for rows in self.rows)  # towers may have other numbers of samples
+            self.total += check_finite(self.where, self.squares, number) * share
+            self.heard += 1
+        self.squares = None
 
 
 def row_squares(outer: Tensor, inner: Tensor) -> Tensor:

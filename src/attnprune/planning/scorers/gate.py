@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from ...surgery import as_called
 from ...values.layout import HeadLayout, Kind
 from ...values.scores import Scores
 from .base import Evidence, Scorer
-from .gradient import check_finite, listen, sample_gradients
+from .gradient import check_finite, check_reached, listen, sample_gradients, sequences
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,17 +71,18 @@ class Gate(Scorer):
     def score(
         self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
-        loss_fn = evidence.get("loss_fn") or projection_loss(self.seed, self.metric)
+        loss_fn = evidence.get("loss_fn") or projection_loss(self.seed, self.metric, evidence.get("output_fn"))
         evidence = {**evidence, "data": self._some(evidence.get("data")), "loss_fn": loss_fn}
         with as_called(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
             switch = torch.zeros((), device=device_of(model), requires_grad=True)
             taps = [_Gates(view, switch, self.bases.get(view.name)) for view in tapped]
             for tap in taps:
                 tap.listen(hooks)
-            count = sample_gradients(model, taps, switch, self.name, **evidence)
+            count = sample_gradients(model, taps, switch, self.name, together=True, **evidence)
         count = pooled(count)
         for tap in taps:
             tap.share()
+        check_reached({tap.view.name: tap.heard for tap in taps})
         return {tap.view.name: tap.scores(count, self.centred) for tap in taps}
 
     def _some(self, data: Iterable[Any] | None) -> Iterable[Any] | None:
@@ -107,7 +109,7 @@ def _spread(data: Iterable[Any], samples: int) -> Iterator[Any]:
 
 
 _SUMS = (
-    "qk", "products", "crossed", "plain", "total", "tokens", "head_products", "head_crossed", "head_plain",
+    "heard", "qk", "products", "crossed", "plain", "total", "tokens", "head_products", "head_crossed", "head_plain",
 )  # fmt: skip
 
 
@@ -132,8 +134,13 @@ class _Gates:
         self.head_products = torch.zeros(heads, device="cpu", dtype=torch.float64)
         self.head_crossed = torch.zeros(vo, device="cpu", dtype=torch.float64)
         self.head_plain = [torch.zeros(dim, dim, device="cpu", dtype=torch.float64) for dim in spec.layout.sizes("o")]
+        self.heard = 0
+        self.rows: set[int] = set()
         self.q: list[Tensor] = []
         self.c: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, counts: Sequence[int]) -> None:
+        self.rows, self.q, self.c = set(), [], []
 
     def listen(self, hooks: ExitStack) -> None:
         gates = {"q": _Side(self._queries), "o": _Side(self._contexts)}
@@ -153,12 +160,14 @@ class _Gates:
     def _queries(self, x: Tensor, grad: Tensor) -> None:
         exact = torch.promote_types(x.dtype, torch.float32)
         x, grad = self._rotated("qk", x.to(exact), grad.to(exact))
-        self.q.append((x * grad).reshape(len(x), -1, x.shape[-1]).sum(1).double().cpu())
+        self.rows.add(sequences(x))
+        self.q.append((x * grad).reshape(sequences(x), -1, x.shape[-1]).sum(1).double().cpu())
 
     def _contexts(self, x: Tensor, grad: Tensor) -> None:
         exact = torch.promote_types(x.dtype, torch.float32)
         x, grad = self._rotated("vo", x.to(exact), grad.to(exact))
-        x, grad = (part.reshape(len(part), -1, part.shape[-1]) for part in (x, grad))
+        self.rows.add(sequences(x))
+        x, grad = (part.reshape(sequences(part), -1, part.shape[-1]) for part in (x, grad))
         self.c.append(((x * grad).sum(1).double().cpu(), grad.sum(1).double().cpu()))
 
     def _rotated(self, kind: Kind, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,16 +176,15 @@ class _Gates:
             return x, grad
         return _by_head(x, self.maps[kind], 0), _by_head(grad, self.maps[kind], 1)
 
-    def finish(self, number: int) -> list[int]:
-        """Adds what a batch gave; returns its number of samples, none if the loss does not depend on this attention."""
-        queries, contexts = self.q, self.c
+    def finish(self, number: int, groups: Mapping[int, int], samples: int) -> None:
+        if not self.q or not self.c:
+            return
+        self.heard += 1
+        queries = [_by_sample(one, groups, samples) for one in self.q]
+        contexts = [[_by_sample(one, groups, samples) for one in pair] for pair in self.c]
+        q = self.view.shared(_added(queries), "q")
+        a, b = (_added(parts) for parts in zip(*contexts, strict=True))
         self.q, self.c = [], []
-        if not queries or not contexts:
-            return []
-        samples = len(queries[0])
-        # the loss is a mean over samples, so a sample's own derivative is that many times larger
-        q = self.view.shared(torch.stack(queries).sum(0) * samples, "q")
-        a, b = (torch.stack(parts).sum(0) * samples for parts in zip(*contexts, strict=True))
         check_finite(self.view.name, q.sum() + a.sum() + b.sum(), number)
         self.qk += q.square().sum(0)
         first, second = (self._of_groups(x) for x in (a, b))
@@ -189,7 +197,6 @@ class _Gates:
             self.head_products[head] += whole.square().sum()
             self.head_crossed[rows] += whole @ b[:, rows]
             self.head_plain[head] += b[:, rows].T @ b[:, rows]
-        return [samples]
 
     def _of_groups(self, x: Tensor) -> Tensor:
         """``(..., channels of V, query heads of a group)`` from ``(..., channels of O)``."""
@@ -213,6 +220,23 @@ class _Gates:
             heads.append(self.head_products[head] - 2 * cross + mean @ self.head_plain[head] @ mean)
         of: dict[Kind, Tensor] = {"qk": self.view.by_head(self.qk / count, "qk"), "vo": self.view.by_head(vo, "vo")}
         return Scores(of["qk"], of["vo"], torch.stack(heads).clamp_min(0) / count)
+
+
+def _by_sample(x: Tensor, groups: Mapping[int, int], samples: int) -> Tensor:
+    """``(samples, channels)`` from a number for every sequence, as large as a sample's own derivative is.
+
+    The loss is a mean over samples, so that is so many times larger; where a tower has other samples than the batch
+    counts, its mean square counts as often as theirs.
+    """
+    own = groups[len(x)]
+    return x.reshape(own, -1, x.shape[-1]).sum(1) * sqrt((own if own > 1 else samples) * samples)
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    """The sum over runs; where they are of other samples each, over these too."""
+    if len({len(one) for one in parts}) > 1:
+        parts = [one.sum(0, keepdim=True) for one in parts]
+    return torch.stack([*parts]).sum(0)
 
 
 def _maps(bases: HeadBases, device: torch.device) -> dict[Kind, list[tuple[Tensor, Tensor]]]:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.batches import batches, device_of
-from ...calibration.losses import LossFn, loss_of
+from ...calibration.losses import LossFn, ProjectionLoss, loss_of
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
+from ...calibration.sample import counts_in, samples_of
 from ...errors import DataError, NonFiniteError
 from ...families.base import AttentionView
 from ...families.slots import Slot
+from ...nn.outputs import OutputFn
 from ...values.layout import Projection
 from ...values.scores import Scores
 from .base import Evidence, Scorer
@@ -41,60 +43,122 @@ def gradients(
     """
     slots = {(view.name, key): slot for view in views for key, slot in view.slots.items()}
     parameters = list({id(slot.parameter): slot.parameter for slot in slots.values()}.values())
+    reached = dict.fromkeys((view.name for view in views), 0)
 
-    def use(number: int, loss: Tensor) -> None:
-        consume(number, _batch_gradients(loss, parameters, slots, number))
+    def use(number: int, batch: Any, loss: Tensor) -> None:
+        found, names = _batch_gradients(loss, parameters, slots, number)
+        for name in names:
+            reached[name] += 1
+        consume(number, found)
 
     with undisturbed(model, parameters):
-        return _each_batch(model, what, use, **evidence)
+        count = _each_batch(model, what, use, **evidence)
+    check_reached(pooled(reached))
+    return count
 
 
 def sample_gradients(
-    model: nn.Module, taps: Sequence[Tap], switch: Tensor, what: str, **evidence: Unpack[Evidence]
+    model: nn.Module,
+    taps: Sequence[Tap],
+    switch: Tensor,
+    what: str,
+    together: bool = False,
+    **evidence: Unpack[Evidence],
 ) -> int:
     """Lets every tap hear the gradients of every batch (:func:`listen`), and add what they gave; no weight's is formed.
 
-    Returns the number of samples, which are the first dimension of what taps hear.
+    Args:
+        model: the whole model.
+        taps: what listens.
+        switch: see there.
+        what: the scorer's name.
+        together: whether taps can add up a batch whose samples cannot be told apart as if it were one.
+        evidence: keywords of :class:`Evidence`.
+
+    Returns:
+        The number of samples.
     """
     seen: list[int] = []
+    loss_fn = evidence.get("loss_fn")
 
-    def use(number: int, loss: Tensor) -> None:
+    def before(batch: Any) -> None:
+        counts = counts_in(batch)
+        for tap in taps:
+            tap.begin(counts)
+
+    def use(number: int, batch: Any, loss: Tensor) -> None:
         reached = torch.autograd.grad(loss, switch, allow_unused=True) if loss.requires_grad else (None,)
-        samples = {count for tap in taps for count in tap.finish(number)}
-        if reached[0] is None or not samples:
+        rows = {count for tap in taps for count in tap.rows}
+        if reached[0] is None or not rows:
             raise no_gradient(number)
-        if len(samples) != 1:
-            raise DataError(
-                f"data, batch {number}",
-                "the same number of samples, first, in every attention",
-                str(sorted(samples)),
-                "give loss_fn batches whose first dimension stays first, or use Fisher(per_sample=False)",
-            )
-        seen.extend(samples)
+        projects = together and isinstance(loss_fn, ProjectionLoss) and loss_fn.projects(model, batch)
+        groups = _groups(rows, counts_in(batch), projects, number)
+        samples = max(groups.values()) if max(groups.values()) > 1 else max(counts_in(batch)[:1], default=1)
+        for tap in taps:
+            tap.finish(number, groups, samples)
+        seen.append(samples)
 
-    _each_batch(model, what, use, **evidence)
+    _each_batch(model, what, use, before, **evidence)
     return sum(seen)
+
+
+def _groups(rows: Iterable[int], counts: Sequence[int], projects: bool, number: int) -> dict[int, int]:
+    """For each number of sequences that attention ran on, of how many samples they are; 1: all of the batch's together.
+
+    Together they are fine where the loss is a random projection: parts of other samples are independent of mean zero,
+    so the square of the sum is, on average, the sum of squares.
+    """
+    groups = {count: samples_of(count, counts) for count in rows}
+    if len(groups) == 1:
+        return {count: count if samples is None else samples for count, samples in groups.items()}
+    if None in groups.values() and not projects:
+        raise DataError(
+            f"data, batch {number}",
+            "as many sequences as samples, or a multiple, in every attention",
+            f"{sorted(groups)} sequences, and a batch of {', '.join(map(str, counts)) or 'no tensors'}",
+            "give batches whose first dimension are samples and stays first, or use Fisher(per_sample=False)",
+        )
+    return {count: samples or 1 for count, samples in groups.items()}
+
+
+def check_reached(reached: Mapping[str, Any]) -> None:
+    """Raises DataError if data reached some attention and not other, by name; what they do not reach scores nothing."""
+    missed = [name or "the model itself" for name, count in reached.items() if not float(count)]
+    if missed:
+        names = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
+        raise DataError(
+            "data",
+            "batches whose loss, or output, depends on every attention that may lose something",
+            f"{len(missed)} of {len(reached)} that it never depends on: {names}",
+            "leave them out (exclude=), or give data, loss_fn or output_fn that reach them",
+        )
 
 
 def _each_batch(
     model: nn.Module,
     what: str,
-    use: Callable[[int, Tensor], None],
+    use: Callable[[int, Any, Tensor], None],
+    before: Callable[[Any], None] | None = None,
     data: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
+    output_fn: OutputFn | None = None,
     progress: bool = True,
 ) -> int:
-    """Gives ``use`` each batch's number and loss, whose graph is gone before the next; returns how many there were."""
+    """Gives ``use`` each batch's number, the batch and its loss, whose graph is gone before the next; returns how many
+    there were."""
     count = 0
     for batch in batches(data, device_of(model), progress, what):
-        use(count, loss_of(model, batch, loss_fn))
+        if before is not None:
+            before(batch)
+        use(count, batch, loss_of(model, batch, loss_fn, output_fn))
         count += 1
     return count
 
 
 def _batch_gradients(
     loss: Tensor, parameters: list[nn.Parameter], slots: Mapping[tuple[str, str], Slot], number: int
-) -> Mapping[str, Gradients]:
+) -> tuple[Mapping[str, Gradients], set[str]]:
+    """By view and slot the gradients, and the views that the loss depends on."""
     if not loss.requires_grad:
         raise no_gradient(number)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -105,7 +169,7 @@ def _batch_gradients(
     for (name, key), slot in slots.items():
         grad = by_id[id(slot.parameter)]
         found.setdefault(name, {})[key] = slot.cut(torch.zeros_like(slot.parameter) if grad is None else grad)
-    return found
+    return found, {name for (name, _), slot in slots.items() if by_id[id(slot.parameter)] is not None}
 
 
 def no_gradient(number: int) -> DataError:
@@ -175,6 +239,12 @@ def unit_sums(view: AttentionView, values: Mapping[Projection, Tensor]) -> tuple
     return qk, values["v"] + view.shared(values["o"], "o")
 
 
+def sequences(x: Tensor) -> int:
+    """On how many sequences an attention runs whose projections read or write ``(sequences, ..., channels)``; tokens
+    without a batch are one."""
+    return len(x) if x.dim() > 2 else 1
+
+
 class Receiver(Protocol):
     """What :func:`listen` tells."""
 
@@ -184,8 +254,20 @@ class Receiver(Protocol):
 class Tap(Protocol):
     """What adds up something about the gradients that it was told."""
 
-    def finish(self, number: int) -> Iterable[int]:
-        """Adds what a batch gave; the numbers of samples in it, none where the loss does not depend on this."""
+    rows: set[int]
+    """On how many sequences the attention ran in this batch, where the loss depends on it."""
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """Comes before every batch, with its numbers of samples."""
+
+    def finish(self, number: int, groups: Mapping[int, int], samples: int) -> None:
+        """Adds what a batch gave.
+
+        Args:
+            number: the batch's.
+            groups: for the numbers of sequences, of how many samples they are.
+            samples: how many the batch counts.
+        """
 
 
 def listen(output: Tensor, switch: Tensor, x: Tensor, tap: Receiver) -> Tensor:
