@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "speec
 import phrases
 from phrases import Phrases
 
+PAPER = [f"{scheme}-{scope}-{score}" for scheme in ("EH", "PH") for scope in "LG" for score in ("MAG", "FI")]
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((f"paper: {name}", {"preset": f"paper:{name}"}) for name in ("EH-G-MAG", "EH-G-FI", "PH-G-MAG", "PH-G-FI")),
+    *((f"paper: {name}", {"preset": f"paper:{name}"}) for name in PAPER),
     ("channels by gates, refitted, ragged", {"basis": "channels", "split": "auto", "heads": "ragged"}),
     ("rotated: the default with data", {}),
     ("rotated, split found", {"split": "auto"}),
@@ -66,7 +67,7 @@ def main() -> None:
     words = sum(len(text.split()) for text in test.texts)
     print(f"word error rate on {len(test)} phrases ({words} words) of unheard voices, greedy | {args.beams} beams")
     print(f"dense {before[0]:.2f} | {before[1]:.2f} %; {args.seeds} calibration samples, no fine-tuning\n")
-    header = f"{'way: change in points (share removed)':<40}" + "".join(f"{f'{ratio:.0%}':>24}" for ratio in RATIOS)
+    header = f"{'way: change in points (share removed)':<40}" + "".join(f"{f'{ratio:.0%}':>27}" for ratio in RATIOS)
     print(header, "-" * len(header), sep="\n")
     for name, options in WAYS:
         if args.only not in name:
@@ -83,7 +84,7 @@ def main() -> None:
                     removed = 1 - report.attention_parameters[1] / report.attention_parameters[0]
             greedy = statistics.median(found)
             cell = f"{greedy - before[0]:+.2f} | {wide - before[1]:+.2f} ({removed:.1%})"
-            line += f"{cell:>24}"
+            line += f"{cell:>27}"
         print(line, flush=True)
 
 
