@@ -347,6 +347,11 @@ def test_dense_models_that_generate_merge_tensors_or_come_with_more_than_they_ne
     again: Any = from_pretrained(tmp_path / "text")
     same(text, again)
     assert again.generation_config.max_new_tokens == 7
+    save_pruned(text, tmp_path / "ours")
+    plan = attnprune.make_plan(text, 0.5)
+    attnprune.apply_to_checkpoint(tmp_path / "text", plan, tmp_path / "streamed")
+    for folder in ("ours", "streamed"):
+        assert from_pretrained(tmp_path / folder).generation_config.max_new_tokens == 7
     experts = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(vocab_size=30, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
                                    num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)

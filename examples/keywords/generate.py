@@ -117,17 +117,18 @@ def babble_pool(split: str, seed: int) -> list[np.ndarray]:
     return [speak(text, *random_voice(split, rng)) for text in BABBLE * 6]
 
 
-def noise(split: str, seed: int, rng: np.random.Generator) -> np.ndarray:
-    """One second of white, pink or babble noise, (16000,), with unit root mean square."""
+def noise(split: str, seed: int, rng: np.random.Generator, size: int = RATE) -> np.ndarray:
+    """White, pink or babble noise, (size,), by default of one second, with unit root mean square."""
     kind = rng.choice(["white", "pink", "babble"])
     if kind == "babble":
         pool = babble_pool(split, seed)
-        audio = sum(np.roll(pool[i], rng.integers(RATE))[:RATE] for i in rng.choice(len(pool), 5, replace=False))
+        voices = [np.roll(pool[i], rng.integers(RATE)) for i in rng.choice(len(pool), 5, replace=False)]
+        audio = sum(np.resize(voice, max(size, len(voice)))[:size] for voice in voices)
     else:
-        spectrum = np.fft.rfft(rng.standard_normal(RATE))
+        spectrum = np.fft.rfft(rng.standard_normal(size))
         if kind == "pink":
-            spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 20))
-        audio = np.fft.irfft(spectrum, RATE)
+            spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 20 * size // RATE))
+        audio = np.fft.irfft(spectrum, size)
     return audio / np.sqrt(np.mean(audio**2))
 
 

@@ -15,6 +15,7 @@ from .record import ENTRY
 from .tensors import Entry
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _REMEDY = "pass a dense model of the same class as model="
 _DROPPED = {  # entries by which a config leads elsewhere: to code, other files, kernels to fetch
     "auto_map", "transformers_weights", "fusion_config", "kernel_config", "custom_pipelines", "distributed_config",
@@ -176,12 +177,12 @@ def set_generation(folder: Folder, model: nn.Module) -> None:
     Raises:
         CheckpointError: they are malformed.
     """
-    name, settings = "generation_config.json", getattr(model, "generation_config", None)
-    if settings is None or not folder.has(name):
+    settings = getattr(model, "generation_config", None)
+    if settings is None or not folder.has(GENERATION):
         return
-    with reading(name), foreign(name, "settings for generation"):
-        raw = fields.load(folder.read(name), most=1 << 20)
-        model.generation_config = type(settings).from_dict(_clean(raw, name, 0))
+    with reading(GENERATION), foreign(GENERATION, "settings for generation"):
+        raw = fields.load(folder.read(GENERATION), most=1 << 20)
+        model.generation_config = type(settings).from_dict(_clean(raw, GENERATION, 0))
 
 
 def dense(folder: Folder, raw: Mapping[str, Any], device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:

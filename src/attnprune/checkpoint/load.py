@@ -128,8 +128,7 @@ def _built(source: Source, weights: Weights, device: torch.device | None, dtype:
             model = source.skeleton(entries, buffers=True)
             filling, pruned = _fitted(model, source, weights, names)
     model = _filled(model, filling, pruned, device, dtype).eval()
-    if source.manifest is None:
-        hf.set_generation(source.folder, model)
+    hf.set_generation(source.folder, model)
     return model
 
 

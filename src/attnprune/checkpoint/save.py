@@ -20,7 +20,7 @@ from ..nn import host_class
 from ..surgery import check_views
 from ..values import fields
 from .folder import Folder
-from .hf import CONFIG, maker
+from .hf import CONFIG, GENERATION, maker
 from .manifest import MANIFEST, WEIGHTS, Manifest, Shard, Sizes
 from .record import ENTRY, Record, is_pretrained
 from .shapes import smaller_than
@@ -78,10 +78,16 @@ def save_pruned(
     config, said = config_json(model), None if report is None else report.to_dict()
     sizes = _sizes(model, views, config)
     manifest = Manifest(class_name(model), Record.of(views), (), config, tied, said, sizes)
-    return write_model(Folder.make(directory), items, manifest, limit)
+    return write_model(Folder.make(directory), items, manifest, limit, generation_json(model))
 
 
-def write_model(folder: Folder, items: Sequence[Item], manifest: Manifest, limit: int) -> Path:
+def write_model(
+    folder: Folder,
+    items: Sequence[Item],
+    manifest: Manifest,
+    limit: int,
+    generation: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes weights and then a manifest that names them; what the one before it named is removed.
 
     Args:
@@ -89,6 +95,7 @@ def write_model(folder: Folder, items: Sequence[Item], manifest: Manifest, limit
         items: the tensors, each made when its turn comes.
         manifest: all of it but the shards.
         limit: bytes of a file of weights.
+        generation: settings for generation, of models that have any.
     """
     json.dumps(manifest.report, allow_nan=False)  # what cannot be written is refused before the weights are
     with folder.alone():
@@ -102,6 +109,8 @@ def write_model(folder: Folder, items: Sequence[Item], manifest: Manifest, limit
         folder.replace(MANIFEST, replace(manifest, shards=tuple(found)).to_json().encode())
         if manifest.config is not None:  # for tokenizers, processors and people; loading reads the manifest
             folder.replace(CONFIG, json.dumps(manifest.config, sort_keys=True, indent=2).encode())
+        if generation is not None:
+            folder.replace(GENERATION, json.dumps(generation, sort_keys=True, indent=2).encode())
         for path in folder.path.iterdir():
             if WEIGHTS.fullmatch(path.name) and path.name not in {one.name for one in found}:
                 path.unlink(missing_ok=True)
@@ -116,6 +125,16 @@ def config_json(model: nn.Module) -> Mapping[str, Any] | None:
     found: Any = fields.load(config.to_json_string())
     found.pop(ENTRY, None)
     return {**found, "architectures": [host_class(model).__name__]}
+
+
+def generation_json(model: nn.Module) -> Mapping[str, Any] | None:
+    """A Hugging Face model's settings for generation; None for models that have none."""
+    settings: Any = getattr(model, "generation_config", None)
+    if not is_pretrained(model) or not hasattr(settings, "to_json_string"):
+        return None
+    found: Any = fields.load(settings.to_json_string())
+    assert isinstance(found, Mapping)
+    return found
 
 
 def _sizes(model: nn.Module, views: Sequence[AttentionView], config: Mapping[str, Any] | None) -> Sizes:

@@ -20,9 +20,10 @@ from ..surgery.patch import along, mean_of
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
 from .folder import Folder
+from .hf import set_generation
 from .manifest import MANIFEST, Manifest
 from .record import Record
-from .save import config_json, parse_size, write_model
+from .save import config_json, generation_json, parse_size, write_model
 from .shapes import take_shapes
 from .skeleton import Filling, class_name, groups, places
 from .source import Source
@@ -76,8 +77,10 @@ def apply_to_checkpoint(
         skeleton = plain(model) if model is not None else found.skeleton(weights.entries)
         with _pruned(skeleton, found, weights, plan) as (items, tied):
             record, config = Record.of(all_views(skeleton)), config_json(skeleton)
+            if model is None:
+                set_generation(found.folder, skeleton)
             manifest = Manifest(class_name(skeleton), record, (), config, tied, sizes=found.sizes)
-            return write_model(Folder.make(directory), items, manifest, limit)
+            return write_model(Folder.make(directory), items, manifest, limit, generation_json(skeleton))
 
 
 @contextmanager
