@@ -7,7 +7,7 @@ here by ``device="lazy"`` (a kind of device that PyTorch knows and nobody has); 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from attnprune.surgery import check
+from attnprune.surgery import check, optimizer_state
 
 DEVICE = torch.device("lazy", 0)
 AUTOCAST = torch.autocast
@@ -99,7 +99,12 @@ class _Functions(TorchFunctionMode):
 def elsewhere() -> Iterator[None]:
     """Inside it the device is there."""
     kinds = SimpleNamespace(Parameter=There, Linear=nn.Linear, Module=nn.Module)  # other kinds would be refused
-    with patch.object(torch, "autocast", _autocast), patch.object(check, "nn", kinds), _Functions(), _Modes():
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "autocast", _autocast))
+        for module in (check, optimizer_state):
+            stack.enter_context(patch.object(module, "nn", kinds))
+        stack.enter_context(_Functions())
+        stack.enter_context(_Modes())
         yield
 
 

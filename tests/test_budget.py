@@ -464,7 +464,9 @@ def test_latency_plans_come_from_measured_shapes_and_avoid_cliffs() -> None:
 def test_a_pruner_ends_within_its_budget_and_resumes(way: str) -> None:
     def pruner(model: nn.Module) -> attnprune.AttentionPruner:
         extra = {"macs": {"example_inputs": X}, "latency": {"latency": table_of(encoder())}, "params": {}}[way]
-        return attnprune.AttentionPruner(model, **{f"target_{way}": 0.8}, schedule="linear", steps=3, scorer="magnitude", **extra)  # type: ignore[arg-type]
+        return attnprune.AttentionPruner(
+            model, **{f"target_{way}": 0.8}, schedule="linear", steps=3, scorer="magnitude", **extra
+        )  # type: ignore[arg-type]
 
     model, shares = encoder(), []
     one = pruner(model)

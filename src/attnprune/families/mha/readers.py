@@ -29,9 +29,10 @@ def read_by_hand(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            continue
         kind: Any = type(module)
+        tuner = any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__)  # refused by its own name
+        if tuner or isinstance(module, nn.MultiheadAttention):
+            continue
         names = _names(kind)
         if not names.isdisjoint(WEIGHTS):
             for below in _meant(module, names):
