@@ -11,7 +11,14 @@ from typing import TypeVar
 ALL = os.environ.get("ATTNPRUNE_ALL") == "1"
 ALIKE = {"DeiT": "ViT", "DINOv2": "ViT", "Roberta": "Bert", "TorchvisionViT": "MHA", "TimmAttention": "Timm"}
 """Families that another one stands for, as the same forward of ours runs both."""
+LIKE = ("AST", "CLIPText", "Seq2Seq")
+"""Families that others stand for where nothing but the dtype, or the file, is another."""
 Case = TypeVar("Case", bound=Hashable)
+
+
+def telling(names: Iterable[str]) -> list[str]:
+    """Without those that others stand for (:data:`LIKE`), or all of them."""
+    return [name for name in names if ALL or name not in LIKE]
 
 
 def examples(number: int) -> int:

@@ -143,8 +143,11 @@ def test_exported_programs_need_nothing_of_this_library(strict: bool) -> None:
         close(program.module()(x), model(x))
 
 
-@few
-@pytest.mark.parametrize(("name", "plan"), CASES + [pytest.param("BERT", "ragged", id="BERT-ragged")])
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [pytest.param(*one.values, id=one.id, marks=() if one.id == "ViT-decoupled" else pytest.mark.long) for one in CASES]
+    + [pytest.param("BERT", "ragged", id="BERT-ragged")],
+)
 def test_onnx_at_other_sizes_than_exported(name: str, plan: str, tmp_path: Path) -> None:
     import onnxruntime
 
