@@ -136,7 +136,10 @@ def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
     """
     found, merged = _renamed(model, entries)
     if merged:
-        refuse(merged[0][:80], "a tensor that is one of the model's", "a part of one", "load it with transformers")
+        remedy = (
+            "load it with transformers, from_pretrained(..., quantization_config=AttnPruneConfig()), which merges them"
+        )
+        refuse(merged[0][:80], "a tensor that is one of the model's", "a part of one", remedy)
     return found
 
 
