@@ -514,3 +514,34 @@ def test_a_save_that_ends_anywhere_leaves_the_old_model_or_the_new(
     assert ends == sorted(ends)  # once the new one is there, it stays
     assert ends[0] is False
     assert ends[-2:] == [True, True]
+
+
+def test_numbers_that_json_has_not(tmp_path: Path) -> None:
+    """Configs of state space models hold infinity, which transformers writes as a mapping."""
+    torch.manual_seed(0)
+    config = transformers.BambaConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+        time_step_limit=(0.0, float("inf")),
+    )  # fmt: skip
+    model, ids = transformers.BambaModel(config).eval(), torch.randint(0, 30, (2, 5))
+    prune_attention(model, 0.5, include="layers.1.*")
+    again: Any = from_pretrained(save_pruned(model, tmp_path / "bamba"))
+    assert again.config.time_step_limit[1] == float("inf")
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GraniteSWAConfig"), reason="transformers 5.24 has it")
+def test_a_scale_of_ones_own_under_rotary_embeddings_that_run_expanded(tmp_path: Path) -> None:
+    """Granite multiplies logits with 1, which is no head dim's scale."""
+    torch.manual_seed(0)
+    config = transformers.GraniteSWAConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    model, ids = transformers.GraniteSWAModel(config).eval(), torch.randint(0, 30, (2, 5))
+    report = prune_attention(model, 0.5)
+    assert any(way.startswith("expanded") for way in report.ways.values())
+    assert find_attention(model)[0].scale == 1
+    again: Any = from_pretrained(save_pruned(model, tmp_path / "granite"))
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)

@@ -62,6 +62,9 @@ def architecture(raw: Mapping[str, Any]) -> type[Any]:
     return found
 
 
+_FLOATS = ("Infinity", "-Infinity", "NaN")
+
+
 def config_of(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     """A config object without what would lead elsewhere: code, other files, kernels to fetch."""
     kind, own = raw.get("model_type"), getattr(cls.config_class, "model_type", None)
@@ -80,6 +83,8 @@ def _clean(value: Any, where: str, depth: int) -> Any:
         if isinstance(value, int) and abs(value) > (_MANY if _counts(where) else _LARGE):
             refuse(f"{CONFIG}: {where[:60]}", f"at most {_MANY if _counts(where) else _LARGE}", str(value), _REMEDY)
         return value
+    if value.keys() == {"__float__"} and str(value["__float__"]) in _FLOATS:  # as transformers writes them
+        return float(value["__float__"])
     for key in value.keys() & {"quantization_config", "use_pretrained_backbone"}:
         if value[key]:
             refuse(f"{CONFIG}: {key}", "none", str(value[key])[:60], "load it with transformers")

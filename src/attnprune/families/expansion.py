@@ -156,6 +156,8 @@ def rescale(view: AttentionView, scale: float) -> None:
     assert state is not None
     known: Expansion = state.expanded
     spec, slots = known.spec, known.slots
+    if isclose(spec.scale, scale) or spec.rotary != "none":
+        return
     dim = round(scale**-2)
     dims = (dim,) * (state.dense_heads // state.groups)
     host = replace(spec, qk_dims=dims, vo_dims=dims, groups=(state.groups,) * len(dims))
