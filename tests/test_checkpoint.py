@@ -545,3 +545,32 @@ def test_a_scale_of_ones_own_under_rotary_embeddings_that_run_expanded(tmp_path:
     assert find_attention(model)[0].scale == 1
     again: Any = from_pretrained(save_pruned(model, tmp_path / "granite"))
     assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scope": "local", "heads": "uniform"}, {"heads": "ragged"}, {"granularity": "head"}], ids=str
+)
+def test_what_only_a_run_shows_is_in_the_file(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments of Swin's attention tell too little, so that loading cannot find out how it may run."""
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=4
+    )
+    model, x = transformers.SwinModel(config).eval(), torch.randn(2, 3, 32, 32)
+    prune_attention(model, 0.5, example_inputs=x, **options)
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in (save_pruned(model, tmp_path / "ours"), tmp_path / "theirs"):
+        monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})  # as in another process
+        again: Any = from_pretrained(folder)
+        assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
+        again_pruned = prune_attention(again, 0.2, example_inputs=x, scorer="random", heads="ragged")
+        assert again_pruned.verified is not None
+    manifest = json.loads((tmp_path / "ours" / "attnprune.json").read_text())
+    manifest["attention"][0]["way"] = "somehow"
+    raw = json.dumps(manifest)
+    (tmp_path / "ours" / "attnprune.json").write_text(raw)
+    monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})
+    with pytest.raises(CheckpointError):
+        from_pretrained(tmp_path / "ours")

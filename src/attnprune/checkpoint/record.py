@@ -14,6 +14,8 @@ from torch import nn
 from ..families.base import AttentionView
 from ..families.expansion import rescale
 from ..families.registry import all_views, sound_views
+from ..families.ways import Verdict
+from ..nn.decoupled import mixin_class
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan, make_layer
 from ..values.layout import KINDS, Kind
@@ -35,6 +37,8 @@ class Saved(NamedTuple):
     channels: Mapping[Kind, tuple[tuple[int, ...], ...]] | None = None
     """Per key head, the dense numbers of its channels, where the host's own forward tells them apart as it runs
     expanded; None where it is of no matter which ones were kept."""
+    way: str = ""
+    """How it runs (:func:`way_of`), where nothing but a run of the user's model can show how it may."""
 
 
 class _Written(NamedTuple):
@@ -59,7 +63,10 @@ class Record:
     @classmethod
     def of(cls, views: Sequence[AttentionView]) -> Record:
         return cls(
-            tuple(Saved(view.spec, _kept(view), view.numbers if view.tells_channels else None) for view in views)
+            tuple(
+                Saved(view.spec, _kept(view), view.numbers if view.tells_channels else None, way_of(view))
+                for view in views
+            )
         )
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -67,6 +74,7 @@ class Record:
         return [
             fields.to_dict(_Written(one.spec, one.kept))
             | ({} if one.channels is None else {"channels": {kind: [*map(list, one.channels[kind])] for kind in KINDS}})
+            | ({"way": one.way} if one.way else {})
             for one in self.attention
         ]
 
@@ -81,10 +89,14 @@ class Record:
         with reading(where):
             for i, each in enumerate(fields.array("attention", raw)):
                 here, known = f"attention[{i}]", dict(each) if isinstance(each, dict) else each
-                numbers = known.pop("channels", None) if isinstance(known, dict) else None
+                numbers, way = (
+                    known.pop(key, None) if isinstance(known, dict) else None for key in ("channels", "way")
+                )
                 one = Saved(*fields.read(_Written, known, here))
                 if numbers is not None:
                     one = one._replace(channels=_channels(f"{here}.channels", numbers, one.spec))
+                if way is not None:
+                    one = one._replace(way=fields.string(f"{here}.way", way))
                 if len(one.kept) != one.spec.heads or list(one.kept) != sorted(set(one.kept)):
                     fields.fail(f"attention[{i}].kept", f"{one.spec.heads} ascending numbers", list(one.kept))
                 saved.append(one)
@@ -155,6 +167,34 @@ def _channels(where: str, raw: object, spec: AttentionSpec) -> dict[Kind, tuple[
             if len(row) != dim or list(row) != sorted(set(row)):
                 fields.fail(f"{where}.{kind}[{head}]", f"{dim} ascending numbers", list(row))
     return read
+
+
+def way_of(view: AttentionView) -> str:
+    """How an attention runs that nothing but a run of the user's model can show: ``"stock"``, ``"expanded"``,
+    ``"read"`` (expanded, of a host that reads weights) or the name of a forward of ours; empty for others."""
+    if view.state is None:
+        return "stock" if view.verdict is not None and view.verdict.recorded else ""
+    if not view.state.recorded:
+        return ""
+    if view.runs_expanded:
+        return "read" if view.read else "expanded"
+    mixin = mixin_class(view.module)
+    return "" if mixin is None else mixin.__name__
+
+
+def told(view: AttentionView, way: str, where: str) -> AttentionView:
+    """A view that runs as :func:`way_of` said, where running it shows nothing.
+
+    Raises:
+        CheckpointError: it has no such way to run.
+    """
+    if not way or view.verdict is None or view.verdict.ran:
+        return view
+    own = {"stock": Verdict(stock=True), "expanded": Verdict(expanded=True), "read": Verdict(expanded=True, read=True)}
+    ours = {one.__name__: Verdict(decoupled=one) for one in view.adapter.decoupled_for(view)}
+    if way not in own | ours:
+        refuse(f"{where}: {view.name}", "a way to run that its class has", repr(way)[:60], _OTHER)
+    return replace(view, verdict=replace((own | ours)[way], recorded=True))
 
 
 def _kept(view: AttentionView) -> tuple[int, ...]:

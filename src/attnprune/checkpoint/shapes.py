@@ -18,7 +18,7 @@ from ..values.layout import PROJECTIONS
 from ..values.plan import Plan
 from .folder import reading, refuse
 from .manifest import Sizes
-from .record import Record
+from .record import Record, told
 from .skeleton import Place, groups, places
 
 _WHOLE = "save the whole model (torch.save)"
@@ -52,7 +52,8 @@ def take_shapes(model: nn.Module, record: Record, sizes: Sizes, where: str, alon
         if sizes:
             with reading(where):
                 _narrow(model, record, sizes, where)
-        views = all_views(model, {one.spec.name for one in record.attention})
+        ways = {one.spec.name: one.way for one in record.attention}
+        views = [told(view, ways[view.name], where) for view in all_views(model, ways)]
         plan = record.plan(views, where)
         Surgeon.prepare(model, views, plan, blank=True).commit()
         record.settle(model, where)

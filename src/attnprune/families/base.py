@@ -79,8 +79,7 @@ class AttentionView:
 
     def weight(self, projection: Projection) -> Tensor:
         """``(channels, in)`` weight rows of Q, K, V, or columns of O, in stored order, detached; a view."""
-        slot = self.slots[f"{projection}.weight"]
-        return slot.cut(slot.values)
+        return (slot := self.slots[f"{projection}.weight"]).cut(slot.values)
 
     def heads(self, projection: Projection) -> list[Tensor]:
         """Per head of a projection (of Q and O query heads, of K and V key heads) ``(channel, in)``: its weights in
@@ -98,8 +97,7 @@ class AttentionView:
     def shared(self, values: Tensor, projection: Projection) -> Tensor:
         """``(..., channels of K or V)`` from ``(..., channels of Q or O)``, in stored order: what heads of one key
         head have is added up. Of K and V, and where no heads share, the values themselves."""
-        layout = self.spec.layout
-        if projection in "kv" or not layout.grouped:
+        if projection in "kv" or not (layout := self.spec.layout).grouped:
             return values
         spans = layout.spans(projection)
         groups = ([values[..., slice(*spans[head])] for head in layout.queries(key)] for key in layout.key_order)
@@ -131,7 +129,7 @@ class AttentionView:
 
     @property
     def called(self) -> bool:
-        """Whether each projection is a module that is called, not a parameter of the attention itself."""
+        """Whether each projection is a module of its own, not a parameter of the attention itself."""
         return all(self.owner(p) is not self.module for p in PROJECTIONS)
 
     @property
@@ -282,7 +280,9 @@ class AttentionView:
         """What the module will know once it has this shape."""
         before, heads = self.state, sorted(self.heads_may_go)
         stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
-        return next_state(before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=heads)
+        recorded = self.verdict.recorded if self.verdict is not None else before is not None and before.recorded
+        known = next_state(before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=heads)
+        return known._replace(recorded=recorded)
 
 
 class Adapter(ABC):

@@ -46,6 +46,8 @@ class Verdict:
 
     order: str = ""
     """The order of the view's in which channels lie."""
+    recorded: bool = False
+    """Whether that was found by calls of the user's own model, as its arguments' names tell too little."""
     stock_heads: bool = False
     """Whether it runs fewer heads of its own dims, where it runs no others: rotary tables, norms of a head."""
 

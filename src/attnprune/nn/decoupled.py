@@ -40,6 +40,8 @@ class State(NamedTuple):
     """What a rotary embedding rotates (``attnprune.nn.rotary.Pairs``)."""
     dense: bool = False
     """Whether it was never pruned, so that its host's own forward runs it too."""
+    recorded: bool = False
+    """Whether calls of the user's own model had to show how it may run."""
     dense_qk: int = 0
     """Channels of the dot product in a head before any pruning, where a forward of ours needs to know."""
 

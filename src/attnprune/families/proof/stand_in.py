@@ -16,8 +16,11 @@ from ..slots import Slot
 from .runs import tensors
 
 _PLAIN = (bool, int, float, str, type(None))
-_NAMES = ("training", "layer_idx", "_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
-"""Attributes that say where something is from, or have a place of their own."""
+_NAMES = (
+    "training", "layer_idx", "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures",
+    "dtype", "torch_dtype", "id2label", "label2id", "attnprune",
+)  # fmt: skip
+"""Attributes that say where something is from or goes, what of it was pruned, or have a place of their own."""
 _OWN = frozenset(nn.Module().__dict__)
 """Attributes of every module."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

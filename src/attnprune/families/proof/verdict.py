@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,8 @@ def verdict_of(view: AttentionView, recorded: Sequence[Call] = ()) -> Verdict:
 def inherit(view: AttentionView, verdict: Verdict) -> None:
     """Remembers what was proven of a module that keeps its own forward in another shape."""
     host = view.top
-    _KNOWN.setdefault((view.adapter, view.spec.scale, key_of(host)), verdict)
+    scale = view.adapter.view(view.name, host).spec.scale  # which a host may make from its head dim
+    _KNOWN.setdefault((view.adapter, scale, key_of(host)), verdict)
 
 
 def _prove(view: AttentionView, recorded: Sequence[Call]) -> tuple[Verdict, bool]:
@@ -63,7 +65,7 @@ def _prove(view: AttentionView, recorded: Sequence[Call]) -> tuple[Verdict, bool
                 return _unknown(names), False
             trial = Trial(again, stand_in, calls, dtype)
             if trial.calls:
-                return trial.verdict(), stand_in.tells
+                return replace(trial.verdict(), recorded=bool(recorded)), stand_in.tells
             problem = trial.problem  # another size or dtype may do
     return _unknown(f"it could not be run ({problem}): pass example_inputs=, so that it is seen in a call"), False
 
