@@ -194,7 +194,7 @@ def told(view: AttentionView, way: str, where: str) -> AttentionView:
     ours = {one.__name__: Verdict(decoupled=one) for one in view.adapter.decoupled_for(view)}
     if way not in own | ours:
         refuse(f"{where}: {view.name}", "a way to run that its class has", repr(way)[:60], _OTHER)
-    return replace(view, verdict=replace((own | ours)[way], recorded=True))
+    return replace(view, verdict=replace((own | ours)[way], recorded=True, ran=False))  # a run may still show more
 
 
 def _kept(view: AttentionView) -> tuple[int, ...]:
