@@ -355,3 +355,51 @@ def test_a_host_that_keeps_what_it_computed() -> None:
         expected = model(x)
     apply_plan(model, plan)
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+class ChannelMixer(nn.Module):
+    """Named as attention, and its softmax mixes the channels of a head (DaViT, XCiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 4, 1)
+        return self.proj(((q @ k.mT).softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class TrainsOnlyLargeBatches(Grid):
+    """Fails in training on small inputs, as hosts with groups of queries do (RF-DETR)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.training and len(hidden_states) < 64:
+            raise RuntimeError("too small")
+        return super().forward(hidden_states)
+
+
+def test_a_softmax_over_channels_is_no_attention() -> None:
+    (found,) = skipped_attention(nn.ModuleDict({"ChannelAttn": type("ChannelAttention", (ChannelMixer,), {})()}))
+    assert found.why == "no softmax over keys was seen in its forward"
+
+
+def test_a_host_that_does_not_train_on_what_proof_gives_it() -> None:
+    assert all_views(nn.Sequential(TrainsOnlyLargeBatches().double()))
+
+
+def test_tables_of_biases_and_gates() -> None:
+    bias = type("RelativeAttentionBias", (nn.Module,), {"__init__": lambda self: _table(self)})
+    gate = type("GatedAttention", (nn.Module,), {"__init__": lambda self: _gate(self)})
+    why = {one.name: one.why for one in skipped_attention(nn.ModuleDict({"bias": bias(), "gate": gate()}))}
+    assert why.keys() == {"gate"}
+    assert why["gate"].startswith("a gate")
+
+
+def _table(module: nn.Module) -> None:
+    nn.Module.__init__(module)
+    module.values = nn.Embedding(8, 4)
+
+
+def _gate(module: nn.Module) -> None:
+    nn.Module.__init__(module)
+    module.layer = nn.Linear(8, 8)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnprune.families import looks
+
 from .cells import CELLS, NOTHING, PASSED
 from .run import RESULTS, ROOT, Row, read
 
@@ -17,14 +19,18 @@ GROUPS: Mapping[str, str] = {
     "Wrong": "What is left computes something else than the dense model with rows and columns at zero.",
     "Passed over silently": "Attention of which nothing is said, neither as found nor as skipped.",
     "Not finished": "The program itself did not come to an end with these.",
-    "Complete": "Every attention is pruned, and runs by the host's own forward or one of ours: projections, kernel and "
-    "cache shrink.",
-    "Complete, expanded": "Every attention is pruned; some keep the host's own forward on dense dims: parameters and "
-    "projections shrink, the kernel and the cache do not.",
+    "Complete": "Every attention with four projections around a softmax is pruned, and runs by the host's own forward "
+    "or one of ours: projections, kernel and cache shrink.",
+    "Complete, expanded": "Every such attention is pruned; some keep the host's own forward on dense dims: parameters "
+    "and projections shrink, the kernel and the cache do not.",
     "In part": "Some attention is pruned; the rest is in ``report.skipped``, with the reason given here.",
     "Refused": "Nothing can be pruned; the reason is in ``report.skipped``.",
+    "Of another kind": "No attention with four projections around a softmax over keys: deformable, linear, recurrent, "
+    "convolutional, over channels; ``report.skipped`` says so.",
 }
 """Headings, and what stands under them."""
+OTHER_KINDS = (*looks.OTHER_KINDS, looks.CONVOLVED, looks.GATE, "no softmax over keys was seen in its forward")
+"""Reasons of attention that has no four projections around a softmax."""
 MARKS = {PASSED: "✓", NOTHING: "-"}
 MISSING, FAILED = "·", "✗"
 
@@ -42,10 +48,11 @@ def group_of(row: Row) -> str:
         return "Passed over silently"
     if not row["attention"]:
         return ""
+    others = sum(count for _, why, count in row["skipped"] if why in OTHER_KINDS)
+    if row["prunable"] + others < row["attention"]:
+        return "In part" if row["prunable"] else "Refused"
     if not row["prunable"]:
-        return "Refused"
-    if row["prunable"] < row["attention"]:
-        return "In part"
+        return "Of another kind"
     return "Complete, expanded" if "expanded" in row.get("ways", {}) else "Complete"
 
 
@@ -149,6 +156,9 @@ def rendered(result: Mapping[str, Any]) -> str:
     found = sum(row.get("attention", 0) for row in attending)
     pruned = sum(row.get("prunable", 0) for row in attending)
     older = sum(row["code"] != about["code"] for row in rows)
+    counts = Counter(group_of(row) for row in attending)
+    complete = counts["Complete"] + counts["Complete, expanded"]
+    usual = len(attending) - counts["Of another kind"]
     order = "; ".join(f"{number} {name}" for number, name in enumerate(CELLS, 1))
     parts = [
         "The matrix", "==========", "",
@@ -156,6 +166,8 @@ def rendered(result: Mapping[str, Any]) -> str:
         f"{len(attending)} model families with attention, built tiny with random weights, pruned and run on "
         f"{about['date']}: of their {found:,} attention modules {pruned:,} are pruned. With {shown}. ``make matrix`` "
         "does it again, without a download; ``benchmarks/results/matrix.json`` has every reason in full.", "",
+        f"Of {usual:,} families with four projections around a softmax, {complete:,} are pruned completely "
+        f"({complete / max(usual, 1):.1%}).", "",
         *([f"{older} rows are of an earlier state of the code.", ""] if older else []),
         summary(attending), "",
         f"A cell is {MARKS[PASSED]} passed, {FAILED} a reason (by its number, below), {MARKS[NOTHING]} without a "

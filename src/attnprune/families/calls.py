@@ -30,6 +30,7 @@ LENGTHS = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens", "cu_seqlens_q")
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
 Arguments = dict[str, Any]
+LONGER = "one sequence of nine tokens"
 PLACE = "*"
 """The name of a positional argument that has none, as in a forward that hands on all it gets."""
 
@@ -242,7 +243,7 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
     yield call("plain inputs")
-    yield call("one sequence of nine tokens", batch=1, tokens=9)
+    yield call(LONGER, batch=1, tokens=9)
     yield call("a single token", tokens=1)
     yield call("large inputs", size=30.0, rounding=1e3)
     yield call("huge inputs", size=2e3, rounding=1e6)

@@ -54,12 +54,19 @@ def looks(module: nn.Module) -> bool:
     children = {child for child, _ in module.named_children()}
     word = type(module).__name__.lower()
     named = "attention" in word or word.endswith("attn") or isinstance(module, nn.MultiheadAttention)
-    return bool(children & _CHILDREN) or (named and next(module.parameters(), None) is not None)
+    return bool(children & _CHILDREN) or (named and any(map(_projects, module.modules())))
+
+
+def _projects(module: nn.Module) -> int:
+    """How many of a module's own parameters may be projections; a table of biases is none."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1]
+    return 0 if isinstance(module, nn.Embedding) else len(own)
 
 
 DEFORMABLE = "deformable attention: its weights come from queries alone, so that there are no keys"
 RECURRENT = "a linear recurrence: it takes no softmax over keys"
 CONVOLVED = "its projections are convolutions"
+GATE = "a gate of one projection, which mixes no tokens"
 OTHER_KINDS: Mapping[str, Collection[str]] = {
     DEFORMABLE: {"sampling_offsets"},
     RECURRENT: {"A_log", "dt_bias", "time_decay", "conv1d", "q_conv1d", "linear_attn"},
@@ -76,6 +83,8 @@ def _unknown(module: nn.Module) -> str:
     convolutions = [part for part in module.children() if any(map(_convolves, part.modules()))]
     if len(convolutions) > 1 or (convolutions and not any(isinstance(part, nn.Linear) for part in module.modules())):
         return CONVOLVED
+    if sum(map(_projects, module.modules())) == 1:
+        return GATE
     shown = ", ".join(children[:6]) or "none"
     return f"four projections and a number of heads are not found among its parts ({shown})"
 
@@ -97,7 +106,9 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         fused = name in ("scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward")
-        if self.stack and first is not None and (fused or (name == "softmax" and first.dim() >= 4)):
+        if name == "softmax" and first is not None and first.dim() >= 4:  # over keys, which lie last
+            fused = kwargs.get("dim", args[1] if len(args) > 1 else -1) in (-1, first.dim() - 1)
+        if self.stack and fused:
             self.seen.setdefault(self.stack[-1], name)
         return func(*args, **kwargs)
 

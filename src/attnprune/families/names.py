@@ -60,7 +60,7 @@ def part_of(module: nn.Module, names: Sequence[str]) -> Any:
 
 def _inside(part: Any) -> Any:
     """The one Linear of a module that does more with it: clips what comes and goes, norms over the batch."""
-    if is_linear(part) or isinstance(part, (nn.Sequential, nn.ModuleList)):
+    if is_linear(part):
         return part
     inner = [module for module in part.modules() if is_linear(module)]
     return inner[0] if len(inner) == 1 else part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...nn.exactly import Exactly
-from ..calls import Call, fresh, positional
+from ..calls import LONGER, Call, fresh, positional
 
 
 def short(error: Exception) -> str:
@@ -50,14 +50,41 @@ _ATTENDING = ("softmax", "scaled_dot_product_attention", "multi_head_attention_f
 
 
 class Softmax(TorchFunctionMode):
-    """Sees whether a softmax runs."""
+    """Sees whether a softmax runs, and how long it is."""
 
-    seen = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: set[int] = set()
+        """Of a fused kernel: 0."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _ATTENDING:
-            self.seen = True
+        name = getattr(func, "__name__", "")
+        if name in _ATTENDING:
+            first = next((x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)), None)
+            self.lengths.add(first.shape[-1] if name == "softmax" and first is not None and first.dim() else 0)
         return func(*args, **(kwargs or {}))
+
+    @property
+    def seen(self) -> bool:
+        """Whether there was one."""
+        return bool(self.lengths)
+
+
+def attends(host: nn.Module, calls: Sequence[Call], dtype: torch.dtype, dims: Collection[int]) -> bool:
+    """Whether a softmax over keys runs. One that is as long as a head has channels, for any number of tokens, mixes
+    channels instead.
+
+    Args:
+        host, calls, dtype: as in :func:`run`.
+        dims: channels of a head.
+    """
+    lengths = []
+    for call in (calls[0], *(call for call in calls[1:] if call.what == LONGER)):
+        with Softmax() as softmax:
+            run(host, call, dtype)
+        lengths.append(softmax.lengths)
+    channels = len(lengths) > 1 and lengths[0] == lengths[1] and lengths[0] <= {*dims}
+    return bool(lengths[0]) and not channels
 
 
 class Result:
