@@ -565,6 +565,7 @@ def test_what_only_a_run_shows_is_in_the_file(
         monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})  # as in another process
         again: Any = from_pretrained(folder)
         assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
+        assert torch.equal(again(x).pooler_output, model(x).pooler_output)  # which holds no weights
         again_pruned = prune_attention(again, 0.2, example_inputs=x, scorer="random", heads="ragged")
         assert again_pruned.verified is not None
     manifest = json.loads((tmp_path / "ours" / "attnprune.json").read_text())

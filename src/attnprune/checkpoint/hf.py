@@ -104,12 +104,13 @@ def maker(raw: Mapping[str, Any], keys: Iterable[str] = ("pooler",)) -> Callable
     """A function that builds the dense model of a config; without a pooler, where ``keys`` of its weights name none."""
     cls = architecture(raw)
     config_of(cls, raw)
-    pooled = "add_pooling_layer" not in inspect.signature(cls).parameters or any("pooler" in key for key in keys)
-    options = {} if pooled else {"add_pooling_layer": False}  # what a class is told beside its config
+    bare = "add_pooling_layer" in inspect.signature(cls).parameters and not any("pooler" in key for key in keys)
 
     def make() -> nn.Module:
         with foreign(CONFIG, f"a config of {cls.__name__}", _REMEDY):
-            built: nn.Module = cls(config_of(cls, raw), **options)
+            built: nn.Module = cls(config_of(cls, raw))
+            if bare and any("pooler" in key for key in built.state_dict()):  # a pooler may hold no weights at all
+                built = cls(config_of(cls, raw), add_pooling_layer=False)
             return built
 
     return make
