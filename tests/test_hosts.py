@@ -403,3 +403,27 @@ def _table(module: nn.Module) -> None:
 def _gate(module: nn.Module) -> None:
     nn.Module.__init__(module)
     module.layer = nn.Linear(8, 8)
+
+
+class Positioned(Whole):
+    """Adds positions to what queries and keys are made of, and cannot do without them (DETR)."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, object_queries: Tensor | None = None, key_value_states: Tensor | None = None
+    ) -> Tensor:
+        if object_queries is None:
+            raise UnboundLocalError("hidden_states_original")
+        source = hidden_states + object_queries if key_value_states is None else key_value_states
+        q, k = self.split(self.query(hidden_states + object_queries)), self.split(self.key(source))
+        v = self.split(self.value(hidden_states if key_value_states is None else key_value_states))
+        context = F.scaled_dot_product_attention(q, k, v)
+        return self.out_lin(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_positions_that_are_added() -> None:
+    model, x, where = Positioned().double(), torch.randn(2, 5, 24).double(), torch.randn(2, 5, 24).double()
+    plan = make_plan(model, 0.5, heads="ragged", scorer="random")
+    with masked(model, plan):
+        expected = model(x, where)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model(x, where), expected, rtol=1e-10, atol=1e-10)

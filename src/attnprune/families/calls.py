@@ -23,6 +23,8 @@ HEAD_MASKS = ("head_mask", "layer_head_mask")
 SOURCES = ("key_value_states", "encoder_hidden_states", "context", "memory", "encoder_output")
 KEYS, VALUES = ("key", "keys", "k", "key_states"), ("value", "values", "v", "value_states")
 ANGLES = ("position_embeddings", "rotary_pos_emb", "rope", "freqs_cis", "rotary_emb")
+ADDED = ("object_queries", "query_pos", "pos")
+"""What is added to the inputs of queries and keys, as in DETR."""
 PLACES = ("cache_position",)
 POSITIONS = ("position_ids",)
 LONGEST = ("max_seqlen", "max_seq_len", "max_length_q")
@@ -80,7 +82,7 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
         return []
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
     # what an argument that may be missing may still have to be; Q may read less than what comes in, through a low rank
-    given = ((), ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS)
+    given = ((), ADDED, ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS)
     for width, more, form in product(dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
         inputs = _Inputs(signature, spec, more, form, width)
         if (more and not inputs.optional) or not inputs.possible:
@@ -174,6 +176,7 @@ class _Inputs:
         self.angles = next((name for name in (*signature.required, *wanted) if name in ANGLES), None)
         self.places = next((name for name in wanted if name in PLACES), None)
         self.positions = next((name for name in wanted if name in POSITIONS), None)
+        self.added = next((name for name in wanted if name in ADDED), None)
 
     def __call__(
         self, generator: torch.Generator, dtype: torch.dtype, batch: int = 2, tokens: int = 5, size: float = 1.0
@@ -197,6 +200,8 @@ class _Inputs:
             turn = torch.randn(*rows, tokens, self.width, generator=generator, dtype=dtype, device="cpu")
             cos, sin = turn.cos(), turn.sin()
             found[self.angles] = torch.complex(cos, sin) if self.form.complex else (cos, sin)
+        if self.added is not None:
+            found[self.added] = normal(tokens, self.read)
         if self.places is not None:
             found[self.places] = torch.arange(tokens, device="cpu")
         if self.positions is not None:
