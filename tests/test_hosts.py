@@ -427,3 +427,19 @@ def test_positions_that_are_added() -> None:
         expected = model(x, where)
     apply_plan(model, plan)
     torch.testing.assert_close(model(x, where), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_without_one_of_the_four() -> None:
+    class PoolingAttention(nn.Module):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            self.num_heads = 4
+            for name in names:
+                self.add_module(name, nn.Linear(8, 8))
+
+    model = nn.ModuleDict(
+        {"learned": PoolingAttention("k_proj", "v_proj", "out_proj"), "pointer": PoolingAttention("q_proj", "k_proj")}
+    )
+    why = {one.name: one.why for one in skipped_attention(model)}
+    assert why["learned"].startswith("its queries are learned")
+    assert why["pointer"].startswith("queries and keys without values")

@@ -29,7 +29,14 @@ GROUPS: Mapping[str, str] = {
     "convolutional, over channels; ``report.skipped`` says so.",
 }
 """Headings, and what stands under them."""
-OTHER_KINDS = (*looks.OTHER_KINDS, looks.CONVOLVED, looks.GATE, "no softmax over keys was seen in its forward")
+OTHER_KINDS = (
+    *looks.OTHER_KINDS,
+    looks.CONVOLVED,
+    looks.GATE,
+    looks.LEARNED,
+    looks.VALUELESS,
+    "no softmax over keys was seen in its forward",
+)
 """Reasons of attention that has no four projections around a softmax."""
 MARKS = {PASSED: "✓", NOTHING: "-"}
 MISSING, FAILED = "·", "✗"

@@ -41,7 +41,10 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if first is not None and (name in _FUSED or (name in ("softmax", "_softmax") and first.dim() >= 3)):
+        keys = name in ("softmax", "_softmax") and first is not None and first.dim() >= 3
+        if keys and first is not None:  # over what lies last
+            keys = kwargs.get("dim", args[1] if len(args) > 1 else -1) in (-1, first.dim() - 1)
+        if first is not None and (name in _FUSED or keys):
             self.found.setdefault(self.stack[-1], f"{name} of {first.dim()} dimensions")
         result = func(*args, **kwargs)
         if first is not None and first.dtype == torch.float64 and name in _CASTS and isinstance(result, Tensor):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .names import K, Q, V, output_of, part_of
+
 _CHILDREN = {"q_proj", "query", "q_lin", "to_q", "wq", "qkv", "to_qkv", "in_proj_qkv", "Wqkv", "qkv_proj",
              "query_key_value", "c_attn", "q_a_proj", "linear_q", "q_attn"}  # fmt: skip
 
@@ -67,6 +69,8 @@ DEFORMABLE = "deformable attention: its weights come from queries alone, so that
 RECURRENT = "a linear recurrence: it takes no softmax over keys"
 CONVOLVED = "its projections are convolutions"
 GATE = "a gate of one projection, which mixes no tokens"
+LEARNED = "its queries are learned, and made by no projection"
+VALUELESS = "queries and keys without values: it carries nothing"
 OTHER_KINDS: Mapping[str, Collection[str]] = {
     DEFORMABLE: {"sampling_offsets"},
     RECURRENT: {"A_log", "dt_bias", "time_decay", "conv1d", "q_conv1d", "linear_attn"},
@@ -85,6 +89,9 @@ def _unknown(module: nn.Module) -> str:
         return CONVOLVED
     if sum(map(_projects, module.modules())) == 1:
         return GATE
+    found = {p for p, names in (("q", Q), ("k", K), ("v", V)) if part_of(module, names) is not None}
+    if found == {"q", "k"} or (found == {"k", "v"} and output_of(module) is not None):
+        return VALUELESS if "q" in found else LEARNED
     shown = ", ".join(children[:6]) or "none"
     return f"four projections and a number of heads are not found among its parts ({shown})"
 

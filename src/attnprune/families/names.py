@@ -10,10 +10,10 @@ from torch import nn
 from .linears import is_linear
 
 Q, K, V, O = (
-    ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "project_q", "Wq", "w_q",
-     "W_q", "q_head", "q_attn", "projection_query", "queries", "q_b_proj", "q_gate_proj"),
-    ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "project_k", "Wk", "w_k",
-     "W_k", "k_head", "projection_key"),
+    ("q_proj", "query", "q_lin", "to_q", "wq", "q", "query_proj", "linear_q", "q_linear", "to_query", "project_q", "Wq",
+     "w_q", "W_q", "q_head", "q_attn", "projection_query", "queries", "q_b_proj", "q_gate_proj"),
+    ("k_proj", "key", "k_lin", "to_k", "wk", "k", "key_proj", "linear_k", "k_linear", "to_key", "project_k", "Wk",
+     "w_k", "W_k", "k_head", "projection_key"),
     ("v_proj", "value", "v_lin", "to_v", "wv", "v", "value_proj", "linear_v", "v_linear", "project_v", "Wv", "w_v",
      "W_v", "v_head", "projection_value"),
     ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "projection", "linear_out", "dense", "c_proj", "Wo",
@@ -38,7 +38,7 @@ KV = (
 QK = ("qk", "to_qk", "qk_proj", "query_key")
 """What holds several of them in one."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",
-         "nhead", "no_heads", "h")  # fmt: skip
+         "nhead", "no_heads", "h", "groups")  # fmt: skip
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv", "kv_heads", "num_key_value_head")
 SHARES = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "n_kv_groups")
 """Query heads per key head."""
