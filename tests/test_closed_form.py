@@ -83,6 +83,7 @@ def times(part: Any, start: int, product: Tensor) -> None:
             tensor[rows] = product @ tensor[rows]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_computes_what_its_maps_say(name: str, way: str) -> None:
@@ -442,6 +443,7 @@ ODD_WAYS: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", ODD_WAYS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_degenerate_input_gives_results(options: dict[str, Any], dtype: torch.dtype) -> None:
