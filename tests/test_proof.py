@@ -238,6 +238,29 @@ def test_lists_among_attributes_make_another_host() -> None:
     assert apart.fixed.keys() == {"qk"}
 
 
+class ToldByName(Told):
+    """Says so by an attribute that in a config only tells where a model is from, or goes."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__([])
+        self.told = name
+        setattr(self, name, value)
+
+    @property
+    def gains(self) -> list[float]:
+        return [float(getattr(self, self.told))]
+
+    @gains.setter
+    def gains(self, _: list[float]) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["dtype", "architectures", "name_or_path", "attnprune"])
+def test_attributes_of_hosts_are_not_those_of_configs(name: str) -> None:
+    alike, apart = (Survey(ToldByName(name, value).double()).views[0] for value in ("1", "3"))
+    assert not alike.fixed
+    assert apart.fixed.keys() == {"qk"}
+
+
 def test_proof_leaves_no_trace() -> None:
     model = Two(host_of(["context gated"]))
     seen: list[Any] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attnprune
 from attnprune import apply_plan, load_pruned, make_plan, masked, prune_attention, save_pruned, score_attention
+from attnprune.errors import DataError
 
 from .families import randomised
 
@@ -161,3 +162,32 @@ def test_what_the_host_computes_between_may_differ() -> None:
     apply_plan(model, plan)
     torch.testing.assert_close(model(X), expected, rtol=1e-10, atol=1e-10)
     assert attnprune.skipped_attention(model) == ()
+
+
+def test_data_that_cannot_be_heard() -> None:
+    """WavLM hands its weights to a function of torch's that multiplies inside; the remedy works."""
+    data = [SOUND]
+    with pytest.raises(DataError, match=r"encoder\.layers\.0\.attention.*hands them to something else") as found:
+        prune_attention(wavlm(), 0.5, data=data)
+    assert 'scorer="magnitude"' in str(found.value)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return output(model, x).square().mean()
+
+    for options in (
+        {"scorer": "magnitude"},
+        {"scorer": "fisher", "loss_fn": loss},
+        {"scorer": "taylor", "loss_fn": loss},
+    ):
+        assert prune_attention(wavlm(), 0.5, data=data, **options).verified is not None  # type: ignore[arg-type]
+
+
+def test_compiled_exported_and_traced() -> None:
+    model = stack().eval()
+    prune_attention(model, 0.5, heads="ragged", scorer="random")
+    expected = model(X)
+    for found in (
+        torch.compile(model, backend="eager", fullgraph=True)(X),
+        torch.export.export(model, (X,)).module()(X),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

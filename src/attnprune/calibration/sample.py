@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.nested import tensors_in
 from ..nn.outputs import OutputFn, outputs_of
 from .batches import device_of, forward, to_device
 from .losses import LossFn
@@ -121,18 +122,6 @@ def _called(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, at any depth."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors_in(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from tensors_in(value)
 
 
 def samples_in(batch: Any) -> int:

@@ -251,6 +251,11 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Module) and (hasattr(module, "out_features") or transposed(module))
 
 
+def is_tuner(module: object) -> bool:
+    """Whether a module is one of PEFT's: LoRA and its kind."""
+    return any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
+
+
 def computes_linear(module: nn.Linear) -> bool:
     """Whether an nn.Linear's forward, or a subclass's, makes of weight and bias alone what nn.Linear does."""
     kind = host_class(module)

@@ -65,12 +65,12 @@ def _projects(module: nn.Module) -> int:
     return 0 if isinstance(module, nn.Embedding) else len(own)
 
 
-DEFORMABLE = "deformable attention: its weights come from queries alone, so that there are no keys"
-RECURRENT = "a linear recurrence: it takes no softmax over keys"
+DEFORMABLE = "its parts are those of deformable attention, which has no keys"
+RECURRENT = "its parts are those of a linear recurrence, which takes no softmax over keys"
 CONVOLVED = "its projections are convolutions"
-GATE = "a gate of one projection, which mixes no tokens"
-LEARNED = "its queries are learned, and made by no projection"
-VALUELESS = "queries and keys without values: it carries nothing"
+GATE = "it has one projection alone, as a gate has"
+LEARNED = "it has projections of keys and values, and none of queries"
+VALUELESS = "it has projections of queries and keys, and none of values"
 OTHER_KINDS: Mapping[str, Collection[str]] = {
     DEFORMABLE: {"sampling_offsets"},
     RECURRENT: {"A_log", "dt_bias", "time_decay", "conv1d", "q_conv1d", "linear_attn"},

@@ -22,19 +22,8 @@ Q, K, V, O = (
 )  # fmt: skip
 QKV = ("qkv", "to_qkv", "Wqkv", "qkv_proj", "qkv_linear", "query_key_value", "c_attn", "in_proj", "in_proj_qkv",
        "att_proj", "linear_qkv", "w_qkv", "queries_keys_values")  # fmt: skip
-KV = (
-    "kv",
-    "to_kv",
-    "kv_proj",
-    "Wkv",
-    "wkv",
-    "linear_kv",
-    "kv_linear",
-    "key_value",
-    "c_attn",
-    "kv_b_proj",
-    "keys_values",
-)
+KV = ("kv", "to_kv", "kv_proj", "Wkv", "wkv", "linear_kv", "kv_linear", "key_value", "c_attn", "kv_b_proj",
+      "keys_values")  # fmt: skip
 QK = ("qk", "to_qk", "qk_proj", "query_key")
 """What holds several of them in one."""
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_q_heads", "attention_heads", "num_head",

@@ -15,7 +15,7 @@ from ..nn.kept import ordinary
 from ..values.choices import Choice, Choices, means, read_choices
 from .base import Adapter, AttentionView
 from .expansion import expanded_view
-from .linears import computable, computes_linear
+from .linears import computable, computes_linear, is_tuner
 from .looks import Skipped, attending, looks, looks_like
 from .mha.readers import read_by_hand
 from .proof.record import recorded_calls
@@ -151,8 +151,7 @@ def _plain(view: AttentionView) -> bool:
     """Whether nothing wraps the module or its projections; what does is refused by name, before anything is pruned."""
     for module in view.modules:
         linear = isinstance(module, nn.Linear) and not computes_linear(module)
-        tuner = any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__)
-        if "forward" in module.__dict__ or linear or tuner:
+        if "forward" in module.__dict__ or linear or is_tuner(module):
             return False
     parameters = [slot.owner._parameters.get(slot.name) for slot in view.slots.values()]
     return all(computable(one) for one in parameters)

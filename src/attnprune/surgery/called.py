@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import DataError
 from ..families.base import AttentionView
 from ..families.slots import Slot
 from ..nn.expanded import Read
@@ -34,12 +35,22 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
             Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
         with ExitStack() as stack:
             read = {id(slot.parameter): slot.owner for view in views if view.read for slot in view.slots.values()}
-            if read:
-                stack.enter_context(_Calls(read, stack))
-            yield [
-                replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
-                for view in views
-            ]
+            calls = stack.enter_context(_Calls(read, stack)) if read else None
+            try:
+                yield [
+                    replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
+                    for view in views
+                ]
+            except DataError as error:
+                silent = [view.name for view in views if view.read and calls and view.owner("o") not in calls.heard]
+                if not silent:
+                    raise
+                raise DataError(
+                    ", ".join(silent[:4]),
+                    "a host that calls its projections, or hands their weights to F.linear",
+                    "one that hands them to something else, so that data cannot be heard there",
+                    'score by weights or their gradients: scorer="magnitude", or "fisher" or "taylor" with a loss',
+                ) from error
     finally:
         before.restore()
 
@@ -61,11 +72,16 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.owners = owners
         self.inside: set[nn.Module] = set()
+        self.heard: set[nn.Module] = set()
         for owner in dict.fromkeys(owners.values()):
-            stack.callback(owner.register_forward_pre_hook(lambda module, _: self.inside.add(module)).remove)
+            stack.callback(owner.register_forward_pre_hook(lambda module, _: self._enter(module)).remove)
             stack.callback(owner.register_forward_hook(lambda module, *_: self.inside.discard(module)).remove)
             owner.__dict__["attnprune_heard"] = True
             stack.callback(owner.__dict__.pop, "attnprune_heard")
+
+    def _enter(self, module: nn.Module) -> None:
+        self.inside.add(module)
+        self.heard.add(module)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) if func is F.linear else {}

@@ -19,7 +19,7 @@ from ..errors import (
     WrappedModelError,
 )
 from ..families.base import AttentionView
-from ..families.linears import computable, computes_linear
+from ..families.linears import computable, computes_linear, is_tuner
 from ..families.registry import attention_names
 from ..families.slots import Slot, gathered
 from ..values.layer_plan import difference
@@ -76,7 +76,7 @@ def _quantized(kind: type) -> bool:
 
 def _check_owner(where: str, slot: Slot) -> None:
     owner, kind = slot.owner, type(slot.owner)
-    if any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__):  # PEFT's: LoRA and its kind
+    if is_tuner(owner):
         found = f"a {kind.__module__}.{kind.__qualname__} whose adapters are not merged"
         raise WrappedModelError(where, "a plain nn.Linear", found, "merge them first: model = model.merge_and_unload()")
     changed = isinstance(owner, nn.Linear) and not computes_linear(owner)

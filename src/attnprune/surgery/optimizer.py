@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import OptimizerStateError
-from .optimizer_state import carried, tensors_of
+from ..nn.nested import tensors_in
+from .optimizer_state import carried
 from .patch import ParamChange, ParamMap
 
 
@@ -104,7 +105,7 @@ class OptimizerPatch:
         for parameter, state in self.optimizer.state.items():
             shape = getattr(parameter, "shape", None)
             for key, value in state.items() if isinstance(state, dict) else ():
-                if any(one.shape != shape and one.numel() == total for one in tensors_of(value)):
+                if any(one.shape != shape and one.numel() == total for one in tensors_in(value)):
                     raise OptimizerStateError(
                         f"optimizer.state[...][{key!r}]", "state of each parameter by itself",
                         f"one vector of all {total} numbers", "make the optimizer anew after pruning",

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptimizerStateError
+from ..nn.nested import tensors_in
 from .maps import Pick
 from .patch import ParamChange
 
 SQUARES = ("sum", "acc_delta")  # beside names that contain "sq" (exp_avg_sq, max_exp_avg_sq, square_avg)
 GRADIENTS = ("avg", "momentum", "grad", "prev")  # parts of names: exp_avg, momentum_buffer, grad_avg, Rprop's prev
-WEIGHTS = (
-    "ax",
-    "old_p",
-    "slow_param",
-    "slow_buffer",
-)  # averages and copies of the parameter: ASGD's, SAM's, Lookahead's
+WEIGHTS = ("ax", "old_p", "slow_param", "slow_buffer")  # averages and copies of it: ASGD's, SAM's, Lookahead's
 _ANEW = "make the optimizer anew after pruning"
 
 
@@ -33,18 +29,6 @@ def carried(change: ParamChange, state: Mapping[str, Any]) -> dict[str, Any]:
         OptimizerStateError: state whose meaning or form is not known.
     """
     return {key: _value(change, key, value) for key, value in state.items()}
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a piece of state, at any depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_of(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from tensors_of(one)
 
 
 def _value(change: ParamChange, key: str, value: Any) -> Any:
@@ -97,4 +81,4 @@ def _refused(key: str, expected: str, found: str, *, mixed: bool = False) -> Opt
 
 def _attributes(value: Any) -> Iterator[Tensor]:
     for one in getattr(value, "__dict__", {}).values():
-        yield from tensors_of(one)
+        yield from tensors_in(one)

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from ... import families, nn
 from ...calibration.batches import device_of
-from .timing import tensors
+from ...nn.nested import tensors_in
 
 
 def fingerprint(model: Module, example_inputs: Any, more: Mapping[str, str]) -> dict[str, str]:
@@ -34,7 +34,7 @@ def fingerprint(model: Module, example_inputs: Any, more: Mapping[str, str]) -> 
         "torch": torch.__version__,
         "attnprune": _own_version(),
         "kernels": f"{kernel}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_float32_matmul_precision()}",
-        "inputs": repr([(str(x.dtype), tuple(x.shape)) for x in tensors(inputs)]),
+        "inputs": repr([(str(x.dtype), tuple(x.shape)) for x in tensors_in(inputs)]),
         "model": hashlib.sha256(repr((structure, weights)).encode()).hexdigest(),
     }
     return found | {key: hashlib.sha256(value.encode()).hexdigest()[:16] for key, value in more.items()}

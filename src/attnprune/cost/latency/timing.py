@@ -11,12 +11,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...calibration.batches import device_of
 from ...calibration.quiet import evaluated
 from ...families.base import AttentionView
+from ...nn.nested import tensors_in
 from ...surgery import Surgeon
 from ..counting import run
 
@@ -230,18 +231,9 @@ def shapes_seen(model: nn.Module, views: Sequence[AttentionView], example_inputs
         for view in views:
 
             def before(_: nn.Module, args: Any, kwargs: Any, own: list[Any] = seen[view.name]) -> None:
-                own.append([(str(x.dtype), tuple(x.shape)) for x in tensors([*args, *kwargs.values()])])
+                own.append([(str(x.dtype), tuple(x.shape)) for x in tensors_in([*args, *kwargs.values()])])
 
             hooks.callback(view.module.register_forward_pre_hook(before, with_kwargs=True).remove)
         with Stopwatch(model, (), example_inputs, repeat=False):  # runs once
             pass
     return {name: repr(own) for name, own in seen.items()}
-
-
-def tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors of a mapping or a sequence, at any depth."""
-    for value in values.values() if isinstance(values, Mapping) else values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple, Mapping)):
-            yield from tensors(value)

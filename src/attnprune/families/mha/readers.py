@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from ..linears import is_tuner
+
 WEIGHTS = ("in_proj_weight", "q_proj_weight")
 _FUSED = "_transformer_encoder_layer_fwd"  # torch's own encoder layer, and copies of it, step aside for pruned modules
 _DEPTH = 3
@@ -30,8 +32,7 @@ def read_by_hand(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         kind: Any = type(module)
-        tuner = any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__)  # refused by its own name
-        if tuner or isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) or is_tuner(module):  # which is refused by its own name
             continue
         names = _names(kind)
         if not names.isdisjoint(WEIGHTS):

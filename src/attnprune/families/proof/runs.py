@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...nn.exactly import Exactly
+from ...nn.nested import tensors_in
 from ..calls import LONGER, Call, fresh, positional
 
 
@@ -95,7 +96,7 @@ class Result:
     ) -> None:
         outputs, leaves = run(host, call, dtype, grads, heads)
         self.shape = [_structure(output) for output in outputs]
-        parts = [list(tensors(output)) for output in outputs]
+        parts = [list(tensors_in(output)) for output in outputs]
         self.outputs = [found[0].detach().to(dtype) for found in parts]
         self.weights = [one.detach().to(dtype) for found in parts for one in found[1:] if one.dim() == 4]
         self.grads: list[Tensor] = []
@@ -135,17 +136,6 @@ def _leaf(value: Any, leaves: list[Tensor], grads: bool) -> Any:
         value = value.detach().clone().requires_grad_()
         leaves.append(value)
     return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from tensors(one)
 
 
 def _structure(value: Any) -> Any:

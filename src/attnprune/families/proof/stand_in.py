@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn.nested import tensors_in
 from ..base import AttentionView
 from ..slots import Slot
-from .runs import tensors
 
 _PLAIN = (bool, int, float, str, type(None))
-_NAMES = (
-    "training", "layer_idx", "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures",
-    "dtype", "torch_dtype", "id2label", "label2id", "attnprune",
+_NAMES = ("training", "layer_idx")
+"""Attributes of modules that have a place of their own."""
+_OF_CONFIGS = (
+    "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures", "dtype", "torch_dtype",
+    "id2label", "label2id", "attnprune",
 )  # fmt: skip
-"""Attributes that say where something is from or goes, what of it was pruned, or have a place of their own."""
+"""Attributes of configs that say where something is from or goes, or what of it was pruned."""
 _OWN = frozenset(nn.Module().__dict__)
 """Attributes of every module."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -64,12 +66,12 @@ def key_of(host: nn.Module) -> tuple[Any, ...]:
     configs: dict[int, Any] = {}  # one serves many modules
     for name, module in host.named_modules():
         found.append((name, *_code(type(module)), module.__dict__.get("forward")))
-        found.append(tuple(sorted(_plain(module.__dict__))))
+        found.append(tuple(sorted(_plain(module.__dict__, _NAMES))))
         for table in (module._parameters, module._buffers):
             found.append(tuple((k, None if t is None else (tuple(t.shape), t.dtype)) for k, t in table.items()))
         config = module.__dict__.get("config")
         if config is not None and id(config) not in configs:
-            configs[id(config)] = (type(config), tuple(sorted(_plain(getattr(config, "__dict__", {})))))
+            configs[id(config)] = (type(config), tuple(sorted(_plain(getattr(config, "__dict__", {}), _OF_CONFIGS))))
         found.append(configs.get(id(config)))
     return tuple(found)
 
@@ -84,9 +86,9 @@ def _code(kind: type) -> Iterator[Any]:
                     yield value
 
 
-def _plain(attributes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _plain(attributes: Mapping[str, Any], besides: Collection[str]) -> Iterator[tuple[str, str]]:
     for key, value in attributes.items():
-        if key not in _NAMES and _is_plain(value):
+        if key not in besides and _is_plain(value):
             yield key, repr(value)
 
 
@@ -123,7 +125,7 @@ class StandIn:
                     memo[id(parameter)] = _random(parameter, shape, dtype, generator)
             for key, value in module.__dict__.items():
                 if key not in _OWN:  # a cache of the host's
-                    memo.update((id(tensor), tensor.detach().clone()) for tensor in tensors(value))
+                    memo.update((id(tensor), tensor.detach().clone()) for tensor in tensors_in(value))
                 if not isinstance(value, (Tensor, nn.Module, dict, list, tuple, set, *_PLAIN)):
                     memo.setdefault(id(value), copy.copy(value) if key == "config" else value)
         self.host: nn.Module = copy.deepcopy(host, memo)
@@ -156,7 +158,7 @@ class StandIn:
             for value in module.__dict__.values():
                 if not isinstance(value, (Tensor, nn.Module, dict, list, tuple, set, *_PLAIN)):
                     memo[id(value)] = value
-                for tensor in tensors(value):
+                for tensor in tensors_in(value):
                     memo[id(tensor)] = tensor
         new = object.__new__(StandIn)
         new.fresh = {}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...nn import Decoupled, host_class
+from ...nn.nested import tensors_in
 from ...values.layout import KINDS, Kind
 from ...values.spec import AttentionSpec, Rotary
 from ..base import AttentionView
@@ -19,7 +20,7 @@ from ..ways import Verdict
 from .heads import Heads
 from .removal import Removal
 from .rotary import mix, rotary_of
-from .runs import Result, attends, run, short, tensors, with_dropout, without_dropout
+from .runs import Result, attends, run, short, with_dropout, without_dropout
 from .stand_in import StandIn
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -271,8 +272,7 @@ class Trial:
                 own = removal.heads if way == "stock" else None
                 found = Result(other.host, call, self.dtype, number == 0, own)
             except Exception as error:
-                self.reasons[way] = f"it fails, called with {call.what}, ({short(error)})"
-                return False
+                return self._refused(way, f"it fails, called with {call.what}, ({short(error)})")
             heads = removal.heads if way not in ("expanded", "read") else None
             if not self._alike(way, call, found, expected, heads):
                 return False
@@ -280,8 +280,7 @@ class Trial:
 
     def _alike(self, way: str, call: Call, found: Result, expected: Result, heads: Sequence[int] | None = None) -> bool:
         if found.shape != expected.shape:
-            self.reasons[way] = f"called with {call.what}, it returns other things than a forward of ours"
-            return False
+            return self._refused(way, f"called with {call.what}, it returns other things than a forward of ours")
         pairs = [*zip(found.outputs, expected.outputs, strict=True), *zip(found.grads, expected.grads, strict=False)]
         for mine, theirs in zip(found.weights, expected.weights, strict=True):
             if heads is not None and theirs.shape[1] == self.view.spec.heads and mine.shape[1] == len(heads):
@@ -295,8 +294,7 @@ class Trial:
                 return False
             both = torch.isfinite(theirs) & torch.isfinite(mine)
             if not bool((both | (theirs == mine) | (theirs.isnan() & mine.isnan())).all()):
-                self.reasons[way] = f"called with {call.what}, infinities stand at other places"
-                return False
+                return self._refused(way, f"called with {call.what}, infinities stand at other places")
             size = theirs[both].abs().max().item() if bool(both.any()) else 0.0
             error = (mine - theirs)[both].abs().max().item() if bool(both.any()) else 0.0
             if error > ROUNDING[self.dtype] * call.rounding * max(size, 1e-3):
@@ -336,6 +334,10 @@ class Trial:
             config._attn_implementation = "sdpa"
         return self._alike(way, replace(self.calls[0], what="attention written out"), found, expected)
 
+    def _refused(self, way: str, why: str) -> bool:
+        self.reasons[way] = why
+        return False
+
     def _in_training(self, way: str, other: StandIn) -> bool:
         call = self.calls[0]
         hosts = self.stand_in.host, other.host
@@ -344,13 +346,12 @@ class Trial:
                 with_dropout(host)
             try:
                 expected = Result(hosts[0], call, self.dtype, True)
-            except Exception:  # the host itself does not train so
-                return True
+            except Exception as error:  # the host itself: what it does in training is not seen
+                return way in ("expanded", "read") or self._refused(way, f"it does not train here ({short(error)})")
             try:
                 found = Result(hosts[1], call, self.dtype, True)
             except Exception as error:
-                self.reasons[way] = f"it fails in training ({short(error)})"
-                return False
+                return self._refused(way, f"it fails in training ({short(error)})")
             alike = self._alike(way, replace(call, what="dropout in training"), found, expected)
             return alike and (way in ("expanded", "read") or self._same_gradients(way, other))
         finally:
@@ -367,13 +368,12 @@ class Trial:
             host.zero_grad()
             leaves = list(parameters.values())
             outputs, _ = run(host, self.calls[0], self.dtype, True)
-            out = next(tensors(outputs))
+            out = next(tensors_in(outputs))
             direction = torch.randn(out.shape, generator=torch.Generator("cpu").manual_seed(2), dtype=self.dtype)
             grads = torch.autograd.grad((out * direction).sum(), leaves, allow_unused=True)
             total[side] = sum(float(grad.square().sum()) for grad in grads if grad is not None)
         if abs(total[0] - total[1]) > 1e-6 * max(total):
-            self.reasons[way] = "its weights get other gradients"
-            return False
+            return self._refused(way, "its weights get other gradients")
         return True
 
     def _outputs(self, calls: Sequence[Call]) -> list[Result]:
