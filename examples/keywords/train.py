@@ -13,6 +13,7 @@ import copy
 from pathlib import Path
 
 import torch
+from bands import draw, mask
 from data import CHECKPOINT, LABELS, accuracy, load_model, load_split, read_features
 from generate import extractor
 from torch import Tensor
@@ -47,18 +48,6 @@ def build_model() -> ASTForAudioClassification:
     model = ASTForAudioClassification(config)
     torch.nn.init.normal_(model.audio_spectrogram_transformer.embeddings.position_embeddings, std=0.02)
     return model
-
-
-def draw(n: int, low: int, high: int) -> Tensor:
-    """Integers of [low, high], int64 (n, 1)."""
-    return torch.randint(low, high + 1, (n, 1))
-
-
-def mask(n: int, size: int, widest: int) -> Tensor:
-    """One random band of at most ``widest`` positions in each of n rows, bool (n, size)."""
-    start, width = draw(n, 0, size - 1), draw(n, 0, widest)
-    position = torch.arange(size)
-    return (position >= start) & (position < start + width)
 
 
 def augment(x: Tensor) -> Tensor:

@@ -70,6 +70,9 @@ def processor() -> WhisperProcessor:
     return WhisperProcessor(extractor(), tokenizer)
 
 
+MARKS = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END, "decoder_start_token_id": START}
+
+
 def build_model() -> WhisperForConditionalGeneration:
     """A new model: 4 encoder and 2 decoder layers of 4 heads of 24, that generates as English-only Whisper does."""
     config = WhisperConfig(
@@ -86,19 +89,13 @@ def build_model() -> WhisperForConditionalGeneration:
         decoder_ffn_dim=256,
         init_std=0.1,  # about 1 / sqrt(96); the default of 0.02 leaves a model this narrow on a long plateau
         dropout=0.0,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=END,
-        decoder_start_token_id=START,
+        **MARKS,
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
     model = WhisperForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=END,
-        decoder_start_token_id=START,
+        **MARKS,
         no_timestamps_token_id=NO_TIMESTAMPS,
         is_multilingual=False,
         return_timestamps=False,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +39,9 @@ from torch.nn.functional import cross_entropy, ctc_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import WhisperForConditionalGeneration
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "keywords"))
+from bands import draw, mask
+
 BATCH = 16
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
@@ -46,18 +50,6 @@ TIMESTAMPS = 0.25  # share of phrases that are spelt with timestamps
 CHECKED = 128  # validation phrases
 ALIGN = 0.6  # weight of the encoder's own loss
 FLOOR = -0.5  # level of a masked band
-
-
-def draw(n: int, low: int, high: int) -> Tensor:
-    """Integers of [low, high], int64 (n, 1)."""
-    return torch.randint(low, high + 1, (n, 1))
-
-
-def mask(n: int, size: int, widest: int) -> Tensor:
-    """One random band of at most ``widest`` positions in each of n rows, bool (n, size)."""
-    start, width = draw(n, 0, size - 1), draw(n, 0, widest)
-    position = torch.arange(size)
-    return (position >= start) & (position < start + width)
 
 
 def augment(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
