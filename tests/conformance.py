@@ -72,7 +72,8 @@ def flat_removed(layer: LayerPlan, projection: str) -> list[int]:
 
 
 def zero(name: str, oracle: nn.Module, plan: Plan) -> None:
-    """Makes a dense model the oracle: removed rows of Q, K, V and columns of O become zero."""
+    """Makes a dense model the oracle: removed rows of Q, K, V and columns of O become zero, and so do the columns and
+    rows of features that go."""
     with torch.no_grad():
         for layer in plan:
             for p, (weight, bias) in family(name).dense(oracle, layer.spec.name).items():
@@ -83,6 +84,12 @@ def zero(name: str, oracle: nn.Module, plan: Plan) -> None:
                     weight[rows] = 0
                     if bias is not None:
                         bias[rows] = 0
+                features = list(layer.features["qkvo".index(p)])
+                for part in [weight, *family(name).beside(oracle, layer.spec.name, p)]:
+                    if p == "o":
+                        part[features] = 0
+                    else:
+                        part[:, features] = 0
 
 
 def forward_backward(name: str, model: nn.Module, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,10 +153,12 @@ def check_gradients(name: str, oracle: nn.Module, view: AttentionView, layer: La
         gone = {*flat_removed(layer, p)}
         length = weight.shape[1] if p == "o" else weight.shape[0]
         rows = [row for row in range(length) if row not in gone]
+        missing = {*layer.features["qkvo".index(p)]}
+        features = [place for place in range(weight.shape[0 if p == "o" else 1]) if place not in missing]
         slot = view.slots[f"{p}.weight"]
         found = slot.cut(gradient(slot.parameter))
         found = torch.cat([found[slice(*span)] for span in view.spans(p)])  # type: ignore[arg-type]
-        close(found, (weight.T if p == "o" else weight)[rows], tolerance, f"gradient of {view.name} {p}")
+        close(found, (weight.T if p == "o" else weight)[rows][:, features], tolerance, f"gradient of {view.name} {p}")
 
 
 def random_plan(model: nn.Module, seed: int, **options: Any) -> Plan:

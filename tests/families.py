@@ -58,6 +58,10 @@ class Family(ABC):
     def dense(self, model: nn.Module, name: str, read: Read = itself) -> dict[str, Part]:
         """Of a dense model: weight and bias of q, k, v, o, or what ``read`` gives for them; live views."""
 
+    def beside(self, model: nn.Module, name: str, projection: str) -> list[Tensor]:
+        """Other rows that read what a projection reads, as they lie in its Linear; live views."""
+        return []
+
     @classmethod
     def cases(cls) -> tuple[dict[str, Any], ...]:
         return cls.configs
@@ -487,11 +491,16 @@ class Rows:
         self.whole, self.places = whole, torch.tensor(places)
         self.shape = torch.Size([len(places), *whole.shape[1:]])
 
+    def _at(self, rows: Any) -> Any:
+        if not isinstance(rows, tuple):
+            return self.places[rows]
+        return self.places[rows[0]][:, None], torch.tensor(rows[1], dtype=torch.long)
+
     def __getitem__(self, rows: Any) -> Tensor:
-        return self.whole[self.places[rows]]
+        return self.whole[self._at(rows)]
 
     def __setitem__(self, rows: Any, values: Any) -> None:
-        self.whole[self.places[rows]] = values
+        self.whole[self._at(rows)] = values
 
     def copy_(self, values: Tensor) -> None:
         self[:] = values
@@ -528,6 +537,11 @@ class Latent(Decoder):
             "q": rows(q, 0, nope, rope), "k": rows(module.kv_b_proj, 0, nope, value),
             "v": rows(module.kv_b_proj, nope, value, 0), "o": (read(o.weight), read(o.bias)),
         }  # fmt: skip
+
+    def beside(self, model: nn.Module, name: str, projection: str) -> list[Tensor]:
+        module: Any = model.get_submodule(name)
+        q = module.q_proj if module.q_lora_rank is None else module.q_b_proj
+        return [q.weight] if projection == "q" else []
 
 
 class Seq2Seq(HFFamily):

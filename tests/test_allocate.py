@@ -598,10 +598,10 @@ def test_include_and_exclude(include: Any, exclude: Any, left: list[int]) -> Non
 
 
 @pytest.mark.parametrize("rule", [Rules(granularity="head"), Rules(granularity="head", scope="local")])
-def test_heads_take_one_ratio(rule: Rules) -> None:
+def test_heads_take_the_least_of_four_ratios(rule: Rules) -> None:
     specs = plain()
-    with pytest.raises(errors.OptionError, match="one ratio for all four"):
-        allocate(specs, ones(specs), Ratios.parse({"qk": 0.5}), rule)
+    plan = allocate(specs, ones(specs), Ratios.parse({"qk": 0.5, "v": 0.5, "o": 0.25}), rule)
+    assert plan.layers == allocate(specs, ones(specs), Ratios.parse(0.25), rule).layers
 
 
 def test_scores_are_checked() -> None:

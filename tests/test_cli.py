@@ -328,7 +328,6 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "no model": (["inspect", "empty"], "expected this file, or config.json"),
     "no model to plan": (["plan", "empty", "--qkvo", ".5"], "expected this file, or config.json"),
     "ratio": (["plan", "dense", "--qkvo", "1.5"], "a number in [0, 1)"),
-    "ratios": (["plan", "dense", "--qkvo", ".5", ".4", ".3", ".3"], "equal ratios for q and k"),
     "scorer": (["plan", "dense", "--qkvo", ".5", "--scorer", "fisher"], "an iterable of batches"),
     "pattern": (["plan", "dense", "--qkvo", ".5", "--include", "nothing*"], "nothing*"),
     "device": (["plan", "dense", "--qkvo", ".5", "--device", "toaster"], "a device of this machine, found 'toaster'"),

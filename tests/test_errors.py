@@ -421,12 +421,9 @@ CASES: dict[str, Case] = {
     "ratios three": wrong(RatioError, "four|q, k, v, o|3 values", ratios=[0.5, 0.5, 0.5]),
     "ratios five": wrong(RatioError, "four|5 values", ratios=(0.5,) * 5),
     "ratios none": wrong(RatioError, "four|0 values", ratios=[]),
-    "q unlike k": wrong(RatioError, "q and k|q=0.5|k=0|share", ratios={"q": 0.5}),
-    "v unlike o": wrong(RatioError, "v and o|v=0.25|o=0.5|share", ratios=[0.1, 0.1, 0.25, 0.5]),
-    "q unlike k, before data": wrong(RatioError, "q and k", ratios={"q": 0.5}, data=Never(), scorer="fisher"),
-    "heads qk unlike vo": wrong(OptionError, "head|qk=0.5|vo=0.25", ratios={"qk": 0.5, "vo": 0.25}, granularity="head"),
-    "heads qk unlike vo, before data": wrong(
-        OptionError, "head|qk", ratios={"qk": 0.5}, granularity="head", data=Never(), scorer="fisher"
+    "q unlike k, stock": wrong(OptionError, "stock|one ratio for all four|q=0.5, k=0", ratios={"q": 0.5}, stock=True),
+    "q unlike k, stock, before data": wrong(
+        OptionError, "stock|q=0.5", ratios={"q": 0.5}, stock=True, data=Never(), scorer="fisher"
     ),
     # options
     "granularity": wrong(OptionError, "granularity|head, channel, joint|'heads'", granularity="heads"),

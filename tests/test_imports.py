@@ -100,7 +100,7 @@ def test_frameworks_are_imported_where_they_belong() -> None:
 def test_siblings_do_not_import_one_another() -> None:
     """In a room of like things, only the shared file is imported."""
     for room, shared in {
-        "planning.scorers": {"base", "gradient"},
+        "planning.scorers": {"base", "gradient", "feature_gates"},
         "families.hf": {"forward", "staged"},
         "families.mha": {"forward"},
         "families.timm": {"forward"},

@@ -328,7 +328,7 @@ def test_missing_extra_and_double_keys() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 6),
+        (("version",), 7),
         (("version",), 0),
         (("format",), "attnprune.Plan"),
         (("asked", "ratios", "q"), 1.0),

@@ -310,8 +310,9 @@ def prune_attention(
     Args:
         model: any module with attention of a known family.
         qkvo_ratios: the fraction of each projection's weights to remove, in [0, 1): one number for all four, a mapping
-            with keys of ``q k v o qk vo`` (missing: 0), or a sequence in the order q, k, v, o. Q and K, and V and O,
-            share the channels of a product and take equal ratios. In its place a ``target_...`` of the options.
+            with keys of ``q k v o qk vo`` (missing: 0), or a sequence in the order q, k, v, o. Q and K share
+            the channels of a product, and so do V and O; where one of a pair is to lose more than the other, the rest
+            goes from the features that it reads (O: writes). In its place a ``target_...`` of the options.
         data: an iterable of batches. A mapping is called ``model(**batch)``, a pair is ``(inputs, targets)``, a
             tensor is called ``model(x)``. Labels are needed only by scorers that take the gradient of a loss.
         optimizer: an optimizer (or several, in a list) whose parameters and state follow the model's. Together they

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..values.layout import Kind, Projection
+from ..values.layout import PROJECTIONS, Kind, Projection
 from ..values.spec import AttentionSpec
 from .processes import add_up, pooled, sharing
 
 FORMAT = "attnprune.calibration"
-FACTS = ("across_heads", "relative")
+FACTS = ("across_heads", "relative", "reads")
 """What is stored of a layer's moments beside numbers."""
 
 
@@ -144,9 +144,11 @@ class LayerMoments:
     """Contexts (what O reads): for every bucket, or one for all heads together."""
     relative: bool = False
     """Whether keys were counted as queries see them, rotated by the difference of their places (rotary embeddings)."""
+    x: tuple[Moments, ...] = ()
+    """Of what Q, K and V read, in this order, one group each; empty unless asked for."""
 
     @classmethod
-    def zero(cls, spec: AttentionSpec, across_heads: bool, relative: bool = False) -> LayerMoments:
+    def zero(cls, spec: AttentionSpec, across_heads: bool, relative: bool = False, reads: bool = False) -> LayerMoments:
         """Of nothing."""
         buckets = spec.layout.buckets
         q, k, c = (
@@ -157,7 +159,13 @@ class LayerMoments:
                 [(b.heads, b.vo_dim) for b in buckets],
             )
         )
-        return cls(spec, q, k, (Moments.zero(1, spec.layout.channels("o")),) if across_heads else c, relative)
+        x = tuple(Moments.zero(1, spec.width(p)) for p in PROJECTIONS[:3]) if reads else ()
+        return cls(spec, q, k, (Moments.zero(1, spec.layout.channels("o")),) if across_heads else c, relative, x)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it knows what Q, K and V read, as their refit needs where they leave features out."""
+        return bool(self.x)
 
     @property
     def across_heads(self) -> bool:
@@ -167,20 +175,21 @@ class LayerMoments:
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Of both samples together."""
         same = self.relative == other.relative or not self.tokens["qk"] or not other.tokens["qk"]
-        if self.spec != other.spec or self.across_heads != other.across_heads or not same:
+        alike = self.across_heads == other.across_heads and self.reads == other.reads
+        if self.spec != other.spec or not alike or not same:
             raise CalibrationError(
                 f"{self.spec.name}: calibration", self._describe(), other._describe(), "merge what one model gave"
             )
         pairs = zip(self.parts(), other.parts(), strict=True)
-        q, k, c = (tuple(a.merge(b) for a, b in zip(*pair, strict=True)) for pair in pairs)
-        return LayerMoments(self.spec, q, k, c, self.relative or other.relative)
+        q, k, c, x = (tuple(a.merge(b) for a, b in zip(*pair, strict=True)) for pair in pairs)
+        return LayerMoments(self.spec, q, k, c, self.relative or other.relative, x)
 
     def parts(self) -> tuple[tuple[Moments, ...], ...]:
-        """Those of queries, keys and contexts."""
-        return self.q, self.k, self.c
+        """Those of queries, keys, contexts, and of what Q, K and V read."""
+        return self.q, self.k, self.c, self.x
 
     def _describe(self) -> str:
-        keys = ", keys rotated" if self.relative else ""
+        keys = (", keys rotated" if self.relative else "") + (", inputs" if self.reads else "")
         return f"{self.spec.describe()}, contexts {'across' if self.across_heads else 'by'} heads{keys}"
 
     def queries(self) -> list[Tensor]:
@@ -220,8 +229,8 @@ class LayerMoments:
 
     def map(self, change: Callable[[Moments], Moments]) -> LayerMoments:
         """With every part changed."""
-        q, k, c = (tuple(change(one) for one in part) for part in self.parts())
-        return LayerMoments(self.spec, q, k, c, self.relative)
+        q, k, c, x = (tuple(change(one) for one in part) for part in self.parts())
+        return LayerMoments(self.spec, q, k, c, self.relative, x)
 
     @property
     def tokens(self) -> dict[Kind, float]:
@@ -286,7 +295,7 @@ class Calibration(Mapping[str, LayerMoments]):
         head = json.dumps({"format": FORMAT, "version": 1, "layers": specs}).encode()
         found = {"header": torch.frombuffer(bytearray(head), dtype=torch.uint8)}
         for name, layer in self.items():
-            for key, part in zip("qkc", layer.parts(), strict=True):
+            for key, part in zip("qkcx", layer.parts(), strict=True):
                 for i, one in enumerate(part):
                     place = f"{name}/{key}{i}"
                     found[f"{place}/count"] = torch.tensor(one.count, device="cpu", dtype=torch.float64)
@@ -315,11 +324,11 @@ class Calibration(Mapping[str, LayerMoments]):
         found = {}
         for layer in layers:
             name = layer.spec.name
-            q, k, c = (
+            q, k, c, x = (
                 tuple(_read(state, f"{name}/{key}{i}", zero) for i, zero in enumerate(part))
-                for key, part in zip("qkc", layer.parts(), strict=True)
+                for key, part in zip("qkcx", layer.parts(), strict=True)
             )
-            found[name] = LayerMoments(layer.spec, q, k, c, layer.relative)
+            found[name] = LayerMoments(layer.spec, q, k, c, layer.relative, x)
         return cls(found)
 
 

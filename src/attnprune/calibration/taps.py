@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, DataError, NonFiniteError, OptionError
@@ -18,6 +17,7 @@ from ..nn.rotary import Turning, rotated_keys
 from ..surgery import as_called, check_views
 from ..values.choices import Choices
 from .batches import batches, device_of, forward
+from .inputs import Inputs, batch_first, same, sequences, tokens_of
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
 from .processes import agree
@@ -37,6 +37,7 @@ def calibrate(
     exclude: Choices | None = None,
     loss_fn: LossFn | None = None,
     across_heads: bool = True,
+    reads: bool = False,
     resume: Calibration | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -53,6 +54,8 @@ def calibrate(
         loss_fn: ``loss_fn(model, batch)``, for batches that the model cannot be called with; its result is not used.
         across_heads: also compare contexts of different heads, which a refit of O across heads needs. It takes
             ``(heads * vo_dim)^2`` numbers for an attention module instead of ``heads * vo_dim^2``.
+        reads: also keep moments of what Q, K and V read, ``d_model^2`` numbers each, which ratios need that differ
+            inside a pair.
         resume: an earlier calibration of the same model to add to.
         progress: whether to show a progress bar.
 
@@ -73,7 +76,7 @@ def calibrate(
     def seen() -> Calibration:
         views = find_views(model, include, exclude, run=lambda: sample.quietly(model))
         check_views(model, views)
-        return moments_of(model, views, sample.data, loss_fn, across_heads, progress)
+        return moments_of(model, views, sample.data, loss_fn, across_heads, progress, reads)
 
     found = agree(seen)
     if resume is None:
@@ -92,10 +95,11 @@ def moments_of(
     loss_fn: LossFn | None = None,
     across_heads: bool = True,
     progress: bool = True,
+    reads: bool = False,
 ) -> Calibration:
     """The moments of these attention modules over data."""
     with as_called(views) as tapped, undisturbed(model, ()), torch.no_grad(), ExitStack() as hooks:
-        taps = [_Tap(view, across_heads) for view in tapped]
+        taps = [_Tap(view, across_heads, reads) for view in tapped]
         for tap in taps:
             tap.listen(hooks)
         for number, batch in enumerate(batches(data, device_of(model), progress, "calibration")):
@@ -105,7 +109,9 @@ def moments_of(
     return Calibration({tap.view.name: tap.moments() for tap in taps}).pooled()
 
 
-def check_calibration(calibration: Calibration, views: Sequence[AttentionView], across_heads: bool) -> None:
+def check_calibration(
+    calibration: Calibration, views: Sequence[AttentionView], across_heads: bool, reads: bool = False
+) -> None:
     """Raises CalibrationError unless a calibration is of these modules and knows what is needed."""
     for view in views:
         layer = calibration.get(view.name)
@@ -120,13 +126,19 @@ def check_calibration(calibration: Calibration, views: Sequence[AttentionView], 
             raise CalibrationError(
                 where, "contexts compared across heads", "contexts by heads", "calibrate with across_heads=True"
             )
+        if reads and not layer.reads:
+            raise CalibrationError(
+                where, "moments of what Q, K and V read, as ratios differ inside a pair", "none",
+                "calibrate with reads=True",
+            )  # fmt: skip
 
 
 class _Tap:
     """Listens to one attention: queries, keys and mask are kept until its context is there."""
 
-    def __init__(self, view: AttentionView, across_heads: bool) -> None:
+    def __init__(self, view: AttentionView, across_heads: bool, reads: bool = False) -> None:
         self.view, self.across_heads = view, across_heads
+        self.inputs = Inputs(view) if reads else None
         self.extra = view.constant_keys
         self.mask: Tensor | None = None
         self.turning: Turning | None = None
@@ -142,7 +154,8 @@ class _Tap:
     def moments(self) -> LayerMoments:
         """What was heard."""
         q, k, c = (tuple(one.moments() for one in parts) for parts in (self.q, self.k, self.c))
-        return LayerMoments(self.view.spec, q, k, c, self.relative)
+        x = () if self.inputs is None else self.inputs.moments()
+        return LayerMoments(self.view.spec, q, k, c, self.relative, x)
 
     def listen(self, hooks: ExitStack) -> None:
         handles = [
@@ -151,6 +164,8 @@ class _Tap:
             self.view.port("k").listen(self._keep("k")),
             self.view.port("o").listen(self._end),
         ]
+        if self.inputs is not None:
+            handles.append(self.view.port("v").listen(self._keep("v")))
         for handle in handles:
             hooks.callback(handle.remove)
 
@@ -169,33 +184,35 @@ class _Tap:
             self._add(context)
 
     def _add(self, context: Tensor) -> None:
-        contexts, (q_input, q) = _sequences(context), self.seen["q"]
-        queries, keys = _sequences(q), None
+        contexts, (q_input, q) = sequences(context), self.seen["q"]
+        queries, keys = sequences(q), None
         if "k" in self.seen:  # a cache may stand in for K
-            keys = _sequences(self.seen["k"][1])
+            keys = sequences(self.seen["k"][1])
         real_queries = real_keys = None
         if self.mask is not None:
-            queries, contexts = (_batch_first(x, self.mask) for x in (queries, contexts))
-            keys = None if keys is None else _batch_first(keys, self.mask)
+            queries, contexts = (batch_first(x, self.mask) for x in (queries, contexts))
+            keys = None if keys is None else batch_first(keys, self.mask)
             mask = self._fitted(self.mask, queries.shape[:2], None if keys is None else keys.shape[1])
             real_queries = mask.any(-1).any(1).expand(queries.shape[:2])
             if keys is not None:
                 real_keys = mask.any(1).any(1).expand(keys.shape[:2])
-                if _same(q_input, self.seen["k"][0]):  # of a padded token, the query is padding too
+                if same(q_input, self.seen["k"][0]):  # of a padded token, the query is padding too
                     real_queries = real_queries & real_keys
+        if self.inputs is not None:
+            self.inputs.add({p: sequences(x) for p, (x, _) in self.seen.items()}, self.mask, real_queries, real_keys)
         self.seen.clear()
         if self.turning is not None and keys is not None and len(self.turning.cos[0]) == keys.shape[1]:
             self._add_rotated(keys, self.turning)
             keys = None
         for i, b in enumerate(self.view.spec.layout.buckets):
-            self.q[i].add(_tokens(queries[..., b.qk_start : b.qk_stop], len(b.heads), real_queries))
+            self.q[i].add(tokens_of(queries[..., b.qk_start : b.qk_stop], len(b.heads), real_queries))
             if keys is not None:
                 own = keys[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
                 self._add_keys(self.k[i], own, b.k_start, len(b.keys), real_keys)
             if not self.across_heads:
-                self.c[i].add(_tokens(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
+                self.c[i].add(tokens_of(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
         if self.across_heads:
-            self.c[0].add(_tokens(contexts, 1, real_queries))
+            self.c[0].add(tokens_of(contexts, 1, real_queries))
 
     def _fitted(self, mask: Tensor, queries: Sequence[int], keys: int | None) -> Tensor:
         """A mask for as many sequences and keys as there are; windows of a sample lie one after another, and masks of
@@ -225,11 +242,11 @@ class _Tap:
             real = None if real is None else torch.cat([real, real.new_ones(len(keys), len(more))], dim=1)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         if real is None:
-            running.add(_tokens(keys - keys.mean(1, keepdim=True), heads, None))
+            running.add(tokens_of(keys - keys.mean(1, keepdim=True), heads, None))
             return
         keys = keys.masked_fill(~real[..., None], 0)
         mean = keys.sum(1, keepdim=True) / real.sum(1)[:, None, None].clamp_min(1)
-        running.add(_tokens(keys - mean, heads, real))
+        running.add(tokens_of(keys - mean, heads, real))
 
     def _add_rotated(self, keys: Tensor, turning: Turning) -> None:
         """Keys ``(batch, tokens, channels)`` as some queries see them, rotated by the difference of the two places:
@@ -257,7 +274,7 @@ class _Tap:
             apart = (seen - mean) * weights.sqrt()[..., None]
             for running, b in zip(self.k, layout.buckets, strict=True):
                 own = apart[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
-                running.add(_tokens(own, len(b.keys), real))
+                running.add(tokens_of(own, len(b.keys), real))
 
     def check(self, number: int) -> None:
         """Raises if a batch brought NaN or infinity."""
@@ -269,28 +286,3 @@ class _Tap:
                     "NaN or infinite ones",
                     "calibrate in float32 or bfloat16, and check the batch",
                 )
-
-
-def _sequences(x: Tensor) -> Tensor:
-    """``(batch, tokens, channels)`` from any number of leading dimensions."""
-    if x.dim() == 3:
-        return x
-    return x.reshape(1, -1, x.shape[-1]) if x.dim() < 3 else x.flatten(1, -2)
-
-
-def _tokens(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
-    """``(count, heads, channels)`` from ``(batch, tokens, channels)``, tokens that are not real left out."""
-    x = rearrange(x, "b t (h d) -> b t h d", h=heads)
-    return x.flatten(0, 1) if real is None else x[real]
-
-
-def _batch_first(x: Tensor, mask: Tensor) -> Tensor:
-    """``(batch, tokens, channels)`` of what may be ``(tokens, batch, channels)``, as a mask ``(batch, heads, queries,
-    keys)`` tells."""
-    batch, tokens = mask.shape[0], mask.shape[-1]
-    return x.transpose(0, 1) if batch != tokens and x.shape[:2] == (tokens, batch) else x
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two inputs are the same tokens."""
-    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)

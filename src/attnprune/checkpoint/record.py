@@ -18,9 +18,9 @@ from ..families.ways import Verdict
 from ..nn.decoupled import mixin_class
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan, make_layer
-from ..values.layout import KINDS, Kind
+from ..values.layout import KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
-from ..values.spec import AttentionSpec
+from ..values.spec import AttentionSpec, Features
 from .folder import OTHER_SHAPE, reading, refuse
 
 ENTRY = "attnprune"
@@ -147,8 +147,8 @@ class Record:
                 )
             if view.spec != saved.spec:
                 found, expected = view.spec.to_dict(), saved.spec.to_dict()
-                differ = [key for key in expected if expected[key] != found[key]]
-                shown = [str({key: one[key] for key in differ})[:120] for one in (expected, found)]
+                differ = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+                shown = [str({key: one.get(key) for key in differ})[:120] for one in (expected, found)]
                 refuse(f"{where}: {view.name}", shown[0], shown[1], OTHER_SHAPE)
 
 
@@ -231,9 +231,10 @@ def layer_between(
         CheckpointError: it has fewer heads or channels than that.
     """
     where = f"{where}: {saved.spec.name[:80]}"
+    features = _features(spec, saved.spec, where)
     same = spec.layout == saved.spec.layout
     if same and (saved.channels is None or numbers is None or dict(saved.channels) == dict(numbers)):
-        return LayerPlan(spec)
+        return LayerPlan(spec, features=features)
     if not set(saved.kept) <= set(present):
         refuse(where, f"heads of {list(present)[:16]}", str(list(saved.kept))[:80], _OTHER)
     heads = [present.index(number) for number in saved.kept]
@@ -255,7 +256,20 @@ def layer_between(
                     refuse(where, f"{kind} channels of {list(known)[:16]}", str(list(wanted))[:80], _OTHER)
                 removed[place] = tuple(i for i, number in enumerate(known) if number not in set(wanted))
         channels[kind] = tuple(removed)
-    return make_layer(spec, set(range(spec.heads)) - set(heads), channels)
+    return make_layer(spec, set(range(spec.heads)) - set(heads), channels, features)
+
+
+def _features(spec: AttentionSpec, saved: AttentionSpec, where: str) -> Features:
+    """The features that go besides those that an attention leaves out already."""
+    found: list[tuple[int, ...]] = []
+    for p in PROJECTIONS:
+        has, goes = set(spec.missing(p)), set(saved.missing(p))
+        if not has <= goes or not goes < set(range(spec.features(p))):
+            what = f"features of {p} among {spec.width(p)} of {spec.features(p)}"
+            refuse(where, what, str(sorted(goes))[:80], _OTHER)
+        found.append(tuple(sorted(goes - has)))
+    q, k, v, o = found
+    return q, k, v, o
 
 
 # the same record as an entry of a Hugging Face config

@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError
-from ..families.base import AttentionView
 from ..families.registry import all_views, plain
-from ..families.slots import Slot
 from ..surgery import ParamChange, Surgeon
-from ..surgery.patch import along, mean_of
 from ..values.plan import Plan
-from ..values.spec import AttentionSpec
 from .folder import Folder
 from .hf import set_generation
 from .manifest import MANIFEST, Manifest
@@ -96,10 +91,9 @@ def _pruned(
         origin = {id(filling.found[name].tensor): key for key, group in filling.reads for name in group}
         views = all_views(skeleton, {spec.name for spec in plan.specs})
         surgeon = Surgeon.prepare(skeleton, views, plan, blank=True)
-        shifts = _shifts(views, plan, weights, origin)
         surgeon.commit()
         try:
-            yield _items(skeleton, weights, origin, {id(one.new): one for one in surgeon.changes}, shifts)
+            yield _items(skeleton, weights, origin, {id(one.new): one for one in surgeon.changes})
         finally:
             surgeon.undo()
     finally:
@@ -111,7 +105,6 @@ def _items(
     weights: Weights,
     origin: Mapping[int, str],
     changes: Mapping[int, ParamChange],
-    shifts: Mapping[int, Callable[[], Tensor]],
 ) -> tuple[list[Item], dict[str, str]]:
     """Every tensor of the pruned model, and names of those that are one with another."""
     found = places(skeleton)
@@ -127,23 +120,18 @@ def _items(
             continue
         if change is None:
             copied[key] = first
-        make = _maker(weights, key, change, shifts)
+        make = _maker(weights, key, change, origin)
         items.append(Item(first, weights.entries[key].dtype, tuple(tensor.shape), make))
         tied.update(dict.fromkeys(others, first))
     return items, tied
 
 
-def _maker(
-    weights: Weights, key: str, change: ParamChange | None, shifts: Mapping[int, Callable[[], Tensor]]
-) -> Callable[[], Tensor]:
+def _maker(weights: Weights, key: str, change: ParamChange | None, origin: Mapping[int, str]) -> Callable[[], Tensor]:
     if change is None:
         return lambda: weights.read(key)
 
     def make() -> Tensor:
-        old = _finite(weights, key)
-        if change.map is None:  # O's bias
-            return (old.double() + shifts[id(change.old)]()).to(old.dtype)
-        new = along(old, change.axis, change.places, change.map)
+        new = change.values(_finite(weights, key), lambda weight: _finite(weights, origin[id(weight)]))
         return new.mul_(change.gain) if change.gain != 1.0 else new
 
     return make
@@ -154,22 +142,3 @@ def _finite(weights: Weights, key: str) -> Tensor:
     if not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all()):
         raise NonFiniteError(key, "finite weights", "NaN or infinite ones", "load a checkpoint from before")
     return tensor
-
-
-def _shifts(
-    views: list[AttentionView], plan: Plan, weights: Weights, origin: Mapping[int, str]
-) -> dict[int, Callable[[], Tensor]]:
-    """For every bias of O that gains a vector: how to get it."""
-    by_name = {view.name: view for view in views}
-    found: dict[int, Callable[[], Tensor]] = {}
-    for layer in plan:
-        if layer.fold is None or layer.fold.shift is None:
-            continue
-        slot = by_name[layer.spec.name].slots["o.weight"]
-        bias = slot.owner._parameters["bias"]
-        found[id(bias)] = partial(_shift, weights, origin[id(slot.parameter)], slot, layer.spec, layer.fold.shift)
-    return found
-
-
-def _shift(weights: Weights, key: str, slot: Slot, spec: AttentionSpec, shift: Tensor) -> Tensor:
-    return mean_of(slot.cut(_finite(weights, key)), spec.layout, shift)

@@ -74,8 +74,8 @@ def parameter_prices(spec: AttentionSpec) -> Prices:
     """
     q, k, v, _ = spec.bias
     return {
-        "qk": (spec.q_in + q, spec.k_in + k + spec.bias_kv),
-        "vo": (spec.d_model + spec.gated * (spec.q_in + q), spec.v_in + v + spec.bias_kv),
+        "qk": (spec.width("q") + q, spec.width("k") + k + spec.bias_kv),
+        "vo": (spec.width("o") + spec.gated * (spec.width("q") + q), spec.width("v") + v + spec.bias_kv),
     }
 
 
@@ -91,13 +91,11 @@ def mac_prices(model: nn.Module, views: Sequence[AttentionView], example_inputs:
         run(model, example_inputs)
     return {
         view.name: {
-            "qk": (queries * view.spec.q_in + products, keys * view.spec.k_in),
-            "vo": (
-                queries * (view.spec.d_model + view.spec.gated * view.spec.q_in) + products,
-                keys * view.spec.v_in,
-            ),
+            "qk": (queries * width("q") + products, keys * width("k")),
+            "vo": (queries * (width("o") + view.spec.gated * width("q")) + products, keys * width("v")),
         }
         for view in views
+        for width in [view.spec.width]
         for queries, keys, pairs in [sizes[view.name]]
         for products in [0 if view.way(view.spec) == "expanded" else pairs]  # a host's own kernel keeps its dense dims
     }

@@ -16,7 +16,7 @@ from ..nn.decoupled import State, mixin_class
 from ..nn.expanded import Read
 from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
-from ..values.spec import AttentionSpec
+from ..values.spec import NOTHING, AttentionSpec
 from . import linears
 from .calls import Call, calls_of
 from .linears import Small
@@ -178,7 +178,7 @@ class AttentionView:
         heads = self.heads_may_go if (fewer := spec.heads < self.spec.heads) else EVERY
         alone = fewer and verdict is not None and verdict.stock_heads and spec.dims_of == self.spec.dims_of
         stock = alone or (stock and "stock" in heads)
-        if stock and self.expresses(spec) and not (fewer and self.masks_by_head):
+        if stock and self.expresses(spec) and not (fewer and self.masks_by_head) and spec.left_out == NOTHING:
             return "stock"
         if decoupled is not None and "decoupled" in heads:
             return "decoupled"

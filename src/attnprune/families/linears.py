@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn.decoupled import State, host_class
 from ..nn.rotary import Pairs
+from ..nn.selected import features_of
 from ..values.layout import PROJECTIONS, HeadLayout
 from ..values.spec import AttentionSpec
 from .calls import KEYS, SOURCES, VALUES
@@ -118,10 +119,13 @@ def described(
         )
     owners: dict[str, Any] = {p: linear for part, linear in parts.items() for p in part}
     read = {p: sizes[part][1] for part in parts for p in part}
+    selected = {p: some for p in PROJECTIONS if (some := features_of(owners[p])) is not None}
+    read |= {p: total for p, (total, _) in selected.items() if p != "o"}
+    writes = selected["o"][0] if "o" in selected else sizes["o"][0]
     bias = tuple([owners[p].bias is not None for p in PROJECTIONS])
     spec = AttentionSpec(
         name,
-        sizes["o"][0],
+        writes,
         layout.qk,
         layout.vo,
         layout.qk[0] ** -0.5 if scale is None else float(scale),
@@ -133,6 +137,7 @@ def described(
         gated=fused == "qg",
         groups=layout.groups,
         q_extra=layout.extra,
+        left_out=tuple(selected[p][1] if p in selected else () for p in PROJECTIONS),  # type: ignore[arg-type]
         **({} if state is None or state.pairs is None else rotary_facts(state.pairs)),
     )
 

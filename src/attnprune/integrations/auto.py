@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint.describe import shrunk
 from ..checkpoint.hf import CONFIG
 from ..checkpoint.record import ENTRY, ConfigEntry, from_entry
-from ..nn.expanded import Expanded
+from ..nn.selected import Selected
 
 METHOD = "attnprune"
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
@@ -78,7 +78,7 @@ class Shapes(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """The entry names the attention modules as this class does, and what no file holds is there again."""
         for module in model.modules():
-            if isinstance(module, Expanded):
+            if isinstance(module, Selected):
                 module.index()
         if hasattr(model.config, ENTRY):
             ConfigEntry(model).commit()

@@ -246,8 +246,8 @@ def restore_shapes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 def _shape(model: nn.Module, plan: Plan) -> None:
     """Gives a model the shapes that a plan leaves, unless it has them."""
-    now = [(view.name, view.spec.layout) for view in all_views(model, {s.name for s in plan.specs})]
-    if now != [(spec.name, spec.layout) for spec in plan.after]:
+    now = [(view.name, view.spec.shape) for view in all_views(model, {s.name for s in plan.specs})]
+    if now != [(spec.name, spec.shape) for spec in plan.after]:
         apply_plan(model, plan)
 
 

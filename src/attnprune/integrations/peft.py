@@ -18,7 +18,7 @@ from ..calibration.quiet import restored, unfused
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
 from ..nn import host_class
-from ..nn.expanded import ExpandedColumns, ExpandedRows
+from ..nn.selected import Selected, SelectedOutputs
 from ..surgery import check_views
 from ..training.blocks import find_blocks
 from ..training.distillation import teacher_loss
@@ -172,21 +172,30 @@ class _Bare(nn.Module):
 
 @contextmanager
 def _compact(model: nn.Module, targets: Sequence[str]) -> Iterator[Callable[[], None]]:
-    """Projections that run expanded are plain compact ones inside the block, so that updates have their shapes.
+    """Projections that take or hand on other sizes than they hold are plain compact ones inside the block, so that
+    updates have their shapes.
 
-    Yields what makes whatever took their places hand on and read dense channels.
+    Yields what makes whatever took their places take and hand on what they do.
     """
-    ours = (ExpandedRows, ExpandedColumns)
-    expanded = {name: one for name in targets if isinstance(one := model.get_submodule(name), ours)}
-    kinds = {name: type(one) for name, one in expanded.items()}
+    ours: dict[str, Any] = {name: one for name in targets if isinstance(one := model.get_submodule(name), Selected)}
+    ours = {name: one for name, one in ours.items() if hasattr(one, "listen")}
+    was: dict[str, Any] = {}
+    """By name, what the projection was: another object with its attributes."""
     with ExitStack() as stack:
-        for name, one in expanded.items():
-            stack.callback(object.__setattr__, one, "__class__", kinds[name])
+        for name, one in ours.items():
+            kind = type(one)
+            was[name] = object.__new__(kind)
+            was[name].__dict__.update(one.__dict__)
+            stack.callback(object.__setattr__, one, "__class__", kind)
             object.__setattr__(one, "__class__", host_class(one))
+            if isinstance(was[name], SelectedOutputs) and was[name].attnprune_features is not None:
+                stack.callback(one.__dict__.update, _parameters=one._parameters)
+                one.__dict__["_parameters"] = {**one._parameters, "bias": None}
 
         def hear() -> None:
-            for name, one in expanded.items():
-                stack.callback(kinds[name].listen(model.get_submodule(name), one.attnprune_index).remove)
+            for name, one in was.items():
+                for handle in one.listen(model.get_submodule(name), one):
+                    stack.callback(handle.remove)
 
         yield hear
 

@@ -9,68 +9,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .decoupled import Decoupled, decoupled_class, host_class
+from .decoupled import decoupled_class, host_class
+from .selected import Selected, SelectedInputs, SelectedOutputs, spread
 
 
-class Expanded(Decoupled):
-    """A projection with fewer channels than its host sees."""
+class Expanded(Selected):
+    """A projection with fewer channels than its host sees; it may leave features out besides."""
 
     attnprune_channels: tuple[int, ...]
     """For every channel left, in stored order, its number in the dense projection."""
     attnprune_width: int
     """Channels of the dense projection."""
     attnprune_index: Tensor
-    """Where what is handed on comes from: a buffer, so that it moves along; no file holds it."""
+    """The same as :attr:`attnprune_channels`."""
     attnprune_columns: bool
     """Whether channels are what the projection reads (O)."""
 
-    def index(self) -> None:
-        """Makes the buffer (anew: loaders of others fill buffers that no file holds with anything)."""
-        channels, width = self.attnprune_channels, self.attnprune_width
-        if isinstance(self, ExpandedColumns):
-            index = list(channels)
-        else:
-            index = [len(channels)] * width
-            for place, channel in enumerate(channels):
-                index[channel] = place
-        device = next((p.device for p in self.parameters(recurse=False)), torch.device("cpu"))
-        with torch.inference_mode(False):
-            where = torch.device("cpu") if device.type == "meta" else device
-            buffer = torch.tensor(index, dtype=torch.long, device=where)
-        # new containers, so that whoever kept the old ones can put them back
-        self.__dict__["_buffers"] = {**self._buffers, "attnprune_index": buffer}
-        self.__dict__["_non_persistent_buffers_set"] = {*self._non_persistent_buffers_set, "attnprune_index"}
+    def indices(self) -> dict[str, Sequence[int]]:
+        """Of channels too."""
+        return {**super().indices(), "attnprune_index": self.attnprune_channels}
 
     def laid_out(self) -> dict[str, Any]:
-        """Which of the dense projection's channels are left."""
-        return {"channels": self.attnprune_channels, "width": self.attnprune_width}
+        """Which of the dense projection's channels and features are left."""
+        return {"channels": self.attnprune_channels, "width": self.attnprune_width, **super().laid_out()}
 
     def extra_repr(self) -> str:
         """The host's own, and how many channels the host sees."""
         return f"{super().extra_repr()}, expanded to {self.attnprune_width}"
 
 
-class ExpandedRows(Expanded):
+class ExpandedRows(Expanded, SelectedInputs):
     """Q, K, V, or several of them in one: the output has the dense channels, zero where they went."""
 
     attnprune_columns = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in the host class: ``(..., in)`` to ``(..., dense channels)``."""
-        return _spread(super().forward(*args, **kwargs), self.attnprune_index)
+        return spread(super().forward(*args, **kwargs), self.attnprune_index, self.attnprune_width)
 
     @staticmethod
-    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
-        """Makes another module of the compact channels hand on the dense ones, too."""
-        return module.register_forward_hook(lambda _, __, compact: _spread(compact, index))
+    def listen(module: nn.Module, one: Any) -> list[RemovableHandle]:
+        """Makes another module of the compact shape take and hand on what this one does."""
+        after = module.register_forward_hook(
+            lambda _, __, compact: spread(compact, one.attnprune_index, one.attnprune_width)
+        )
+        return [*SelectedInputs.listen(module, one), after]
 
 
-class ExpandedColumns(Expanded):
+class ExpandedColumns(Expanded, SelectedOutputs):
     """O: reads the channels that are left out of ``(..., dense channels)``."""
 
     attnprune_columns = True
@@ -81,13 +70,12 @@ class ExpandedColumns(Expanded):
         return out
 
     @staticmethod
-    def listen(module: nn.Module, index: Tensor) -> RemovableHandle:
-        """Makes another module of the compact channels read the dense ones, too."""
-        return module.register_forward_pre_hook(lambda _, given: (given[0].index_select(-1, index), *given[1:]))
-
-
-def _spread(compact: Tensor, index: Tensor) -> Tensor:
-    return F.pad(compact, (0, 1)).index_select(-1, index)  # the last channel is the zero
+    def listen(module: nn.Module, one: Any) -> list[RemovableHandle]:
+        """Makes another module of the compact shape take and hand on what this one does."""
+        before = module.register_forward_pre_hook(
+            lambda _, given: (given[0].index_select(-1, one.attnprune_index), *given[1:])
+        )
+        return [before, *SelectedOutputs.listen(module, one)]
 
 
 class _Dense:
@@ -105,8 +93,12 @@ class _Dense:
         if compact is None or (self.name == "bias" and owner.attnprune_columns):
             return compact
         axis = owner.attnprune_axis if compact.dim() > 1 else 0
-        zero = compact.new_zeros([1 if place == axis else size for place, size in enumerate(compact.shape)])
-        dense: Any = torch.cat([compact, zero], axis).index_select(axis, owner.attnprune_index)
+        if compact.shape[axis] != len(owner.attnprune_channels):  # it is about to be exchanged
+            return compact
+        dense: Any = spread(compact.movedim(axis, -1), owner.attnprune_index, owner.attnprune_width)
+        if compact.dim() > 1 and owner.attnprune_features is not None:
+            dense = spread(dense.movedim(0, -1), owner.attnprune_taken, owner.attnprune_total).movedim(-1, 0)
+        dense = dense.movedim(-1, axis)
         if "attnprune_heard" in owner.__dict__:
             dense.attnprune_owner = owner
         return dense

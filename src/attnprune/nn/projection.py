@@ -13,6 +13,7 @@ from ..values.layout import HeadLayout, Projection
 from .decoupled import State
 from .kept import kept
 from .policy import widened
+from .selected import SelectedInputs
 
 QKV: tuple[Projection, ...] = ("q", "k", "v")
 
@@ -76,8 +77,28 @@ def project(linears: Sequence[nn.Linear], x: Tensor, state: State, *, widen: boo
         if weight is not None and (bias is not None or linears[0].bias is None):
             q, k, v = torch.split(F.linear(x, weight, bias), [linear.out_features for linear in linears], -1)
             return Projected(q, k, v, layout, layout)
-    q, k, v = (linear(x) for linear in linears)
+    reading = _read_together(linears)
+    if reading is not None:
+        x = reading.selected(x)
+        q, k, v = (F.linear(x, linear.weight, linear.bias) for linear in linears)
+    else:
+        q, k, v = (linear(x) for linear in linears)
     return Projected(q, k, v, layout, layout)
+
+
+def _read_together(linears: Sequence[nn.Linear]) -> SelectedInputs | None:
+    """The first of Linears that read the same features and to which nobody listens; these are then selected once."""
+    first = linears[0]
+    if type(first).__bases__ != (SelectedInputs, nn.Linear) or not isinstance(first, SelectedInputs):
+        return None
+    same = all(type(one) is type(first) and one.attnprune_features == first.attnprune_features for one in linears)
+    return first if same and not any(_heard(one) for one in linears) else None
+
+
+def _heard(one: nn.Linear) -> bool:
+    """Whether somebody listens to a Linear, or has changed what it does."""
+    hooks = one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks
+    return bool(hooks) or "forward" in one.__dict__
 
 
 def _padded(parts: Sequence[Tensor], own: HeadLayout, wide: HeadLayout) -> Tensor:
@@ -124,9 +145,7 @@ def _plain(linears: Sequence[nn.Linear]) -> bool:
     kind = None
     for one in linears:
         weight = one._parameters.get("weight") if type(one) is nn.Linear else None
-        if type(weight) is not nn.Parameter or "forward" in one.__dict__:
-            return False
-        if one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks:
+        if type(weight) is not nn.Parameter or _heard(one):
             return False
         found = (weight.dtype, weight.device, weight.shape[1], one._parameters["bias"] is None)
         if kind is not None and kind != found:

@@ -17,7 +17,7 @@ import torch
 
 from ..cost.counting import Prices
 from ..errors import AllocationError, OptionError, ScorerError
-from ..values.amount import check_amount
+from ..values.amount import check_amount, shared
 from ..values.layer_plan import LayerPlan, make_layer
 from ..values.layout import KIND_OF, KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
@@ -181,16 +181,16 @@ class Layer:
 class _Budget:
     """Weights to free: for qk and vo apart, or (``split="auto"``) for both together."""
 
-    def __init__(self, specs: Iterable[AttentionSpec], wanted: Mapping[Kind, float], together: bool) -> None:
+    def __init__(self, specs: Iterable[AttentionSpec], wanted: Ratios, together: bool) -> None:
         specs = list(specs)
         self.key: dict[Kind, str] = {kind: "all" if together else kind for kind in KINDS}
         self.target = dict.fromkeys(self.key.values(), 0.0)
         self.total = dict.fromkeys(self.key.values(), 0)
         self.freed = dict.fromkeys(self.key.values(), 0)
-        for kind in KINDS:
-            weights = sum(spec.weights(p) for spec in specs for p in PROJECTIONS if KIND_OF[p] == kind)
-            self.total[self.key[kind]] += weights
-            self.target[self.key[kind]] += weights * wanted[kind]
+        for p in PROJECTIONS:
+            weights, key = sum(spec.weights(p) for spec in specs), self.key[KIND_OF[p]]
+            self.total[key] += weights
+            self.target[key] += weights * wanted.of(p)
 
     def fits(self, move: Move, nearest: bool) -> bool:
         """Whether what is freed stays within what was asked; with ``nearest``, or comes nearer to it."""
@@ -268,7 +268,8 @@ def allocate(
     rules: Rules | None = None,
     scorer: str = "scores",
 ) -> Plan:
-    """Decides which units go.
+    """Decides which channels and heads go: what projections lose together. Where Q is to lose more than K, or V than
+    O, :func:`attnprune.planning.features.thin` takes the rest from features.
 
     Args:
         specs: the attention modules, in model order.
@@ -278,11 +279,10 @@ def allocate(
         scorer: the scores' name, kept in the plan.
 
     Returns:
-        The plan. What it frees differs from what was asked by less than one unit of the granularity and rounding.
+        The plan. What it frees differs from what was asked (of a pair: from the smaller ratio) by less than one unit of
+        the granularity and rounding.
 
     Raises:
-        RatioError: unequal ratios for q and k, or v and o.
-        OptionError: head granularity with unequal qk and vo ratios.
         ScorerError: scores are missing or of the wrong shape.
         NonFiniteError: scores are NaN or infinite.
         AllocationError: the floors do not allow the ratios.
@@ -295,7 +295,7 @@ def allocate(
     """
     rules = rules or Rules()
     check_amount(ratios, rules)
-    wanted: dict[Kind, float] = {"qk": ratios.qk, "vo": ratios.vo}
+    wanted = shared(ratios, rules)
     check_scores(specs, scores)
     layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
     for group in groups_of(specs, rules.scope):

@@ -7,9 +7,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.bases import HeadBases, head_bases, white_moments
+from ..calibration.features import feature_losses, scaled, with_features
 from ..calibration.losses import loss_with_or_without_labels
 from ..calibration.moments import LayerMoments
 from ..calibration.refit import with_maps
@@ -17,7 +18,8 @@ from ..calibration.taps import check_calibration, moments_of
 from ..families.base import AttentionView
 from ..surgery import masked_views
 from ..values.amount import MaxError
-from ..values.layout import KINDS, Kind
+from ..values.layer_plan import LayerPlan
+from ..values.layout import KINDS, Kind, Projection
 from ..values.method import Method
 from ..values.plan import Plan
 from ..values.ratios import Ratios
@@ -27,6 +29,7 @@ from ..values.scores import Scores
 from .allocate import allocate, check_request
 from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
+from .features import thin, uneven
 from .scorers import Gate, Scorer, resolve
 from .scorers.base import Evidence as Learned
 from .scorers.gradient import check_reached
@@ -50,7 +53,10 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         check_request(specs, amount, rules)
     if costs is not None:
         check_budget(specs, costs, rules)
-    evidence, moments, bases = _bases(model, views, method, request.evidence, isinstance(amount, MaxError))
+    which = uneven(amount, rules) if isinstance(amount, Ratios) else ()
+    evidence, moments, bases = _bases(
+        model, views, method, request.evidence, isinstance(amount, MaxError), reads=any(p != "o" for p in which)
+    )
     if isinstance(amount, MaxError):
         _check_reached(views, moments)
         plan = allocate_error(specs, bases, amount.share, rules)
@@ -59,6 +65,9 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         _check_reached(views, moments)
         if isinstance(amount, Ratios):
             plan = allocate(specs, scores, amount, rules, chosen)
+            if which:
+                found = _feature_scores(model, views, plan, bases, moments, request, evidence, which)
+                plan = thin(plan, found, amount, rules)
         else:
             assert costs is not None
             plan = allocate_budget(specs, scores, costs, rules, chosen)
@@ -85,7 +94,12 @@ def _check_reached(views: Sequence[AttentionView], moments: Mapping[str, LayerMo
 
 
 def _bases(
-    model: nn.Module, views: Sequence[AttentionView], method: Method, evidence: Evidence, needed: bool = False
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    method: Method,
+    evidence: Evidence,
+    needed: bool = False,
+    reads: bool = False,
 ) -> tuple[Evidence, Mapping[str, LayerMoments], dict[str, HeadBases]]:
     """The evidence, its data fit to be read again, moments and the bases that they give; none where none are needed."""
     data, calibration = evidence.data, evidence.calibration
@@ -94,10 +108,11 @@ def _bases(
     moments: Mapping[str, LayerMoments] = {}
     if method.needs_maps or needed:
         if calibration is not None:
-            check_calibration(calibration, views, method.refits)
+            check_calibration(calibration, views, method.refits, reads and method.refits)
             moments = calibration
         elif data is not None:
-            moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress)
+            reads &= method.refits
+            moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress, reads)
         else:
             moments = {view.name: white_moments(view) for view in views}
     bases = {
@@ -129,6 +144,40 @@ def _scores(
         learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
     with in_bases(model, views, bases) if method.rotated else nullcontext():
         return chosen.name, chosen.score(model, views, **learned)
+
+
+def _feature_scores(
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    plan: Plan,
+    bases: Mapping[str, HeadBases],
+    moments: Mapping[str, LayerMoments],
+    request: Request,
+    evidence: Evidence,
+    which: tuple[Projection, ...],
+) -> dict[str, dict[Projection, Tensor]]:
+    """By attention, scores of the features that some projections read or write.
+
+    Where the method refits, of a projection's features by what their going loses while the others make up for it; gates
+    say how much that is beside other layers. Else the scorer's own.
+    """
+    method, rules = request.decided, request.rules
+    learned: Learned = {"data": evidence.data, "loss_fn": evidence.loss_fn, "progress": evidence.progress}
+    if evidence.output_fn is not None:
+        learned["output_fn"] = evidence.output_fn
+    if method.named or not method.needs_maps:
+        scorer = resolve(method.scorer, has_data=evidence.data is not None, seed=method.seed)
+        if not method.named and evidence.loss_fn is None:
+            learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
+        return scorer.score_features(model, views, which, **learned)
+    done = _with_maps(plan, views, bases, moments, method.refits)
+    losses = {
+        view.name: feature_losses(view, done[view.name], moments[view.name], which, method.refits) for view in views
+    }
+    if rules.scope == "local" or evidence.data is None:
+        return losses
+    gates = Gate(SAMPLES, seed=method.seed).score_features(model, views, which, **learned)
+    return {name: scaled(loss, gates[name]) for name, loss in losses.items()}
 
 
 @contextmanager
@@ -174,12 +223,17 @@ def _with_maps(
     refit: bool,
 ) -> Plan:
     dtypes = {view.name: _maps_dtype(view) for view in views}
-    layers = [
-        layer if layer.empty else with_maps(layer, bases[name], moments[name], refit, dtypes[name])
-        for layer in plan
-        for name in [layer.spec.name]
-    ]
-    return replace(plan, layers=tuple(layers))
+    by_name = {view.name: view for view in views}
+
+    def mapped(layer: LayerPlan) -> LayerPlan:
+        name = layer.spec.name
+        if layer.empty:
+            return layer
+        if layer.heads or any(layer.qk) or any(layer.vo):
+            layer = with_maps(layer, bases[name], moments[name], refit, dtypes[name])
+        return with_features(by_name[name], layer, moments[name]) if refit else layer
+
+    return replace(plan, layers=tuple(mapped(layer) for layer in plan))
 
 
 def _maps_dtype(view: AttentionView) -> torch.dtype:
@@ -208,7 +262,8 @@ def _in_sequence(
             continue
         before = Plan(tuple(layers[:i]))
         with masked_views(model, views[:i], before):
-            new = moments_of(model, [view], evidence.data, evidence.loss_fn, refit, evidence.progress)
-        fresh = head_bases(view, new[view.name], method.rotated)
-        layers[i] = with_maps(plan.layers[i], fresh, new[view.name], refit, _maps_dtype(view))
+            reads = any(plan.layers[i].features[:3])
+            new = moments_of(model, [view], evidence.data, evidence.loss_fn, refit, evidence.progress, reads)
+        fresh = {view.name: head_bases(view, new[view.name], method.rotated)}
+        (layers[i],) = _with_maps(Plan((plan.layers[i],)), [view], fresh, new, refit)
     return replace(done, layers=tuple(layers))

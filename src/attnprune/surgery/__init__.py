@@ -1,10 +1,11 @@
 """Changing a model: all of a plan, or none of it."""
 
 from .called import as_called
+from .changes import ParamChange, ParamMap
 from .check import check_expressible, check_fit, check_views
 from .mask import masked_views
 from .optimizer import Assignment, OptimizerPatch, Step, check_held, commit_all, optimizers_of
-from .patch import ParamChange, ParamMap, Surgeon
+from .patch import Surgeon
 from .verify import Verification, Verified
 
 __all__ = [

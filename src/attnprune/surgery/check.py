@@ -19,11 +19,13 @@ from ..errors import (
     WrappedModelError,
 )
 from ..families.base import AttentionView
+from ..families.expansion import joints
 from ..families.linears import computable, computes_linear, is_tuner
 from ..families.registry import attention_names
 from ..families.slots import Slot, gathered
-from ..values.layer_plan import difference
+from ..values.layer_plan import LayerPlan, difference
 from ..values.plan import Plan
+from .maps import reader
 
 _WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again", "FullyShardedDataParallel": (
     "prune before wrapping; a plan made elsewhere can be applied on every rank")}  # fmt: skip
@@ -160,6 +162,21 @@ def check_expressible(views: Sequence[AttentionView], plan: Plan) -> None:
                 "; ".join([after.describe(), *dict.fromkeys(reasons)]),
                 'use granularity="head", or scope="local" with heads="uniform" and equal ratios, or give the adapter '
                 "a decoupled forward",
+            )
+        if view.way(after) == "expanded":
+            _check_joints(view, layer)
+
+
+def _check_joints(view: AttentionView, layer: LayerPlan) -> None:
+    """Raises if projections that lie in one parameter are to read other features than one another."""
+    for joint in joints(view):
+        sides = [p for key in joint.keys if key.endswith(".weight") for p in [reader(key.partition(".")[0])] if p]
+        if len({layer.after.missing(p) for p in sides}) > 1:
+            raise NotExpressibleError(
+                f"{view.name}: {', '.join(dict.fromkeys(sides))}",
+                "one selection of features for projections that lie in one Linear, whose host has no forward of ours",
+                layer.after.describe(),
+                "give q, k and v one ratio, or exclude= this layer",
             )
 
 

@@ -12,7 +12,7 @@ from ..families.base import AttentionView
 from ..families.expansion import Joint
 from ..families.slots import channels_of
 from ..values.layer_plan import LayerPlan
-from ..values.layout import SIDES, HeadLayout, Projection
+from ..values.layout import PROJECTIONS, SIDES, HeadLayout, Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,50 @@ class Several:
 
 
 ChannelMap = Pick | Mix | Several
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureChange:
+    """What becomes of the features along the other axis of a projection's weight: some stay, refitted or as they
+    stand."""
+
+    places: tuple[int, ...]
+    """Of those that stay, among those that there are."""
+    matrix: Tensor | None = None
+    """``(features before, features after)``: R of :class:`attnprune.values.feature_maps.FeatureMaps`."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``(channels, features after)`` from ``(channels, features before)``."""
+        if self.matrix is None:
+            return self.pick(rows)
+        return (rows.double() @ self.matrix.to(rows.device, torch.float64)).to(rows.dtype)
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """The same for gradients, and whatever goes with single weights: what stays, as it is."""
+        return rows.index_select(1, torch.tensor(self.places, device=rows.device))
+
+    def same(self, other: FeatureChange | None) -> bool:
+        if other is None or self.places != other.places or (self.matrix is None) != (other.matrix is None):
+            return False
+        return self.matrix is None or torch.equal(self.matrix, other.matrix)  # type: ignore[arg-type]
+
+
+def feature_changes(view: AttentionView, layer: LayerPlan) -> dict[str, FeatureChange]:
+    """For every slot that is a weight whose features change, how."""
+    found = {}
+    for key in view.slots:
+        side, _, part = key.partition(".")
+        projection = reader(side)
+        if part == "weight" and projection is not None and layer.features[PROJECTIONS.index(projection)]:
+            matrix = None if layer.refit is None else layer.refit.reads.get(projection)
+            found[key] = FeatureChange(layer.left(projection), matrix)
+    return found
+
+
+def reader(side: str) -> Projection | None:
+    """The projection whose features a slot reads or writes, by the first word of its name: what lies beside Q in its
+    Linear (more channels, gates) reads what Q reads."""
+    return {"q": "q", "x": "q", "g": "q", "k": "k", "v": "v", "o": "o"}.get(side)  # type: ignore[return-value]
 
 
 def _mix(blocks: Sequence[tuple[int, int, Tensor]], channels: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from ..families.slots import Slot
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
 from ..values.plan import Plan
+from .changes import bias_gain, gain_of, gains
 from .check import check_fit, check_views
-from .maps import channel_maps, kept_channels
-from .patch import mean_output
+from .maps import channel_maps, feature_changes, kept_channels
 
 
 def removed_channels(view: AttentionView, layer: LayerPlan, projection: Projection) -> list[int]:
@@ -52,20 +52,31 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
 
 def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Slot, Tensor]]:
     """The slots of a view, and what their channels are inside the block."""
-    maps = channel_maps(view, layer)
+    maps, features = channel_maps(view, layer), feature_changes(view, layer)
     bias = view.owner("o")._parameters.get("bias")
-    if layer.fold is not None and layer.fold.shift is not None and bias is not None:
-        gained = mean_output(view, layer.fold.shift)  # before O changes
+    if gains(layer) and bias is not None:
+        gained = gain_of(view.weight("o"), layer)  # before O changes
         yield Slot(view.owner("o"), "bias", len(bias)), (bias.detach().double() + gained).to(bias.dtype)
-    for key, slot in view.slots.items():
+    slots = sorted(
+        view.slots.items(), key=lambda item: item[0].endswith("weight")
+    )  # what biases gain is of old weights
+    for key, slot in slots:
         channels = slot.cut(slot.parameter.detach())
+        gain = bias_gain(view, key, layer)
+        if gain is not None:
+            channels = (channels.double() + gain().to(channels.device)).to(channels.dtype)
         if layer.fold is None:
             values = channels.clone()
             rows = removed_channels(view, layer, view.side(key))
-            yield slot, values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
+            values.index_fill_(0, torch.tensor(rows, dtype=torch.long, device=channels.device), 0)
         else:
             places = torch.tensor(kept_channels(view, layer, view.side(key)), device=channels.device)
-            yield slot, torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
+            values = torch.zeros_like(channels).index_copy_(0, places, maps[key](channels))
+        change = features.get(key)
+        if change is not None:
+            stays = torch.tensor(change.places, dtype=torch.long, device=channels.device)
+            values = torch.zeros_like(channels).index_copy_(1, stays, change(values))
+        yield slot, values
 
 
 def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
@@ -73,7 +84,7 @@ def _check_shared(work: Sequence[tuple[AttentionView, LayerPlan]]) -> None:
     users: dict[int, str] = {}
     for view, layer in work:
         for key, slot in view.slots.items():
-            if layer.fold is None:
+            if layer.fold is None and layer.refit is None:
                 continue
             place = id(slot.parameter) if slot.whole else hash((id(slot.parameter), slot.places[0]))
             other = users.setdefault(place, f"{view.name}: {key}")

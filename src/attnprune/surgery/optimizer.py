@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import OptimizerStateError
 from ..nn.nested import tensors_in
+from .changes import ParamChange, ParamMap
 from .optimizer_state import carried
-from .patch import ParamChange, ParamMap
 
 
 class Step(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import OptimizerStateError
 from ..nn.nested import tensors_in
+from .changes import ParamChange
 from .maps import Pick
-from .patch import ParamChange
 
 SQUARES = ("sum", "acc_delta")  # beside names that contain "sq" (exp_avg_sq, max_exp_avg_sq, square_avg)
 GRADIENTS = ("avg", "momentum", "grad", "prev")  # parts of names: exp_avg, momentum_buffer, grad_avg, Rprop's prev

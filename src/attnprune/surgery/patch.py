@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,87 +13,15 @@ from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..families.expansion import expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
-from ..families.slots import Slot, channels_of
+from ..families.slots import Slot
 from ..families.ways import Way
+from ..nn.selected import select
 from ..values.layer_plan import LayerPlan
-from ..values.layout import SIDES, HeadLayout
+from ..values.layout import PROJECTIONS, SIDES
 from ..values.plan import Plan
+from .changes import Gain, OutputGain, ParamChange, ParamMap, bias_gain, gains, joint_gain
 from .check import check_expressible, check_fit, check_views, check_wrappers
-from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
-
-
-@dataclass(frozen=True, eq=False)
-class ParamChange:
-    """What became of a parameter: ``new = gain * map(old)``, along one axis.
-
-    Channels that stay as they are were picked, ``new = gain * old.index_select(axis, index)``; those of a plan with
-    maps were mixed (:attr:`index` is then None), and O's bias gained a vector.
-    """
-
-    old: nn.Parameter
-    new: nn.Parameter
-    axis: int
-    """The dimension that was cut."""
-    index: Tensor | None
-    """``(kept,)`` int64: places along the axis of the old parameter, in the order of the new one; None if mixed."""
-    gain: float = 1.0
-    """What the values were multiplied with; 1 unless a softmax scale was folded into Q."""
-    map: ChannelMap | None = None
-    """How channels change, given those of the slot first; None for O's bias, whose entries are no channels."""
-    places: Sequence[int] = ()
-    """Where the slot's channels lie along the axis of the old parameter."""
-
-    def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
-        """What a gradient of the old parameter (or a running mean of gradients) is for the new one.
-
-        Exact where channels were picked, or rotated at full rank: the chain rule.
-
-        Args:
-            tensor: shaped like the old parameter.
-            squared: the tensor holds (running means of) squares; where channels are mixed, they are mixed by the
-                squares of the map, as if gradients of different channels did not correlate.
-
-        Returns:
-            Shaped like the new one.
-        """
-        if self.map is None:
-            return tensor.clone()
-        change = self.map.squared if squared else self.map.dual
-        return along(tensor, self.axis, self.places, change) / (self.gain**2 if squared else self.gain)
-
-    def move(self, tensor: Tensor) -> Tensor:
-        """What values in the place of the old parameter's (an average of it, say) are in the place of the new one's."""
-        if self.map is None:
-            return tensor + (self.new - self.old).detach()  # O's bias gained a vector
-        return along(tensor, self.axis, self.places, self.map) * self.gain
-
-    def average(self, tensor: Tensor) -> Tensor:
-        """The same for sizes of steps: weighted means, as far as channels are mixed, so that they stay positive."""
-        if self.map is None:
-            return tensor.clone()
-        size, whole = (along(x, self.axis, self.places, self.map.squared) for x in (tensor, torch.ones_like(tensor)))
-        return size / whole * abs(self.gain)
-
-
-def along(tensor: Tensor, axis: int, places: Sequence[int], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Channels of a tensor, changed; owned and contiguous."""
-    return change(channels_of(tensor, axis, places)).movedim(0, axis).contiguous()
-
-
-@dataclass(frozen=True, eq=False)
-class ParamMap:
-    """Old parameters and what became of them; parameters that did not change are not listed.
-
-    A packed parameter has several entries, one for each projection that it held.
-    """
-
-    changes: tuple[ParamChange, ...]
-
-    def __iter__(self) -> Iterator[ParamChange]:
-        return iter(self.changes)
-
-    def __len__(self) -> int:
-        return len(self.changes)
+from .maps import ChannelMap, FeatureChange, Pick, channel_maps, feature_changes, joined, kept_channels
 
 
 class _Tensors:
@@ -105,40 +33,45 @@ class _Tensors:
         self.first: dict[int, str] = {}
         """Which projection asked for a parameter first."""
 
-    def cut(self, where: str, slot: Slot, change: ChannelMap, gain: float = 1.0) -> nn.Parameter:
-        """The successor of the channels of a slot."""
+    def cut(
+        self,
+        where: str,
+        slot: Slot,
+        change: ChannelMap,
+        gain: float = 1.0,
+        features: FeatureChange | None = None,
+        gained: Gain | None = None,
+    ) -> nn.Parameter:
+        """The successor of the channels of a slot; arguments as the attributes of :class:`ParamChange`."""
         old = slot.parameter
         self.users.setdefault(id(old), set()).add((id(slot.owner), slot.name))
         self.first.setdefault(id(old), where)
         for known, other in self.changes.get(id(old), []):
             same = (slot.axis, [*slot.places]) == (other.axis, [*other.places])
-            if same and known.gain == gain and known.map is not None and change.same(known.map):
+            alike = known.features is None if features is None else features.same(known.features)
+            alike &= gained is None and known.gained is None
+            if same and alike and known.gain == gain and known.map is not None and change.same(known.map):
                 return known.new
             if same or not {*slot.places}.isdisjoint(other.places):
                 raise TiedWeightsError(
                     where,
-                    "projections that share a parameter to lose the same channels",
+                    "projections that share a parameter to lose the same channels and features",
                     "a plan that takes others from each",
                     "untie the weights, or prune by hand with equal channels (prune_channels)",
                 )
         index = None
         if isinstance(change, Pick):
             index = torch.tensor([slot.places[row] for row in change.rows], device=old.device)
-        if slot.whole and gain == 1.0 and isinstance(change, Pick) and change.rows == tuple(range(slot.size)):
-            new = old
-        else:
-            new = successor(
-                old,
-                along(old.detach(), slot.axis, slot.places, change),
-                lambda grad: along(grad, slot.axis, slot.places, change.dual),
-                gain,
-            )
-        found = ParamChange(old, new, slot.axis, index, gain, change, slot.places)
+        found = ParamChange(old, old, slot.axis, index, gain, change, slot.places, features, gained)
+        kept = isinstance(change, Pick) and change.rows == tuple(range(slot.size))
+        if not (slot.whole and gain == 1.0 and kept and features is None and gained is None):
+            new = successor(old, found.values(old.detach()), lambda grad: found._along(grad, change.dual), gain)
+            found = replace(found, new=new)
         self.changes.setdefault(id(old), []).append((found, slot))
-        return new
+        return found.new
 
-    def shift(self, where: str, view: AttentionView, shift: Tensor) -> nn.Parameter:
-        """The successor of O's bias: it gains ``O s``."""
+    def shift(self, where: str, view: AttentionView, layer: LayerPlan) -> nn.Parameter:
+        """The successor of O's bias: it gains ``O s``, or ``O m`` where O no longer writes."""
         owner = view.owner("o")
         old = owner._parameters["bias"]
         assert old is not None, "the plan's spec says that O has a bias"
@@ -148,11 +81,12 @@ class _Tensors:
             )
         self.users.setdefault(id(old), set()).add((id(owner), "bias"))
         self.first.setdefault(id(old), where)
-        gained = mean_output(view, shift)
-        new = successor(old, (old.detach().double() + gained).to(old.dtype), torch.clone, 1.0)
-        slot = Slot(owner, "bias", len(old))
-        self.changes[id(old)] = [(ParamChange(old, new, 0, None, places=range(len(old))), slot)]
-        return new
+        slot = view.slots["o.weight"]
+        gained = OutputGain(slot, slot.parameter, layer)
+        found = ParamChange(old, old, 0, None, places=range(len(old)), gained=gained)
+        found = replace(found, new=successor(old, found.values(old.detach()), torch.clone, 1.0))
+        self.changes[id(old)] = [(found, Slot(owner, "bias", len(old)))]
+        return found.new
 
     def check_ties(self, model: nn.Module) -> None:
         """Raises if a parameter that changes is also used where nothing changes."""
@@ -193,17 +127,6 @@ def _address(parameter: nn.Parameter) -> int:
     return id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
-def mean_output(view: AttentionView, shift: Tensor) -> Tensor:
-    """``(d_model,)`` float64: what O makes of a constant context, (channels of O,) in logical order of heads."""
-    return mean_of(view.weight("o"), view.spec.layout, shift)
-
-
-def mean_of(weight: Tensor, layout: HeadLayout, shift: Tensor) -> Tensor:
-    """The same from O's columns ``(channels, d_model)`` in stored order."""
-    stored = shift[logical_channels(layout, "o")]
-    return stored.to(weight.device, torch.float64) @ weight.double()
-
-
 def successor(old: nn.Parameter, data: Tensor, cut: Callable[[Tensor], Tensor], gain: float) -> nn.Parameter:
     """A parameter with other values and storage of its own; gradient, hooks, flags and attributes come along."""
     with torch.no_grad():
@@ -237,6 +160,7 @@ class Operation(NamedTuple):
             expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
             view.commit(self.tensors, after)
+        self._select()
         if self.bias is not None:
             view.owner("o").bias = self.bias
         if self.way == "decoupled":
@@ -248,27 +172,42 @@ class Operation(NamedTuple):
             if view.verdict is not None:
                 inherit(view, view.verdict)
 
+    def _select(self) -> None:
+        """Projections take the features that are left."""
+        holders = {id(p): one for one in self.view.top.modules() for p in one._parameters.values() if p is not None}
+        holders |= {id(one._parameters["weight"]): one for one in self.view.modules if "weight" in one._parameters}
+        for projection, gone in zip(PROJECTIONS, self.layer.features, strict=True):
+            if gone:
+                owner, after = holders[id(self.tensors[f"{projection}.weight"])], self.layer.after
+                select(owner, after.present(projection), after.features(projection), outputs=projection == "o")
+
 
 def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
     """What gives attention modules their new shapes, and every new tensor."""
     tensors, operations = _Tensors(), []
     for view, layer in work:
-        maps, way = channel_maps(view, layer), view.way(layer.after)
+        maps, features, way = channel_maps(view, layer), feature_changes(view, layer), view.way(layer.after)
         assert way is not None, "check_expressible found one"
         if way == "expanded":
             new = {
-                joint.keys[0]: tensors.cut(f"{view.name}: {joint.keys[0]}", joint.slot, joined(view, joint, maps))
+                joint.keys[0]: tensors.cut(
+                    f"{view.name}: {joint.keys[0]}", joint.slot, joined(view, joint, maps),
+                    features=features.get(joint.keys[0]), gained=joint_gain(view, joint, layer),
+                )
                 for joint in joints(view)
-            }
+            }  # fmt: skip
         else:
             gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
             new = {
-                key: tensors.cut(f"{view.name}: {key}", slot, maps[key], gain if key[0] in "qx" else 1.0)
+                key: tensors.cut(
+                    f"{view.name}: {key}", slot, maps[key], gain if key[0] in "qx" else 1.0,
+                    features.get(key), bias_gain(view, key, layer),
+                )
                 for key, slot in view.slots.items()
-            }
+            }  # fmt: skip
         bias = None
-        if layer.fold is not None and layer.fold.shift is not None:
-            bias = tensors.shift(f"{view.name}: o.bias", view, layer.fold.shift)
+        if gains(layer):
+            bias = tensors.shift(f"{view.name}: o.bias", view, layer)
         operations.append(Operation(view, layer, way, new, bias))
     return operations, tensors
 

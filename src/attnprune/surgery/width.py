@@ -19,8 +19,9 @@ from ..families.proof.stand_in import StandIn
 from ..families.registry import again
 from ..values.layout import PROJECTIONS, Projection
 from ..values.spec import AttentionSpec
+from .changes import along
 from .pack import lay_again
-from .patch import along, successor
+from .patch import successor
 
 Kept = Mapping[Projection, Sequence[int]]
 """Of Q, K and V the places that stay of what they read, of O those of what it writes; a projection that is not named

@@ -15,11 +15,13 @@ from ..families.base import AttentionView
 from ..families.slots import gathered
 from ..planning.scorers import Fisher, Scorer, Taylor
 from ..planning.scorers.gradient import GradientScorer
-from ..values.layout import PROJECTIONS
+from ..values.layout import PROJECTIONS, Projection
 from ..values.request import Request
 from ..values.scores import Scores
 
 Sums = tuple[Tensor, ...]
+UNITS = 3
+"""Sums of qk and vo channels and of heads; those of features follow."""
 
 
 def observer(request: Request) -> GradientScorer:
@@ -43,13 +45,16 @@ def observer(request: Request) -> GradientScorer:
     raise OptionError("observe", 'scorer="taylor" or "fisher"', repr(scorer), "scores of other scorers need data=")
 
 
-def read(scorer: GradientScorer, views: Sequence[AttentionView], scale: float) -> dict[str, Sums]:
+def read(
+    scorer: GradientScorer, views: Sequence[AttentionView], scale: float, which: Sequence[Projection] = ()
+) -> dict[str, Sums]:
     """What a scorer makes of the gradients that parameters hold, by name: float64, on the CPU.
 
     Args:
         scorer: says what to sum.
         views: the attention modules.
         scale: what gradients were multiplied with.
+        which: projections whose features are scored too.
 
     Raises:
         DataError: a weight has no gradient.
@@ -69,7 +74,8 @@ def read(scorer: GradientScorer, views: Sequence[AttentionView], scale: float) -
                 "call observe after loss.backward() and before zero_grad; attention weights must require gradients",
             )  # fmt: skip
         with torch.no_grad():
-            found[view.name] = tuple(part.double().cpu() for part in scorer.reduce(view, grads))
+            features = (scorer.reduce_features(view, grads, p) for p in which)
+            found[view.name] = tuple(part.double().cpu() for part in (*scorer.reduce(view, grads), *features))
     return found
 
 
@@ -101,16 +107,16 @@ class Observations:
         """Sums of these shapes, of nothing."""
         return {name: tuple(torch.zeros_like(part) for part in parts) for name, parts in self.sums.items()}
 
-    def scorer(self, scorer: GradientScorer) -> Scorer:
-        """A scorer that gives what the mean of all readings says."""
-        return _Observed(scorer, self)
+    def scorer(self, scorer: GradientScorer, which: Sequence[Projection] = ()) -> Scorer:
+        """A scorer that gives what the mean of all readings says; of the features of some projections too."""
+        return _Observed(scorer, self, which)
 
 
 class _Observed(Scorer):
     """Scores that a training loop's own gradients gave."""
 
-    def __init__(self, scorer: GradientScorer, seen: Observations) -> None:
-        self.scorer, self.seen = scorer, seen
+    def __init__(self, scorer: GradientScorer, seen: Observations, which: Sequence[Projection]) -> None:
+        self.scorer, self.seen, self.which = scorer, seen, which
 
     @property
     def name(self) -> str:
@@ -118,6 +124,12 @@ class _Observed(Scorer):
 
     def score(self, model: nn.Module, views: Sequence[AttentionView], **_: Any) -> dict[str, Scores]:
         return {
-            view.name: self.scorer.finish(view, *(part / self.seen.count for part in self.seen.sums[view.name]))
+            view.name: self.scorer.finish(view, *(part / self.seen.count for part in self.seen.sums[view.name][:UNITS]))
             for view in views
         }
+
+    def score_features(
+        self, model: nn.Module, views: Sequence[AttentionView], which: Sequence[Projection], **_: Any
+    ) -> dict[str, dict[Projection, Tensor]]:
+        seen = {view.name: dict(zip(self.which, self.seen.sums[view.name][UNITS:], strict=True)) for view in views}
+        return {name: {p: own[p] / self.seen.count for p in which} for name, own in seen.items()}

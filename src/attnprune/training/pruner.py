@@ -20,13 +20,14 @@ from ..families.base import AttentionView
 from ..families.registry import find_views, plain
 from ..nn.kept import ordinary
 from ..planning.costs import cost_now, table_for
+from ..planning.features import uneven
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of
 from ..values.budget import Budget
 from ..values.choices import Choices
 from ..values.faults import Faults
 from ..values.layer_plan import LayerPlan
-from ..values.layout import PROJECTIONS
+from ..values.layout import PROJECTIONS, Projection
 from ..values.method import Method
 from ..values.options import PrunerOptions, YesNoAuto
 from ..values.plan import Plan
@@ -157,10 +158,16 @@ class AttentionPruner:
         return find_views(self.model, self.request.include, self.request.exclude, run=run)
 
     @property
+    def _observed(self) -> tuple[Projection, ...]:
+        """The projections whose features are scored: where one of a pair is to lose more than the other, all."""
+        return PROJECTIONS if uneven(self.ratios, self.request.rules) else ()
+
+    @property
     def _together(self) -> bool:
         """Whether qk and vo share one budget, or units hold both."""
         rules = self.request.rules
-        return rules.match_dims or rules.split == "auto" or rules.granularity == "head"
+        whole = rules.match_dims or rules.granularity == "head"
+        return rules.split == "auto" or (whole and not self._observed)
 
     @property
     def done(self) -> bool:
@@ -193,7 +200,7 @@ class AttentionPruner:
             OptionError: the scorer cannot use gradients.
         """
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        found = read(observer(self.request), self._views(), scale)
+        found = read(observer(self.request), self._views(), scale, self._observed)
         if all(bool(part.isfinite().all()) for parts in found.values() for part in parts):
             self._seen = self._seen.plus(found)
         elif scaler is None:
@@ -286,7 +293,7 @@ class AttentionPruner:
         due: Ratios | Budget = self._due(number) if self.budget is None else self._share_due(self.budget, number)
         request, seen = replace(self.request, amount=due), self._seen.pooled()
         if seen.count:
-            scorer: Any = seen.scorer(observer(request))
+            scorer: Any = seen.scorer(observer(request), self._observed)
             request = replace(request, method=replace(request.method, scorer=scorer))
         elif request.evidence.data is None and request.method.scorer in ("auto", "fisher", "taylor"):
             remedy = 'call observe() after loss.backward(), give data, or ask for scorer="magnitude"'
@@ -338,7 +345,8 @@ class AttentionPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on in another process, beside the model's and the optimizer's own: plain values."""
-        bare = Plan(tuple(LayerPlan(one.spec, one.heads, one.qk, one.vo) for one in self._plan), self._plan.asked)
+        layers = (LayerPlan(one.spec, one.heads, one.qk, one.vo, features=one.features) for one in self._plan)
+        bare = Plan(tuple(layers), self._plan.asked)
         return {
             "version": VERSION,
             **self._options,
@@ -364,11 +372,10 @@ class AttentionPruner:
             OptionError: the state of a pruner with other ratios or steps, or one that is malformed.
             PlanMismatchError: the state of another model.
         """
-        found = read_state(state, self._options)
+        found = read_state(state, self._options, self._observed)
         plan = found.plan
         now = {view.name: view.spec for view in self._views()}
-        shapes = {spec.name: spec.layout for spec in now.values()}
-        if shapes != {spec.name: spec.layout for spec in plan.after}:
+        if {spec.name: spec.shape for spec in now.values()} != {spec.name: spec.shape for spec in plan.after}:
             if {spec.name for spec in plan.specs} != set(now):
                 raise PlanMismatchError(
                     "state", f"attention modules {sorted(now)[:4]}", f"{sorted(s.name for s in plan.specs)[:4]}",

@@ -65,6 +65,8 @@ def of_what_is_left(
     left: dict[Projection, float] = {}
     for p in PROJECTIONS:
         pool = PROJECTIONS if together else tuple(one for one in PROJECTIONS if KIND_OF[one] == KIND_OF[p])
+        if not together and len({gone[one] for one in pool}) > 1:
+            pool = (p,)  # each loses its own share
         wanted = sum((1 - gone[one]) * weights(dense, one) for one in pool)
         share = 1 - wanted / sum(weights(now, one) for one in pool)
         left[p] = min(max(share, 0.0), MOST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cost.latency.table import LatencyTable
 from ..errors import OptionError
+from ..values.layout import Projection
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
 from .observing import Observations, Sums
@@ -32,12 +33,13 @@ class PrunerState(NamedTuple):
     table: LatencyTable | None
 
 
-def read_state(state: object, options: Mapping[str, Any]) -> PrunerState:
+def read_state(state: object, options: Mapping[str, Any], which: Sequence[Projection] = ()) -> PrunerState:
     """Reads :meth:`attnprune.AttentionPruner.state_dict`; everything is checked before anything is used.
 
     Args:
         state: what was loaded.
         options: ``steps``, ``ratios`` and ``budget`` of the pruner that reads it.
+        which: projections whose features it observes.
 
     Raises:
         OptionError: malformed, or of a pruner with other options.
@@ -62,7 +64,7 @@ def read_state(state: object, options: Mapping[str, Any]) -> PrunerState:
             if not isinstance(state["latency"], str):
                 _refuse("latency", "JSON text", state["latency"])
             table = LatencyTable.from_json(state["latency"])
-    return PrunerState(plan, done, _number(state, "parameters"), _seen(state, plan), float(cost), table)
+    return PrunerState(plan, done, _number(state, "parameters"), _seen(state, plan, which), float(cost), table)
 
 
 def _number(state: Mapping[str, Any], key: str, high: int | None = None) -> int:
@@ -72,20 +74,20 @@ def _number(state: Mapping[str, Any], key: str, high: int | None = None) -> int:
     return value
 
 
-def _seen(state: Mapping[str, Any], plan: Plan) -> Observations:
+def _seen(state: Mapping[str, Any], plan: Plan, which: Sequence[Projection]) -> Observations:
     count, sums = _number(state, "observations"), state.get("seen")
     names = {spec.name: spec for spec in plan.after} if count else {}
     if not isinstance(sums, Mapping) or sums.keys() != names.keys():
         expected = f"sums for {sorted(names)[:4]}" if count else "no sums, as nothing was observed"
         _refuse("seen", expected, sorted(map(str, sums)) if isinstance(sums, Mapping) else sums)
-    return Observations({name: _sums(spec, sums[name]) for name, spec in names.items()}, count)
+    return Observations({name: _sums(spec, sums[name], which) for name, spec in names.items()}, count)
 
 
-def _sums(spec: AttentionSpec, parts: object) -> Sums:
-    shapes = [(sum(spec.qk_dims),), (sum(spec.vo_dims),), (spec.heads,)]
+def _sums(spec: AttentionSpec, parts: object, which: Sequence[Projection]) -> Sums:
+    shapes = [(sum(spec.qk_dims),), (sum(spec.vo_dims),), (spec.heads,), *((spec.width(p),) for p in which)]
     tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, (list, tuple)) else []
     found = [tuple(part.shape) for part in tensors]
-    if found != shapes or len(parts) != 3:  # type: ignore[arg-type]
+    if found != shapes or len(parts) != len(shapes):  # type: ignore[arg-type]
         _refuse(f"seen: {spec.name}", f"tensors of shapes {shapes}", found or parts)
     if not all(part.is_floating_point() and bool(part.isfinite().all()) for part in tensors):
         _refuse(f"seen: {spec.name}", "finite floating-point numbers", [part.dtype for part in tensors])

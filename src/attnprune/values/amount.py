@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import OptionError, RatioError
 from .budget import RESOURCES, Budget
-from .faults import Faults
 from .ratios import Ratios
 from .rules import Rules, stock_fault
 
@@ -72,7 +71,6 @@ def check_amount(amount: Amount, rules: Rules) -> None:
     """Raises where an amount and rules contradict each other.
 
     Raises:
-        RatioError: ratios that differ for q and k, or for v and o.
         OptionError: rules under which the amount cannot be asked for.
     """
     if isinstance(amount, Ratios):
@@ -88,23 +86,17 @@ def check_amount(amount: Amount, rules: Rules) -> None:
 
 
 def _check_ratios(ratios: Ratios, rules: Rules) -> None:
-    faults = Faults()
-    qk, vo = (faults.attempt(getattr, ratios, kind) for kind in ("qk", "vo"))  # unequal ratios inside a pair raise
-    faults.throw()
-    if qk == vo or rules.split == "auto":
-        return
-    if rules.stock:
-        found, remedy = f"qk={qk:g} and vo={vo:g}", "write one number for all"
-        raise OptionError("stock=True with qkvo_ratios", "one ratio for qk and vo", found, remedy)
-    if rules.granularity == "head":
-        raise OptionError(
-            "qkvo_ratios",
-            'one ratio for all four with granularity="head", as a head goes from all of them',
-            f"qk={qk:g} and vo={vo:g}",
-            'use granularity="channel" or "joint" for different ratios',
-        )
-    if rules.match_dims:
-        raise OptionError(
-            "match_dims", "one ratio for qk and vo, which lose as many channels", f"qk={qk:g}, vo={vo:g}",
-            'give one ratio for both, or use split="auto"',
-        )  # fmt: skip
+    values = [ratios.q, ratios.k, ratios.v, ratios.o]
+    if rules.stock and len(set(values)) > 1:
+        found = ", ".join(f"{p}={value:g}" for p, value in zip("qkvo", values, strict=True))
+        raise OptionError("stock=True with qkvo_ratios", "one ratio for all four", found, "write one number for all")
+
+
+def shared(ratios: Ratios, rules: Rules) -> Ratios:
+    """What goes in units that projections share: channels of a pair, or heads (and matched dims) of all four."""
+    if rules.split == "auto":
+        return ratios  # all four go into one budget
+    qk, vo = ratios.qk, ratios.vo
+    if rules.granularity == "head" or rules.match_dims:
+        qk = vo = min(qk, vo)
+    return Ratios(qk, qk, vo, vo)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import NonFiniteError, PlanFormatError
 from . import fields
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""What numbers of maps may be, by the name in files."""
 Shape = tuple[int, ...]
 
 
@@ -50,12 +51,12 @@ class ChannelMaps:
     """``(channels,)`` of all query heads, or None where O's bias stays (or does not exist)."""
 
     def __post_init__(self) -> None:
-        dtype = self.o.dtype if self.o.dtype in _DTYPES.values() else torch.float64
+        dtype = self.o.dtype if self.o.dtype in DTYPES.values() else torch.float64
         for key, value in (("q", self.q), ("k", self.k), ("v", self.v)):
-            object.__setattr__(self, key, tuple(_plain(matrix, dtype) for matrix in value))
-        object.__setattr__(self, "o", _plain(self.o, dtype))
+            object.__setattr__(self, key, tuple(plain(matrix, dtype) for matrix in value))
+        object.__setattr__(self, "o", plain(self.o, dtype))
         if self.shift is not None:
-            object.__setattr__(self, "shift", _plain(self.shift, dtype))
+            object.__setattr__(self, "shift", plain(self.shift, dtype))
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -73,7 +74,7 @@ class ChannelMaps:
         """Raises unless the shapes are these and every number is finite."""
         if self.shapes != tuple(shapes):
             raise PlanFormatError(
-                f"{where}: fold", f"maps of shapes {_brief(shapes)}", _brief(self.shapes), "make the plan anew"
+                f"{where}: fold", f"maps of shapes {brief(shapes)}", brief(self.shapes), "make the plan anew"
             )
         if not all(bool(tensor.isfinite().all()) for tensor in self.tensors):
             raise NonFiniteError(f"{where}: fold", "finite maps", "NaN or infinite ones", "make the plan anew")
@@ -118,11 +119,11 @@ class ChannelMaps:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"ChannelMaps({_brief(self.shapes)}; digest {self.digest[:12]})"
+        return f"ChannelMaps({brief(self.shapes)}; digest {self.digest[:12]})"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping: all numbers in one base64 text, little-endian, row by row; the plan knows shapes."""
-        dtype = next(name for name, known in _DTYPES.items() if known == self.o.dtype)
+        dtype = next(name for name, known in DTYPES.items() if known == self.o.dtype)
         return {"dtype": dtype, "shift": self.shift is not None, "data": base64.b64encode(self._bytes).decode()}
 
     @classmethod
@@ -132,12 +133,12 @@ class ChannelMaps:
         """Reads :meth:`to_dict`'s mapping, trusting nothing; shapes are per kept head (kept channels, channels)."""
         found = fields.mapping(where, raw, {"dtype", "shift", "data"})
         name = fields.string(f"{where}.dtype", found["dtype"])
-        if name not in _DTYPES:
-            fields.fail(f"{where}.dtype", " or ".join(_DTYPES), name)
+        if name not in DTYPES:
+            fields.fail(f"{where}.dtype", " or ".join(DTYPES), name)
         shapes: list[Shape] = [*q, *k, *v, o]
         if fields.boolean(f"{where}.shift", found["shift"]):
             shapes.append((o[0],))
-        numbers = _decode(f"{where}.data", found["data"], name, sum(int(np.prod(shape)) for shape in shapes))
+        numbers = decode(f"{where}.data", found["data"], name, sum(int(np.prod(shape)) for shape in shapes))
         parts, start = [], 0
         for shape in shapes:
             size = int(np.prod(shape))
@@ -150,7 +151,8 @@ class ChannelMaps:
         return whole
 
 
-def _decode(where: str, text: object, dtype: str, count: int) -> np.ndarray[Any, Any]:
+def decode(where: str, text: object, dtype: str, count: int) -> np.ndarray[Any, Any]:
+    """So many numbers from a base64 text."""
     kind = np.dtype(dtype).newbyteorder("<")
     if not isinstance(text, str) or len(text) != (count * kind.itemsize + 2) // 3 * 4:
         fields.fail(
@@ -165,10 +167,12 @@ def _decode(where: str, text: object, dtype: str, count: int) -> np.ndarray[Any,
     return np.frombuffer(data, dtype=kind).astype(dtype)
 
 
-def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+def plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map as it is kept: on the CPU, without a graph."""
     return value.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
-def _brief(shapes: Sequence[Shape]) -> str:
+def brief(shapes: Sequence[Shape]) -> str:
+    """Shapes for messages."""
     shown = ", ".join("x".join(map(str, shape)) for shape in shapes[:6])
     return shown + (f" and {len(shapes) - 6} more" if len(shapes) > 6 else "")

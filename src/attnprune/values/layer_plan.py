@@ -13,8 +13,9 @@ import torch
 from ..errors import PlanMismatchError, UnknownUnitError
 from . import fields
 from .channel_maps import ChannelMaps, Shape
+from .feature_maps import READERS, FeatureMaps, selection
 from .layout import KIND_OF, KINDS, PROJECTIONS, Kind, Projection
-from .spec import AttentionSpec
+from .spec import NOTHING, AttentionSpec, Features
 
 Channels = tuple[tuple[int, ...], ...]
 
@@ -34,6 +35,11 @@ class LayerPlan:
     fold: ChannelMaps | None = None
     """Maps that rotate and refit what stays; None where channels go as they stand. With maps, the numbers above count
     the directions of their basis, the one with the most energy first."""
+    features: Features = NOTHING
+    """Of Q, K and V the input features that they no longer read, of O the output features that it no longer writes,
+    ascending; numbers count those of the dense projection."""
+    refit: FeatureMaps | None = None
+    """What makes up for these; None where the others stay as they stand."""
 
     def __post_init__(self) -> None:
         none: Channels = ((),) * self.spec.kv_heads
@@ -56,6 +62,27 @@ class LayerPlan:
         if self.fold is not None:
             q, k, v, o = self.map_shapes
             self.fold.check(self.spec.name, [*q, *k, *v, o, *([(o[0],)] if self.fold.shift is not None else [])])
+
+        for p, gone in zip(PROJECTIONS, self.features, strict=True):
+            self._check_features(p, gone)
+        if self.refit is not None:
+            self.refit.check(self.spec.name, *self._widths, self.spec.layout.channels("o"))
+
+    def _check_features(self, projection: Projection, gone: tuple[int, ...]) -> None:
+        present, what = self.spec.present(projection), "input" if projection in "qkv" else "output"
+        if gone and (list(gone) != sorted(set(gone)) or not set(gone) <= set(present) or len(gone) == len(present)):
+            raise UnknownUnitError(
+                f"{self.spec.name}: {what} features of {projection}",
+                f"at most {len(present) - 1} of its {len(present)}, ascending, each once",
+                f"{gone[:8]}{' and more' if len(gone) > 8 else ''}",
+                "Numbers count the dense projection's features; keep one of them",
+            )
+
+    @property
+    def _widths(self) -> tuple[dict[Projection, int], dict[Projection, int]]:
+        """How many features Q, K and V read now, and then."""
+        before = {p: self.spec.width(p) for p in READERS}
+        return before, {p: before[p] - len(gone) for p, gone in zip(READERS, self.features, strict=False)}
 
     @property
     def _name(self) -> str:
@@ -125,7 +152,12 @@ class LayerPlan:
     @property
     def empty(self) -> bool:
         """Whether nothing goes and nothing is rotated."""
-        return not (self.heads or any(self.qk) or any(self.vo) or self.fold)
+        return not (self.heads or any(self.qk) or any(self.vo) or any(self.features) or self.fold or self.refit)
+
+    def left(self, projection: Projection) -> tuple[int, ...]:
+        """The places, among the features that a projection reads or writes now, of those that stay."""
+        gone = set(self.features[PROJECTIONS.index("q" if projection == "x" else projection)])
+        return tuple(place for place, one in enumerate(self.spec.present(projection)) if one not in gone)
 
     @property
     def map_shapes(self) -> tuple[list[Shape], list[Shape], list[Shape], tuple[int, int]]:
@@ -155,7 +187,8 @@ class LayerPlan:
         """The spec of the pruned module."""
         dims = {kind: [len(self.kept(kind, key)) for key in self.kept_keys] for kind in KINDS}
         turned = [sum(c < self.spec.rotary_dims[key] for c in self.kept("qk", key)) for key in self.kept_keys]
-        return self.spec.keep(self.kept_heads, dims["qk"], dims["vo"], turned)
+        left_out = union(self.spec.left_out, self.features)
+        return self.spec.keep(self.kept_heads, dims["qk"], dims["vo"], turned, left_out)
 
     def fraction(self, projection: Projection) -> float:
         """The share of a projection's weights that goes."""
@@ -172,14 +205,39 @@ class LayerPlan:
                 kept = self.kept(kind, self.kept_keys[key])
                 removed[self.kept_keys[key]] |= {kept[channel] for channel in gone}
             channels[kind] = tuple(map(tuple, removed))
-        whole = make_layer(self.spec, heads, channels)
-        if not (self.fold or other.fold):
-            return whole
-        return replace(whole, fold=self.maps.then(other.maps, other.kept_heads, other.kept_keys))
+        whole = make_layer(self.spec, heads, channels, union(self.features, other.features))
+        if self.fold or other.fold:
+            whole = replace(whole, fold=self.maps.then(other.maps, other.kept_heads, other.kept_keys))
+        return replace(whole, refit=self._refit_then(other)) if self.refit or other.refit else whole
+
+    def _refit_then(self, other: LayerPlan) -> FeatureMaps:
+        """The refit of this plan and then another."""
+        first, second = self.refit or FeatureMaps(), other.refit or FeatureMaps()
+        reads: dict[Projection, torch.Tensor] = {}
+        shifts: dict[Projection, torch.Tensor] = {}
+        for p in READERS:
+            early, late = (
+                maps.reads[p].double() if p in maps.reads else selection(plan.spec.present(p), plan.after.present(p))
+                for maps, plan in ((first, self), (second, other))
+            )
+            if p in first.reads or p in second.reads:
+                reads[p] = early @ late
+            if p in second.shifts:
+                shifts[p] = early @ second.shifts[p].double()
+            if p in first.shifts:
+                shifts[p] = first.shifts[p].double() + shifts.get(p, 0)
+        before: Any = 0 if self.fold is None or self.fold.shift is None else self.fold.shift.double()
+        means = [(outputs, self.maps.o.double() @ mean.double() + before) for outputs, mean in second.means]
+        dtype = torch.promote_types(*(next((t.dtype for t in one.tensors), torch.float32) for one in (first, second)))
+        whole = FeatureMaps(reads, shifts, (*((outputs, mean.double()) for outputs, mean in first.means), *means))
+        return whole.to(dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """A JSON-ready mapping; features and their refit are left out where none go."""
+        more: dict[str, Any] = {"features": [list(gone) for gone in self.features]} if any(self.features) else {}
+        more |= {"refit": self.refit.to_dict()} if self.refit else {}
         return {
+            **more,
             "spec": self.spec.to_dict(),
             "heads": list(self.heads),
             "qk": [list(channels) for channels in self.qk],
@@ -190,7 +248,9 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, raw: object, where: str = "layer") -> LayerPlan:
         """Reads :meth:`to_dict`'s mapping, trusting nothing."""
-        found = fields.mapping(where, raw, {"spec", "heads", "qk", "vo", "fold"})
+        usual: dict[str, Any] = {"features": [[], [], [], []], "refit": None}
+        raw = {**usual, **raw} if isinstance(raw, dict) else raw
+        found = fields.mapping(where, raw, {"spec", "heads", "qk", "vo", "fold", *usual})
         spec = AttentionSpec.from_dict(found["spec"], f"{where}.spec")
         channels = {
             kind: tuple(
@@ -199,19 +259,25 @@ class LayerPlan:
             )
             for kind in KINDS
         }
-        plain = cls(spec, fields.integers(f"{where}.heads", found["heads"]), channels["qk"], channels["vo"])
-        if found["fold"] is None:
+        heads = fields.integers(f"{where}.heads", found["heads"])
+        listed = fields.array(f"{where}.features", found["features"], len(PROJECTIONS))
+        q, k, v, o = (fields.integers(f"{where}.features.{p}", one) for p, one in zip(PROJECTIONS, listed, strict=True))
+        plain = cls(spec, heads, channels["qk"], channels["vo"], features=(q, k, v, o))
+        if found["fold"] is not None:
+            plain = replace(plain, fold=ChannelMaps.from_dict(found["fold"], f"{where}.fold", *plain.map_shapes))
+        if found["refit"] is None:
             return plain
-        return replace(plain, fold=ChannelMaps.from_dict(found["fold"], f"{where}.fold", *plain.map_shapes))
+        maps = FeatureMaps.from_dict(found["refit"], f"{where}.refit", *plain._widths, spec.layout.channels("o"))
+        return replace(plain, refit=maps)
 
 
 def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
     """Raises PlanMismatchError unless a plan for ``expected`` fits ``found`` (packing and scale do not count)."""
     sizes = ("qk_dims", "vo_dims", "groups", "d_model", "q_in", "k_in", "v_in", "q_extra")
-    for key in ("name", *sizes, "bias", "bias_kv", "gated"):
+    for key in ("name", *sizes, "bias", "bias_kv", "gated", "left_out"):
         if getattr(expected, key) != getattr(found, key):
             detail = f" ({key}: {getattr(expected, key)} against {getattr(found, key)})"
-            short = key not in ("qk_dims", "vo_dims")
+            short = key not in ("qk_dims", "vo_dims", "left_out")
             raise PlanMismatchError(
                 expected.name,
                 f"{expected.describe()}, as the plan says",
@@ -220,11 +286,19 @@ def difference(expected: AttentionSpec, found: AttentionSpec) -> None:
             )
 
 
-def make_layer(spec: AttentionSpec, heads: set[int], channels: Mapping[Kind, Channels]) -> LayerPlan:
+def union(first: Features, second: Features) -> Features:
+    """Features of both."""
+    q, k, v, o = (tuple(sorted({*one, *other})) for one, other in zip(first, second, strict=True))
+    return q, k, v, o
+
+
+def make_layer(
+    spec: AttentionSpec, heads: set[int], channels: Mapping[Kind, Channels], features: Features = NOTHING
+) -> LayerPlan:
     """A layer plan from sets: sorts, and leaves out the channels of heads that go whole."""
     left = spec.keys_of([head for head in range(spec.heads) if head not in heads])
     tidy = {
         kind: tuple(tuple(sorted(gone)) if key in left else () for key, gone in enumerate(channels[kind]))
         for kind in KINDS
     }
-    return LayerPlan(spec, tuple(sorted(heads)), tidy["qk"], tidy["vo"])
+    return LayerPlan(spec, tuple(sorted(heads)), tidy["qk"], tidy["vo"], features=features)

@@ -87,7 +87,7 @@ class PrunerOptions(_Scoring, total=False):
     """qk and vo channels that every head keeps at least; 1 by default."""
     match_dims: bool
     """Every head keeps as many qk as vo channels, so that layers with uniform heads keep their own forward and fused
-    kernels; layers still differ. Needs one ratio for both, or ``split="auto"``."""
+    kernels; layers still differ."""
     stock: bool
     """Plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as many
     heads and channels as every other, and as many qk as vo. Implies ``scope="local"`` and ``match_dims``."""

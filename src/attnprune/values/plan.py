@@ -18,7 +18,13 @@ from .layout import PROJECTIONS, Projection
 from .spec import AttentionSpec
 
 FORMAT = "attnprune.plan"
-VERSION = 5
+VERSION = 6
+_NEW = {
+    4: "grouped queries or rotary pairs",
+    5: "more in Q than in K, or gates",
+    6: "projections that leave features out",
+}
+"""By version, what it brought."""
 _SINCE_2: dict[str, Any] = {"basis": "channels", "compensate": "no", "target_error": None}
 _SINCE_3: dict[str, Any] = {"match_dims": False, "budget": None}
 
@@ -108,7 +114,9 @@ class Plan:
     @property
     def _version(self) -> int:
         """The lowest version that says all: 4 brought grouped queries and rotary pairs, 5 more channels in Q than in K,
-        or gates; most plans have none of them."""
+        or gates, 6 features that projections leave out; most plans have none of them."""
+        if any(layer.refit or any(layer.after.left_out) for layer in self.layers):
+            return 6
         if any(spec.q_extra or spec.gated for spec in self.specs):
             return 5
         return 4 if any(spec.heads > spec.kv_heads or spec.rotary != "none" for spec in self.specs) else 3
@@ -140,8 +148,7 @@ class Plan:
                 read.append(LayerPlan.from_dict(one, f"layers[{i}]"))
             plan = cls(tuple(read), asked)
             if version < plan._version and plan._version > 3:
-                what = "more in Q than in K, or gates" if plan._version == 5 else "grouped queries or rotary pairs"
-                fields.fail("version", f"{plan._version}, as attention has {what}", version)
+                fields.fail("version", f"{plan._version}, as attention has {_NEW[plan._version]}", version)
             return plan
         except PlanFormatError as error:
             if len(str(error)) < 1000:

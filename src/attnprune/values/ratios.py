@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RatioError
 from .budget import LEAST
 from .faults import Faults
-from .layout import KIND_OF, PROJECTIONS, Kind, Projection
+from .layout import PROJECTIONS, Projection
 
 
 def _checked(key: str, value: Any) -> float:
@@ -35,6 +35,10 @@ def _all_checked(values: Mapping[str, Any]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Ratios:
     """The fraction of each projection's weights to remove, in [0, 1).
+
+    Q and K share the channels of their product, V and O those of the context. Where one of a pair is to lose more than
+    the other, the rest of it goes from its own outer side: features that Q, K or V no longer read, or that O no longer
+    writes.
 
     >>> Ratios.parse(0.5)
     Ratios(q=0.5, k=0.5, v=0.5, o=0.5)
@@ -97,25 +101,13 @@ class Ratios:
 
     @property
     def qk(self) -> float:
-        """The common ratio of Q and K."""
-        return self._pair("qk")
+        """What Q and K lose together, in channels of their product: the smaller of their ratios."""
+        return min(self.q, self.k)
 
     @property
     def vo(self) -> float:
-        """The common ratio of V and O."""
-        return self._pair("vo")
-
-    def _pair(self, kind: Kind) -> float:
-        first, second = (self.of(p) for p in PROJECTIONS if KIND_OF[p] == kind)
-        if first != second:
-            one, two = kind
-            raise RatioError(
-                "qkvo_ratios",
-                f"equal ratios for {one} and {two}, which share the channels of one matrix product",
-                f"{one}={first:g} and {two}={second:g}",
-                f"Give one ratio for both, for example {{{kind!r}: {min(first, second):g}}}",
-            )
-        return first
+        """What V and O lose together, in channels of the context: the smaller of their ratios."""
+        return min(self.v, self.o)
 
     def then(self, other: Ratios) -> Ratios:
         """The fraction removed by two rounds, the second of what the first left."""

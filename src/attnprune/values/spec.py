@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from ..errors import AdapterError
 from . import fields
-from .layout import SIDES, HeadLayout, Kind, Projection
+from .layout import PROJECTIONS, SIDES, HeadLayout, Kind, Projection
 
+Features = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Numbers of features of Q, K, V and O: of what Q, K and V read, of what O writes."""
+NOTHING: Features = ((), (), (), ())
 Rotary = Literal["none", "half", "interleaved"]
 
 
@@ -65,6 +68,9 @@ class AttentionSpec:
     """Channels of every query head that Q has beside the qk channels: they meet keys that all heads share (the rotary
     part of multi-head latent attention), or no keys at all. They go only with their head, have no scores, and are in no
     ratio."""
+    left_out: Features = NOTHING
+    """Of Q, K and V the input features that they do not read, of O the output features that it does not write,
+    ascending; :attr:`d_model` and the widths count these too, weights do not."""
 
     @classmethod
     def of(cls, name: str, *, heads: int, head_dim: int, d_model: int, **facts: Any) -> AttentionSpec:
@@ -96,6 +102,17 @@ class AttentionSpec:
                 f"rotary_dims {self.rotary_dims}, qk_dims {self.qk_dims}",
                 "Check the adapter that made this spec",
             )
+
+        for p, gone in zip(PROJECTIONS, self.left_out, strict=True):
+            if gone and (list(gone) != sorted(set(gone)) or gone[0] < 0 or gone[-1] >= self.features(p)):
+                raise AdapterError(
+                    f"{self.name}: left_out of {p}",
+                    f"ascending numbers of {self.features(p)} features, each once",
+                    f"{gone[:8]}",
+                    "Check the adapter that made this spec",
+                )
+            if len(gone) == self.features(p):
+                raise AdapterError(f"{self.name}: left_out of {p}", "a feature that stays", "none", "Leave out fewer")
 
     @property
     def heads(self) -> int:
@@ -132,6 +149,11 @@ class AttentionSpec:
         """Where each head's rows are stored."""
         return HeadLayout(self.qk_dims, self.vo_dims, self.groups, self.q_extra)
 
+    @property
+    def shape(self) -> tuple[HeadLayout, Features]:
+        """Channels of every head, and the features that projections leave out."""
+        return self.layout, self.left_out
+
     def dims(self, kind: Kind) -> tuple[int, ...]:
         """Channels per key head of ``"qk"`` or ``"vo"``."""
         return self.qk_dims if kind == "qk" else self.vo_dims
@@ -147,10 +169,23 @@ class AttentionSpec:
         pairs = [(i, i + half) if self.rotary == "half" else (2 * i, 2 * i + 1) for i in range(half)]
         return [*pairs, *((channel,) for channel in range(turned, self.dims(kind)[key]))]
 
-    def width(self, projection: Projection) -> int:
-        """The other side of a projection's weight: weights per channel."""
+    def features(self, projection: Projection) -> int:
+        """How many features a projection could read (Q, K, V) or write (O)."""
         widths = {"q": self.q_in, "k": self.k_in, "v": self.v_in, "o": self.d_model, "x": self.q_in}
         return widths[projection]
+
+    def missing(self, projection: Projection) -> tuple[int, ...]:
+        """The features that it leaves out; what Q holds besides reads what Q reads."""
+        return self.left_out[PROJECTIONS.index("q" if projection == "x" else projection)]
+
+    def present(self, projection: Projection) -> tuple[int, ...]:
+        """The features that it reads or writes, ascending."""
+        gone = set(self.missing(projection))
+        return tuple(feature for feature in range(self.features(projection)) if feature not in gone)
+
+    def width(self, projection: Projection) -> int:
+        """The other side of a projection's weight: weights per channel."""
+        return self.features(projection) - len(self.missing(projection))
 
     def weights(self, projection: Projection) -> int:
         """Number of weights of a projection, without its bias."""
@@ -158,7 +193,7 @@ class AttentionSpec:
 
     def per_channel(self, kind: Kind) -> tuple[int, int]:
         """Weights that one channel holds for every query head (in Q or O), and once for the key head (in K or V)."""
-        return (self.q_in, self.k_in) if kind == "qk" else (self.d_model, self.v_in)
+        return (self.width("q"), self.width("k")) if kind == "qk" else (self.width("o"), self.width("v"))
 
     @property
     def parameters(self) -> int:
@@ -166,14 +201,14 @@ class AttentionSpec:
         q, k, v, o = self.bias
         biases = (self.layout.channels("q") + self.layout.channels("x")) * q + sum(self.qk_dims) * (k + self.bias_kv)
         biases += sum(self.vo_dims) * (v + self.bias_kv) + self.d_model * o
-        gates = self.layout.channels("o") * (self.q_in + q) * self.gated
+        gates = self.layout.channels("o") * (self.width("q") + q) * self.gated
         return sum(self.weights(side) for side in SIDES) + biases + gates
 
     def macs(self, tokens: int, keys: int | None = None) -> int:
         """Multiply-adds for one sequence: ``tokens`` queries against ``keys`` keys (default: the same number)."""
         keys = tokens if keys is None else keys
         per_query = self.weights("q") + self.weights("x") + self.weights("o")
-        per_query += self.layout.channels("o") * self.q_in * self.gated
+        per_query += self.layout.channels("o") * self.width("q") * self.gated
         per_key = self.weights("k") + self.weights("v")
         products = self.layout.channels("q") + self.layout.channels("x") + self.layout.channels("o")
         return tokens * per_query + keys * per_key + tokens * keys * products
@@ -196,6 +231,7 @@ class AttentionSpec:
         qk_dims: Sequence[int],
         vo_dims: Sequence[int],
         rotary_dims: Sequence[int] | None = None,
+        left_out: Features | None = None,
     ) -> AttentionSpec:
         """The spec that is left when only these query heads stay.
 
@@ -203,6 +239,7 @@ class AttentionSpec:
             heads: query heads that stay, ascending.
             qk_dims: channels of every key head that is left; likewise ``vo_dims``.
             rotary_dims: how many of the qk channels are rotated; None: as many as fit.
+            left_out: features that projections leave out; None: as now.
         """
         keys = self.keys_of(heads)
         assert len(keys) == len(qk_dims) == len(vo_dims)
@@ -211,8 +248,9 @@ class AttentionSpec:
             rotary_dims = [min(turned, dim // 2 * 2) for turned, dim in zip(before, qk_dims, strict=True)]
         groups = [sum(self.layout.key_of[head] == key for head in heads) for key in keys]
         return replace(
-            self, qk_dims=tuple(qk_dims), vo_dims=tuple(vo_dims), groups=tuple(groups), rotary_dims=tuple(rotary_dims)
-        )
+            self, qk_dims=tuple(qk_dims), vo_dims=tuple(vo_dims), groups=tuple(groups), rotary_dims=tuple(rotary_dims),
+            left_out=self.left_out if left_out is None else left_out,
+        )  # fmt: skip
 
     def describe(self) -> str:
         """Heads and dims in words, for messages."""
@@ -222,7 +260,9 @@ class AttentionSpec:
 
         shared = f" on {self.kv_heads} key heads" if self.heads > self.kv_heads else ""
         inside = f"{dims(self.qk_dims)} (qk) and {dims(self.vo_dims)} (vo)"
-        return f"{self.heads} heads{shared} of {inside}, d_model {self.d_model}"
+        counts = [f"{p} {self.width(p)}" for p in PROJECTIONS if self.missing(p)]
+        outside = f", features {', '.join(counts)}" if counts else ""
+        return f"{self.heads} heads{shared} of {inside}, d_model {self.d_model}{outside}"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; what most attention has not (groups, rotary pairs, gates, more in Q) is left out."""
@@ -235,6 +275,8 @@ class AttentionSpec:
             del found["gated"]
         if not self.q_extra:
             del found["q_extra"]
+        if self.left_out == NOTHING:
+            del found["left_out"]
         return found
 
     @classmethod
@@ -244,7 +286,10 @@ class AttentionSpec:
         Raises:
             PlanFormatError: a missing, unknown or malformed field.
         """
-        usual = {"groups": [], "rotary": "none", "rotary_dims": [], "gated": False, "q_extra": 0}
+        usual = {
+            "groups": [], "rotary": "none", "rotary_dims": [], "gated": False, "q_extra": 0,
+            "left_out": [[], [], [], []],
+        }  # fmt: skip
         found = fields.checked(cls, {**usual, **raw} if isinstance(raw, dict) else raw, where)
         heads = len(found["qk_dims"])
         fields.integer(f"{where}: heads by vo_dims", len(found["vo_dims"]), low=heads, high=heads)

@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...calibration.losses import LossFn
+from ...errors import ScorerError
 from ...families.base import AttentionView
 from ...nn.outputs import OutputFn
+from ...values.layout import Projection
 from ...values.scores import Scores
 
 if TYPE_CHECKING:
@@ -68,3 +71,38 @@ class Scorer(ABC):
             views: the attention modules to score.
             evidence: keywords of :class:`Evidence`.
         """
+
+    def score_features(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **evidence: Unpack[Evidence],
+    ) -> dict[str, dict[Projection, Tensor]]:
+        """Scores for the features of some projections: of Q, K and V what they read, of O what it writes. Asked for
+        where one of a pair is to lose more than the other.
+
+        Args:
+            model, views, evidence: as for :meth:`score`.
+            which: the projections.
+
+        Returns:
+            By the attention's name and projection ``(features,)``, of those that it reads or writes, ascending.
+
+        Raises:
+            ScorerError: the scorer has no such scores.
+        """
+        raise ScorerError(
+            f"scorer {self.name}",
+            f"score_features, as {', '.join(which)} are to lose more than the projections beside them",
+            "a scorer of channels and heads alone",
+            "write score_features, give q and k (v and o) one ratio, or use another scorer",
+        )
+
+
+def weights_of(view: AttentionView, projection: Projection) -> Tensor:
+    """``(channels, features)``: the weights whose features are those of a projection, detached: its own, and what lies
+    beside Q in its Linear."""
+    sides = [side for side in ("q", "x", "g") if f"{side}.weight" in view.slots] if projection == "q" else [projection]
+    parts = [(slot := view.slots[f"{side}.weight"]).cut(slot.values) for side in sides]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

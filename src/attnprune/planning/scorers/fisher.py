@@ -23,6 +23,7 @@ from .gradient import (
     GradientScorer,
     check_finite,
     check_reached,
+    columns,
     head_sums,
     listen,
     sample_gradients,
@@ -69,11 +70,33 @@ class Fisher(GradientScorer):
     ) -> dict[str, Scores]:
         if not self.per_sample:
             return super().score(model, views, **evidence)
-        sums, count = squared_gradients(model, views, **evidence)
+        sums, count = squared_gradients(model, views, PROJECTIONS, **evidence)
         return {
             view.name: self.finish(view, *self._units(view, {p: sums[view.name][p] / count for p in PROJECTIONS}))
             for view in views
         }
+
+    def score_features(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **evidence: Unpack[Evidence],
+    ) -> dict[str, dict[Projection, Tensor]]:
+        if not self.per_sample:
+            return super().score_features(model, views, which, **evidence)
+        sums, count = squared_gradients(model, views, which, features=True, **evidence)
+        return {
+            view.name: {
+                p: (sums[view.name][p] / count + self.damping * view.spec.layout.channels(p)).cpu() for p in which
+            }
+            for view in views
+        }
+
+    def reduce_features(self, view: AttentionView, grads: Gradients, projection: Projection) -> Tensor:
+        own = columns(view, grads, projection)
+        squares: Tensor = torch.linalg.vector_norm(own, dim=0).double().square()
+        return squares + self.damping * len(own)
 
     def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         squares: dict[Projection, Tensor] = {
@@ -87,9 +110,14 @@ class Fisher(GradientScorer):
 
 
 def squared_gradients(
-    model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    which: Sequence[Projection],
+    features: bool = False,
+    **evidence: Unpack[Evidence],
 ) -> tuple[Sums, int]:
-    """Per view and projection ``(channels,)``: the sum over samples of the channel's squared weight gradients.
+    """Per view and projection ``(channels,)``: the sum over samples of the channel's squared weight gradients; or
+    ``(features,)``, of the feature's.
 
     Also returns the number of samples. Packed modules run by Linears meanwhile, so that every projection has an input
     and an output to tap; the sample is the first dimension of both.
@@ -97,14 +125,14 @@ def squared_gradients(
     with as_called(views) as tapped, undisturbed(model, ()):
         # every tap's output depends on the switch, so asking for its gradient makes every tap see its own
         switch = torch.zeros((), device=device_of(model), requires_grad=True)
-        taps = {(view.name, p): _Tap(view, p, switch) for view in tapped for p in PROJECTIONS}
+        taps = {(view.name, p): _Tap(view, p, switch, features) for view in tapped for p in which}
         try:
             count = sample_gradients(model, list(taps.values()), switch, "fisher-per-sample", **evidence)
         finally:
             for tap in taps.values():
                 tap.handle.remove()
-    check_reached(pooled({view.name: sum(taps[view.name, p].heard for p in PROJECTIONS) for view in views}))
-    return pooled(({view.name: {p: taps[view.name, p].total for p in PROJECTIONS} for view in views}, count))
+    check_reached(pooled({view.name: sum(taps[view.name, p].heard for p in which) for view in views}))
+    return pooled(({view.name: {p: taps[view.name, p].total for p in which} for view in views}, count))
 
 
 class _Tap:
@@ -113,9 +141,14 @@ class _Tap:
     A Linear may run several times in a forward pass; the weight's gradient is then the sum over its runs.
     """
 
-    def __init__(self, view: AttentionView, projection: Projection, switch: Tensor) -> None:
+    def __init__(self, view: AttentionView, projection: Projection, switch: Tensor, features: bool) -> None:
         self.where, self.projection, self.switch = f"{view.name}: {projection}", projection, switch
-        self.total = torch.zeros(len(view.weight(projection)), dtype=torch.float64, device=switch.device)
+        self.features, self.present = (
+            features,
+            None if not view.spec.missing(projection) else [*view.spec.present(projection)],
+        )
+        units = view.spec.width(projection) if features else len(view.weight(projection))
+        self.total = torch.zeros(units, dtype=torch.float64, device=switch.device)
         self.runs = self.heard = 0
         self.counts: Sequence[int] = ()
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -148,7 +181,9 @@ class _Tap:
             remedy = "use Fisher(per_sample=False)"
             raise DataError(self.where, "runs on the same number of samples in a batch", str(sizes), remedy)
         x, grad = (torch.cat(parts, dim=1) for parts in zip(*self.seen, strict=True))
-        outer, inner = (grad, x) if self.projection == "o" else (x, grad)
+        if self.present is not None:  # what a projection leaves out has no weights
+            x, grad = (x, grad[..., self.present]) if self.projection == "o" else (x[..., self.present], grad)
+        outer, inner = (grad, x) if (self.projection == "o") != self.features else (x, grad)
         exact = torch.promote_types(grad.dtype, torch.float32)
         self.squares = row_squares(outer.to(exact), inner.to(exact)).double().sum(0)
         self.seen = []

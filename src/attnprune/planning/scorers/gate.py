@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +17,10 @@ from ...calibration.sample import samples_in
 from ...errors import OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
-from ...values.layout import HeadLayout, Kind
+from ...values.layout import HeadLayout, Kind, Projection
 from ...values.scores import Scores
 from .base import Evidence, Scorer
+from .feature_gates import FeatureGates, Side, added, by_sample
 from .gradient import check_finite, check_reached, listen, sample_gradients, sequences
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Gate(Scorer):
     """Mean square of the loss's derivative with respect to a gate on a unit: what closing it does, to second order.
 
     A gate is a factor of 1 on a channel of Q (and so on its product with K), or on a channel's deviation from its mean
-    in the context (as removal leaves the mean to O's bias); a head's gate is on its whole context. The score of a unit
+    in the context (as removal leaves the mean to O's bias); a head's gate is on its whole context, a feature's on what
+    one projection reads, or O writes. The score of a unit
     is the mean over samples of the squared derivative: the diagonal of the Gauss-Newton matrix, which makes qk and vo,
     layers, heads and channels comparable.
 
@@ -84,6 +85,26 @@ class Gate(Scorer):
             tap.share()
         check_reached({tap.view.name: tap.heard for tap in taps})
         return {tap.view.name: tap.scores(count, self.centred) for tap in taps}
+
+    def score_features(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **evidence: Unpack[Evidence],
+    ) -> dict[str, dict[Projection, Tensor]]:
+        loss_fn = evidence.get("loss_fn") or projection_loss(self.seed, self.metric, evidence.get("output_fn"))
+        evidence = {**evidence, "data": self._some(evidence.get("data")), "loss_fn": loss_fn}
+        with as_called(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:
+            switch = torch.zeros((), device=device_of(model), requires_grad=True)
+            taps = {(view.name, p): FeatureGates(view, p, switch) for view in tapped for p in which}
+            for tap in taps.values():
+                tap.listen(hooks)
+            count = sample_gradients(model, list(taps.values()), switch, self.name, together=True, **evidence)
+        count = pooled(count)
+        for tap in taps.values():
+            tap.share()
+        return {view.name: {p: taps[view.name, p].scores(count, self.centred) for p in which} for view in views}
 
     def _some(self, data: Iterable[Any] | None) -> Iterable[Any] | None:
         """Batches spread evenly over the data, about ``samples`` samples together."""
@@ -143,7 +164,7 @@ class _Gates:
         self.rows, self.q, self.c = set(), [], []
 
     def listen(self, hooks: ExitStack) -> None:
-        gates = {"q": _Side(self._queries), "o": _Side(self._contexts)}
+        gates = {"q": Side(self._queries), "o": Side(self._contexts)}
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return listen(output, self.switch, output.detach(), gates["q"])
@@ -180,10 +201,10 @@ class _Gates:
         if not self.q or not self.c:
             return
         self.heard += 1
-        queries = [_by_sample(one, groups, samples) for one in self.q]
-        contexts = [[_by_sample(one, groups, samples) for one in pair] for pair in self.c]
-        q = self.view.shared(_added(queries), "q")
-        a, b = (_added(parts) for parts in zip(*contexts, strict=True))
+        queries = [by_sample(one, groups, samples) for one in self.q]
+        contexts = [[by_sample(one, groups, samples) for one in pair] for pair in self.c]
+        q = self.view.shared(added(queries), "q")
+        a, b = (added(parts) for parts in zip(*contexts, strict=True))
         self.q, self.c = [], []
         check_finite(self.view.name, q.sum() + a.sum() + b.sum(), number)
         self.qk += q.square().sum(0)
@@ -222,23 +243,6 @@ class _Gates:
         return Scores(of["qk"], of["vo"], torch.stack(heads).clamp_min(0) / count)
 
 
-def _by_sample(x: Tensor, groups: Mapping[int, int], samples: int) -> Tensor:
-    """``(samples, channels)`` from a number for every sequence, as large as a sample's own derivative is.
-
-    The loss is a mean over samples, so that is so many times larger; where a tower has other samples than the batch
-    counts, its mean square counts as often as theirs.
-    """
-    own = groups[len(x)]
-    return x.reshape(own, -1, x.shape[-1]).sum(1) * sqrt((own if own > 1 else samples) * samples)
-
-
-def _added(parts: Sequence[Tensor]) -> Tensor:
-    """The sum over runs; where they are of other samples each, over these too."""
-    if len({len(one) for one in parts}) > 1:
-        parts = [one.sum(0, keepdim=True) for one in parts]
-    return torch.stack([*parts]).sum(0)
-
-
 def _maps(bases: HeadBases, device: torch.device) -> dict[Kind, list[tuple[Tensor, Tensor]]]:
     """Per kind the two maps of every query head, in stored order."""
     layout = bases.spec.layout
@@ -264,10 +268,3 @@ def _by_head(x: Tensor, maps: Sequence[tuple[Tensor, Tensor]], side: int) -> Ten
     """Every head's channels (last dimension) times its map."""
     parts = torch.split(x, [len(pair[side]) for pair in maps], dim=-1)
     return torch.cat([part @ pair[side].to(x).T for part, pair in zip(parts, maps, strict=True)], dim=-1)
-
-
-class _Side:
-    """Passes on what :func:`listen` tells."""
-
-    def __init__(self, take: Any) -> None:
-        self.receive = take

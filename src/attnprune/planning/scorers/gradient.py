@@ -14,7 +14,7 @@ from ...calibration.losses import LossFn, ProjectionLoss, loss_of
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
 from ...calibration.sample import counts_in, samples_of
-from ...errors import DataError, NonFiniteError
+from ...errors import DataError, NonFiniteError, ScorerError
 from ...families.base import AttentionView
 from ...families.slots import Slot
 from ...nn.outputs import OutputFn
@@ -199,26 +199,62 @@ class GradientScorer(Scorer):
     def score(
         self, model: nn.Module, views: Sequence[AttentionView], **evidence: Unpack[Evidence]
     ) -> dict[str, Scores]:
+        means = self._means(model, views, self.reduce, **evidence)
+        return {view.name: self.finish(view, *means[view.name]) for view in views}
+
+    def score_features(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **evidence: Unpack[Evidence],
+    ) -> dict[str, dict[Projection, Tensor]]:
+        def reduce(view: AttentionView, grads: Gradients) -> tuple[Tensor, ...]:
+            return tuple(self.reduce_features(view, grads, p) for p in which)
+
+        means = self._means(model, views, reduce, **evidence)
+        return {name: {p: one.cpu() for p, one in zip(which, parts, strict=True)} for name, parts in means.items()}
+
+    def _means(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        reduce: Callable[[AttentionView, Gradients], tuple[Tensor, ...]],
+        **evidence: Unpack[Evidence],
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """By view the means over batches of what ``reduce`` makes of a batch's gradients."""
         totals: dict[str, tuple[Tensor, ...]] = {}
 
         def add(number: int, found: Mapping[str, Gradients]) -> None:
             for view in views:
-                parts = self.reduce(view, found[view.name])
-                check_finite(view.name, parts[0].sum() + parts[1].sum(), number)
+                parts = reduce(view, found[view.name])
+                check_finite(view.name, torch.stack([part.sum() for part in parts[:2]]), number)
                 old = totals.get(view.name)
                 totals[view.name] = parts if old is None else tuple(a + b for a, b in zip(old, parts, strict=True))
 
         count = gradients(model, views, self.name, add, **evidence)
         totals, count = pooled((totals, count))
-        return {view.name: self.finish(view, *(total / count for total in totals[view.name])) for view in views}
+        return {name: tuple(total / count for total in parts) for name, parts in totals.items()}
 
     @abstractmethod
     def reduce(self, view: AttentionView, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         """For one batch: qk ``(channels of K,)`` and vo ``(channels of V,)`` in stored order, head ``(heads,)``;
         float64."""
 
+    def reduce_features(self, view: AttentionView, grads: Gradients, projection: Projection) -> Tensor:
+        """For one batch ``(features,)`` of a projection; float64."""
+        raise ScorerError(
+            f"scorer {self.name}", "reduce_features, to score features", "none", "write it, or use another scorer"
+        )
+
     def finish(self, view: AttentionView, qk: Tensor, vo: Tensor, head: Tensor) -> Scores:
         return Scores(view.by_head(qk, "qk").cpu(), view.by_head(vo, "vo").cpu(), head.cpu())
+
+
+def columns(view: AttentionView, values: Mapping[str, Tensor], projection: Projection) -> Tensor:
+    """``(channels, features)``: what slots hold that share a projection's features (:func:`.base.weights_of`)."""
+    sides = ("q", "x", "g") if projection == "q" else (projection,)
+    return torch.cat([values[f"{side}.weight"] for side in sides if f"{side}.weight" in view.slots])
 
 
 def head_sums(view: AttentionView, values: Mapping[Projection, Tensor]) -> Tensor:

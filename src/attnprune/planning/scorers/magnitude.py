@@ -12,7 +12,7 @@ from ...errors import OptionError
 from ...families.base import AttentionView
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
-from .base import Evidence, Scorer
+from .base import Evidence, Scorer, weights_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,7 +23,8 @@ class Magnitude(Scorer):
 
     A qk channel scores ``(|Q row| + |K row|) / 2``, a vo channel ``(|V row| + |O column|) / 2``, a head the mean of
     the norms of its parts of Q, K, V and O. With grouped queries the rows of Q (columns of O) of all query heads that
-    share a channel are added up. Biases do not count. Computed in float64.
+    share a channel are added up. A feature scores the norm of a projection's weights for it. Biases do not count.
+    Computed in float64.
 
     Args:
         p: 1 or 2, the norm. The paper's public configs have 1: ``scorer="magnitude-l1"``.
@@ -61,3 +62,19 @@ class Magnitude(Scorer):
             heads = torch.stack([norms[p][slice(*span)].norm(self.p) for span in view.spans(p)])
             whole.append(heads[key_of] if p in "kv" else heads)
         return Scores(qk, vo, torch.stack(whole).mean(0))
+
+    @torch.no_grad()
+    def score_features(
+        self,
+        model: nn.Module | None,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **_: Unpack[Evidence],
+    ) -> dict[str, dict[Projection, Tensor]]:
+        return {
+            view.name: {
+                p: torch.linalg.vector_norm(weights_of(view, p), self.p, dim=0, dtype=torch.float64).cpu()
+                for p in which
+            }
+            for view in views
+        }

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...families.base import AttentionView
 from ...values.layout import Projection
-from .gradient import Gradients, GradientScorer, head_sums, unit_sums
+from .base import weights_of
+from .gradient import Gradients, GradientScorer, columns, head_sums, unit_sums
 
 
 class Taylor(GradientScorer):
@@ -37,3 +38,7 @@ class Taylor(GradientScorer):
         size = torch.square if self.squared else torch.abs
         qk, vo = unit_sums(view, sums)
         return size(qk), size(vo), size(head_sums(view, sums))
+
+    def reduce_features(self, view: AttentionView, grads: Gradients, projection: Projection) -> Tensor:
+        sums = (weights_of(view, projection) * columns(view, grads, projection)).sum(0, dtype=torch.float64)
+        return sums.square() if self.squared else sums.abs()

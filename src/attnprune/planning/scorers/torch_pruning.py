@@ -15,7 +15,7 @@ from ...errors import ScorerError
 from ...families.base import AttentionView
 from ...families.slots import gathered
 from ...surgery import as_called
-from ...values.layout import PROJECTIONS, Kind, Projection
+from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
 from .base import Evidence, Scorer
 from .gradient import Gradients, gradients, head_sums
@@ -65,6 +65,27 @@ class TorchPruning(Scorer):
                 for view in linears
             }
 
+    def score_features(
+        self,
+        model: nn.Module,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **evidence: Unpack[Evidence],
+    ) -> dict[str, dict[Projection, Tensor]]:
+        if evidence.get("data") is not None:
+            grads = self._gradients(model, views, **evidence)
+        else:
+            grads = {view.name: self._held(view) for view in views}
+        found: dict[str, dict[Projection, Tensor]] = {}
+        with as_called(views) as linears, torch.random.fork_rng(devices=()):
+            for view in linears:
+                for p in which:
+                    side = "out" if p == "o" else "in"
+                    layers = [(linear, side) for linear in _lend(view, p, grads[view.name])]
+                    scores = self._ask(view, f"{p} feature", layers, view.spec.width(p))
+                    found.setdefault(view.name, {})[p] = scores
+        return found
+
     def _held(self, view: AttentionView) -> dict[str, Tensor]:
         """The gradients that the importance has gathered itself, or that the model holds, as ``(channels, ...)``."""
         held, counts = getattr(self.importance, "_accu_grad", {}), getattr(self.importance, "_counter", {})
@@ -105,7 +126,7 @@ class TorchPruning(Scorer):
         share = torch.tensor([spec.groups[key] for key in spec.layout.key_of], device="cpu")
         return Scores(view.by_head(qk, "qk"), view.by_head(vo, "vo"), head_sums(view, {"k": qk, "v": vo}) / share)
 
-    def _ask(self, view: AttentionView, kind: Kind, layers: list[tuple[nn.Linear, str]], channels: int) -> Tensor:
+    def _ask(self, view: AttentionView, kind: str, layers: list[tuple[nn.Linear, str]], channels: int) -> Tensor:
         try:
             importance = copy.copy(self.importance)  # one that has gathered gradients writes them to the model
             if hasattr(importance, "zero_grad"):
@@ -122,7 +143,7 @@ class TorchPruning(Scorer):
             found = "none" if value is None else f"shape {tuple(getattr(value, 'shape', ()))}"
             raise ScorerError(
                 f"{view.name}: {self.name}",
-                f"one importance for each of {channels} {kind} channels",
+                f"one importance for each of {channels} {kind if 'feature' in kind else f'{kind} channel'}s",
                 found,
                 "use an importance that scores Linear layers by weight or gradient",
             )
