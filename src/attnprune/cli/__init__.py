@@ -135,12 +135,13 @@ def _ratios(group: Any) -> None:
     )  # fmt: skip
     shares = {
         "error": "of energy that may be lost",
-        "latency": "of latency to keep",
-        "macs": "of multiply-adds to keep",
-        "params": "of the model's parameters to keep",
+        "latency": "of latency to keep, or a time (20ms)",
+        "macs": "of multiply-adds to keep, or how many (4e9)",
+        "params": "of the model's parameters to keep, or how many (1e7)",
     }
     for name, text in shares.items():
-        group.add_argument(f"--target-{name}", type=float, metavar="X", help=f"instead: the share {text}")
+        kind = _time if name == "latency" else float
+        group.add_argument(f"--target-{name}", type=kind, metavar="X", help=f"instead: the share {text}")
 
 
 def _options(one: argparse.ArgumentParser) -> None:
@@ -205,6 +206,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _time(text: str) -> float | str:
+    """A share is a number; what has a unit stays as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _multiple(text: str) -> int | str:
