@@ -99,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
     one.add_argument("--against", type=Path, metavar="DIR", required=True, help="the dense model")
     _inputs(one, batch=1)
-    one.add_argument("--rounds", type=_count, default=20, help="paired runs (default: %(default)s)")
+    one.add_argument("--seconds", type=_seconds, default=20.0, help="about how long to measure (default: %(default)g)")
+    one.add_argument("--rounds", type=_count, help="so many paired runs instead, however long they take")
     one.add_argument("--threads", type=_count, help="threads of PyTorch (default: as it has them)")
     one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as saved")
     _device(one)
@@ -206,6 +207,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return found
 
 
 def _time(text: str) -> float | str:

@@ -45,8 +45,11 @@ class Done(NamedTuple):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside the block transformers' own bars and advice do not stand between ours."""
-    from transformers.utils import logging
-
+    try:
+        from transformers.utils import logging
+    except ModuleNotFoundError:  # what needs it says so, once all else is right
+        yield
+        return
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -148,7 +151,7 @@ def bench(args: argparse.Namespace) -> Done:
     if given is None:
         raise OptionError("--data", "inputs for this model", "none", "give a safetensors file of them")
     threads = torch.get_num_threads() if args.threads is None else args.threads
-    times = compare(pruned, dense, given, args.rounds, threads)
+    times = compare(pruned, dense, given, args.rounds, threads, args.seconds)
     parameters = (count_parameters(pruned), count_parameters(dense))
     macs = (count_macs(pruned, given), count_macs(dense, given))
     inputs = {name: list(value.shape) for name, value in given.items()}
@@ -161,7 +164,8 @@ def bench(args: argparse.Namespace) -> Done:
         "milliseconds": [1000 * times.ours, 1000 * times.theirs],
         "latency_ratio": times.ratio,
         "latency_ratio_quartiles": list(times.quartiles),
-        "rounds": args.rounds,
+        "rounds": times.rounds,
+        "doubt": times.doubt,
     }
     low, high = times.quartiles
     rows = [["", "pruned", "dense", "ratio"]]
@@ -169,8 +173,9 @@ def bench(args: argparse.Namespace) -> Done:
     rows.append(["multiply-adds", f"{macs[0]:,}", f"{macs[1]:,}", f"{macs[0] / max(macs[1], 1):.3f}"])
     rows.append(["latency, ms", f"{1000 * times.ours:.2f}", f"{1000 * times.theirs:.2f}", f"{times.ratio:.3f}"])
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in inputs.items())
-    note = f"latency: medians of {args.rounds} paired runs; half of the ratios lie between {low:.3f} and {high:.3f}"
-    return Done(facts, f"{shapes}; {args.device}, {threads} threads\n{_table(rows)}\n{note}")
+    notes = [f"latency: medians of {times.rounds} paired runs; half of the ratios lie between {low:.3f} and {high:.3f}"]
+    notes += [f"note: {times.doubt}"] * bool(times.doubt)
+    return Done(facts, "\n".join([f"{shapes}; {args.device}, {threads} threads", _table(rows), *notes]))
 
 
 def export(args: argparse.Namespace) -> Done:

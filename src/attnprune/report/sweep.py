@@ -146,7 +146,7 @@ class Sweep:
         for row in (self.dense, *self.rows):
             whole = row is self.dense
             drop = self.drop(row)
-            change = "" if whole or drop is None else f"{-drop if self.higher_is_better else drop:+.4g}"
+            change = "" if whole or drop is None else f"{0.0 - drop if self.higher_is_better else drop:+.4g}"
             cells = [row.way, "" if whole else f"{row.ratio:g}", "" if whole else _said(row.achieved, "{:.1%}"),
                      _said(row.score, "{:.5g}"), change]  # fmt: skip
             for by in ("params", "macs", "latency", "memory"):
