@@ -207,6 +207,7 @@ def test_faults_are_said_together_and_before_anything_runs() -> None:
 
 
 DENSE = Row("dense", 0.0, 0.0, 90.0, 1000, 100, 10, 1.0, 0.001)
+LARGE = Row("dense", 0.0, 0.0, 90.0, 7_000_000_000, 10**15, 10**12)
 ROWS = (
     Row("a", 0.5, 0.5, 89.6, 800, 80, 8, 0.9, 0.0009),
     Row("a", 0.75, 0.75, 89.4, 700, 70, 7, 0.7, 0.0007),
@@ -264,6 +265,7 @@ def test_the_table_as_text_html_and_json() -> None:
     again = Sweep.from_json(TABLE.to_json())
     assert again == TABLE
     assert (again.ways, again.rows[1].latency) == (TABLE.ways, 0.7)
+    assert Sweep.from_json(Sweep(LARGE, ()).to_json()).dense == LARGE
     odd = Sweep(DENSE, ROWS, {"a": {"scorer": object, "include": ["x"], "rules": {"scope": "local"}}})
     assert json.loads(odd.to_json())["ways"]["a"]["include"] == ["x"]
 
@@ -383,6 +385,7 @@ def test_memory_is_the_most_that_is_alive_at_a_moment() -> None:
     weights, x = 2 * 8 * 64, torch.zeros(10, 8)
     assert peak_bytes(model, x) == 4 * (weights + 80 + 2 * 640), "both sides of the ReLU at once"
     assert peak_bytes(nn.Sequential(*[nn.ReLU() for _ in range(9)]), x) == 4 * 3 * 80, "what went does not count"
+    assert peak_bytes(model, torch.zeros(99, 8)[:10]) == peak_bytes(model, x), "of an input, what the model sees"
     tied = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     tied[1].weight = tied[0].weight  # type: ignore[union-attr]
     assert peak_bytes(tied, x) == 4 * (64 + 3 * 80), "shared weights count once"

@@ -30,8 +30,10 @@ def peak_bytes(model: nn.Module, example_inputs: Any) -> int:
     True
     """
     with evaluated(model), unfused(), _Watch() as watch:
-        for tensor in chain(model.parameters(), model.buffers(), tensors_in(example_inputs)):
+        for tensor in chain(model.parameters(), model.buffers()):
             watch.see(tensor)
+        for tensor in tensors_in(example_inputs):
+            watch.see(tensor, tensor.nbytes)  # it may be a part of something large
         run(model, example_inputs)
         found: int = watch.peak
     return found
@@ -45,10 +47,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[UntypedStorage]] = {}
 
-    def see(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage until it goes."""
+    def see(self, tensor: Tensor, size: int | None = None) -> None:
+        """Counts a tensor's storage, or ``size`` bytes of it, until it goes."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes() if size is None else size
         if key in self._alive:
             return
 

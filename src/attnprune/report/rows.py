@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 from ..values import fields
 
 Size = Literal["params", "latency", "macs", "memory"]
 SIZES: tuple[Size, ...] = ("params", "latency", "macs", "memory")
+Count = Annotated[int, partial(fields.integer, high=1 << 62)]
+"""A whole number from 0, of parameters, multiply-adds or bytes."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,11 @@ class Row:
     """The share of the attention weights that went."""
     score: float | None = None
     """What ``evaluate`` gave."""
-    params: int | None = None
+    params: Count | None = None
     """Parameters of the whole model."""
-    macs: int | None = None
+    macs: Count | None = None
     """Multiply-adds of a forward pass over the example inputs."""
-    memory: int | None = None
+    memory: Count | None = None
     """The most bytes of tensors at a moment of that pass (:func:`attnprune.cost.memory.peak_bytes`)."""
     latency: float | None = field(default=None, compare=False)
     """Its time over the dense model's: the median of pairs, measured in turns."""

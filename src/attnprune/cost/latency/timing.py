@@ -105,11 +105,11 @@ def paired(
                 clock.wait()
                 start = clock.now()
                 result = functions[name]()
-                (seconds,) = clock.seconds([(start, clock.now())])
+                (took,) = clock.seconds([(start, clock.now())])
             finally:
                 gc.enable()
             steps = dict(result) if isinstance(result, Mapping) else {}
-            found = {name: sum(steps.values()) if steps else seconds}
+            found = {name: sum(steps.values()) if steps else took}
             found |= {f"{name}: {step}": value for step, value in steps.items()}
             if number >= 0:
                 for key, value in found.items():
