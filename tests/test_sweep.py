@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,35 +302,39 @@ def test_the_picture_has_a_line_for_every_way(tmp_path: Path) -> None:
 # going on
 
 
+class Counter:
+    """How often something was called."""
+
+    calls = 0
+
+
 def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    path, calls = tmp_path / "rows.json", [0]
-    stop = 3
+    path, seen = tmp_path / "rows.json", Counter()
 
     def counted(model: nn.Module) -> float:
-        if calls[0] == stop:
+        seen.calls += 1
+        if seen.calls == 4:
             raise KeyboardInterrupt
-        calls[0] += 1
         return total(model)
 
     with pytest.raises(KeyboardInterrupt):
         quick(encoder(), counted, resume=path)
     assert len(json.loads(path.read_text())["rows"]) == 3
-    stop = 99
     table = quick(encoder(), counted, resume=path)
-    assert calls[0] == 5, "three rows were there"
+    assert seen.calls == 4 + 2, "three rows were there"
     assert table == quick(encoder())
     assert [one.name for one in tmp_path.iterdir()] == ["rows.json"]
 
 
 def test_rows_of_something_else_are_not_mixed_up(tmp_path: Path) -> None:
-    path, calls = tmp_path / "rows.json", [0]
+    path, seen = tmp_path / "rows.json", Counter()
 
     def counted(model: nn.Module) -> float:
-        calls[0] += 1
+        seen.calls += 1
         return total(model)
 
     def other(model: nn.Module) -> float:
-        calls[0] += 1
+        seen.calls += 1
         return 2 * total(model)
 
     base = {"ways": ["default"], "ratios": [0.5], "resume": path}
@@ -349,9 +354,9 @@ def test_rows_of_something_else_are_not_mixed_up(tmp_path: Path) -> None:
         (encoder(), counted, {"ways": [{"name": "renamed"}]}, 0),
         (encoder(), counted, {}, 0),
     ):
-        before = calls[0]
+        before = seen.calls
         made.append(quick(model, evaluate, **{**base, **options}))
-        assert calls[0] - before == new, options
+        assert seen.calls - before == new, options
     assert made[0] == made[1] == made[-1]
     assert made[2].dense.score != made[0].dense.score
     assert made[-2].rows[0].way == "renamed"
@@ -366,6 +371,13 @@ def test_a_file_of_something_else_is_refused_and_kept(text: str, tmp_path: Path)
     assert path.read_text() == text
 
 
+def scaled(factor: float) -> Callable[[nn.Module], float]:
+    def evaluate(model: nn.Module) -> float:
+        return factor * total(model)
+
+    return evaluate
+
+
 def test_a_fingerprint_tells_what_differs() -> None:
     model, same = encoder(), encoder()
     assert digest(model) == digest(same)
@@ -373,8 +385,11 @@ def test_a_fingerprint_tells_what_differs() -> None:
     different = [
         model, same, encoder(1), [1, 2], [12], {"a": 1}, {"b": 1}, torch.ones(2), torch.ones(2).double(),
         torch.ones(2, 1), lambda model: 1, lambda model: 2, total, 1, True, "1", None,
+        scaled(2.0), scaled(3.0), partial(scaled, 2.0), partial(scaled, 3.0), np.ones(2), np.zeros(2), {1, 2}, {1, 3},
+        int, float,
     ]  # fmt: skip
     assert len({digest(one) for one in different}) == len(different)
+    assert digest(scaled(2.0)) == digest(scaled(2.0))
 
 
 # memory

@@ -280,7 +280,8 @@ def planned_report(model: nn.Module, made: Decided) -> Report:
     removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
     views = all_views(plain(model), _names(plan))
     ways, cache = ways_of(views, plan), cache_of(views, plan)
-    return Report(plan, (before, before - removed), skipped=made.skipped, ways=ways, cache_bytes=cache)
+    notes = (*notes_of(views, plan), *slow_shapes(views, plan))
+    return Report(plan, (before, before - removed), notes=notes, skipped=made.skipped, ways=ways, cache_bytes=cache)
 
 
 def _averaged(model: nn.Module) -> nn.Module:

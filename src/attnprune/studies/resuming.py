@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -83,8 +84,8 @@ def _read(path: Path) -> dict[str, Row]:
 def digest(*values: object) -> str:
     """A fingerprint of values: equal for equal ones in every process, another one where something differs.
 
-    Tensors count by what they hold, modules by their classes, settings and tensors, functions by their name and code,
-    other objects by their class and attributes.
+    Tensors count by what they hold, modules by their classes, settings and tensors, functions by their name, code,
+    defaults, and the tensors, numbers and texts of their closure, other objects by their class and attributes.
 
     >>> digest({"a": 1, "b": torch.ones(2)}) == digest({"b": torch.ones(2), "a": 1})
     True
@@ -117,13 +118,23 @@ def _add(found: Any, value: object, depth: int) -> None:
             _add(found, one, depth)
     elif value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
         found.update(repr(value).encode())
+    elif isinstance(value, (set, frozenset)):
+        _add(found, sorted(map(repr, value)), depth)
+    elif isinstance(value, partial):
+        _add(found, [value.func, value.args, value.keywords], depth - 1)
     elif isinstance(code := getattr(value, "__code__", None), CodeType):
         found.update(f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}".encode())
         _add_code(found, code)
-    elif depth > 0 and hasattr(value, "__dict__"):
+        if depth > 0:  # of objects in a closure the class alone counts: counters and loggers change from run to run
+            cells = [one.cell_contents for one in getattr(value, "__closure__", None) or ()]
+            held = (getattr(value, key, None) for key in ("__self__", "__defaults__", "__kwdefaults__"))
+            _add(found, [*cells, *held], 0)
+    elif callable(getattr(value, "tobytes", None)):  # arrays
+        found.update(f"{getattr(value, 'dtype', '')}{getattr(value, 'shape', '')}".encode() + value.tobytes())  # type: ignore[attr-defined]
+    elif depth > 0 and hasattr(value, "__dict__") and not isinstance(value, type):
         _add(found, vars(value), depth - 1)
     elif hasattr(value, "__qualname__"):
-        found.update(str(getattr(value, "__qualname__")).encode())  # noqa: B009
+        found.update(f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode())
 
 
 def _add_code(found: Any, code: CodeType) -> None:
