@@ -29,7 +29,7 @@ from attnprune.studies.resuming import digest
 MAGNITUDE = {"name": "magnitude", "scorer": "magnitude"}
 
 
-def encoder(seed: int = 0, layers: int = 2) -> nn.Module:
+def encoder(seed: int = 0, layers: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -60,10 +60,10 @@ def quick(model: nn.Module, evaluate: Callable[[nn.Module], Any] = total, **opti
 
 def test_rows_are_what_pruning_a_copy_gives() -> None:
     model = encoder().eval()
-    table = quick(model, ways=["default", "accurate", MAGNITUDE, {"sequential": True}])
+    table = quick(model, ways=["default", MAGNITUDE, {"sequential": True}])
     assert (table.dense.score, table.dense.params) == (total(model), sum(p.numel() for p in model.parameters()))
     assert [(row.way, row.ratio) for row in table.rows] == [
-        (way, ratio) for way in ("default", "accurate", "magnitude", "sequential=True") for ratio in (0.5, 0.75)
+        (way, ratio) for way in ("default", "magnitude", "sequential=True") for ratio in (0.5, 0.75)
     ]
     for row in table.rows:
         again = copy.deepcopy(model)
@@ -87,7 +87,7 @@ def test_one_calibration_serves_all_ways_that_need_the_same(monkeypatch: pytest.
         return real(*args, across_heads=across_heads, **options)
 
     monkeypatch.setattr(sweeping, "calibrate", counted)
-    quick(encoder(), ways=["default", "accurate", MAGNITUDE, {"compensate": False}, {"sequential": True}])
+    quick(encoder(), ratios=[0.5], ways=["default", "accurate", MAGNITUDE, {"compensate": False}, {"sequential": True}])
     assert sorted(passes) == [False, True]
 
 
@@ -127,7 +127,7 @@ def test_data_are_read_once() -> None:
 
 
 def test_time_is_that_of_pairs_and_no_part_of_equality() -> None:
-    table = quick(encoder(layers=1), ways=["default"], ratios=[0.5], seconds=0.01)
+    table = quick(encoder(), ways=["default"], ratios=[0.5], seconds=0.01)
     (row,) = table.rows
     assert table.dense.latency == 1
     assert row.latency is not None
@@ -410,7 +410,7 @@ def test_memory_is_the_most_that_is_alive_at_a_moment() -> None:
 
 
 def test_costs_are_those_of_one_layer_alone() -> None:
-    model = encoder().train()
+    model = encoder(layers=2).train()
     before = whole(model)
     found = sensitivity(model, DATA, parts=["layer", "qk"])
     assert all(torch.equal(value, before[key]) for key, value in whole(model).items())
