@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE / "keywords"))
 from data import load_model, load_split  # noqa: E402
 
 OUT = HERE.parent / "docs" / "_static" / "gallery"
+TABLE = HERE.parent / "docs" / "_static" / "sweep.json"
 LARGEST = 60_000  # bytes
 LAYER = "audio_spectrogram_transformer.layers.2.attention"
 
@@ -54,6 +55,10 @@ def main() -> None:
     fisher = attnprune.score_attention(model, "fisher", basis="channels", data=data)
     save(attnprune.plots.scores(fisher), out / "scores.png")
     save(fisher[LAYER].plot(name=LAYER), out / "channels.png")
+
+    save(attnprune.sensitivity(model, data).plot(), out / "sensitivity.png")
+    table = attnprune.Sweep.from_json(TABLE.read_text())  # python examples/sweep_keywords.py --table writes it
+    save(table.plot(), out / "sweep.png")
 
     for name, options in {
         "uniform": {"scorer": "fisher", "basis": "channels", "compensate": False},

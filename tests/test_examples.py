@@ -39,3 +39,14 @@ def test_trainer(capsys: Any, name: str) -> None:
     assert "50% of Q removed" in last
     first, final = (float(number) for number in last.split(",")[0].removeprefix("loss ").split(" -> "))
     assert final < first
+
+
+def test_sweep_of_keywords(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--ways", "1", "--samples", "32", "--clips", "20", "--seconds", "0", "--plot", f"{tmp_path}/a.png"]
+    monkeypatch.setattr("sys.argv", ["sweep_keywords.py", *words])
+    runpy.run_path(str(EXAMPLES / "sweep_keywords.py"))["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[4:7]] == [["default", ratio] for ratio in ("0.25", "0.5", "0.75")]
+    assert lines[-2].startswith("on 20 test clips that chose nothing: dense ")
+    assert lines[-1].startswith("best by params: ")
+    assert (tmp_path / "a.png").exists()

@@ -24,6 +24,7 @@ ROOMS = (
     "checkpoint",
     "api",
     "by_hand",
+    "studies",
     "training",
     "integrations",
     "cli",

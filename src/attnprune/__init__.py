@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from .planning.scoring import score_attention
     from .report import plots
     from .report.report import Report
+    from .report.sensitivity import Sensitivity
+    from .report.sweep import Sweep
+    from .studies.sensitivity import sensitivity
+    from .studies.sweep import sweep
     from .surgery import ParamMap, Surgeon
     from .surgery.pack import pack_qkv, unpack_qkv
     from .training.ddp import rewrap
@@ -74,6 +78,10 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "planning.scorers": "Scorer",
     "planning.scoring": "score_attention",
     "report.report": "Report",
+    "report.sensitivity": "Sensitivity",
+    "report.sweep": "Sweep",
+    "studies.sensitivity": "sensitivity",
+    "studies.sweep": "sweep",
     "surgery": "ParamMap Surgeon",
     "surgery.pack": "pack_qkv unpack_qkv",
     "training.ddp": "rewrap",
@@ -122,8 +130,10 @@ __all__ = [
     "Rules",
     "Scorer",
     "Scores",
+    "Sensitivity",
     "Slot",
     "Surgeon",
+    "Sweep",
     "across_processes",
     "adapters",
     "allocate",
@@ -155,7 +165,9 @@ __all__ = [
     "save_pruned",
     "score_attention",
     "scorers",
+    "sensitivity",
     "skipped_attention",
+    "sweep",
     "teacher_loss",
     "unpack_qkv",
     "unregister_adapter",

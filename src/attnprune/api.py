@@ -18,7 +18,7 @@ from .families.base import AttentionView
 from .families.looks import Skipped
 from .families.registry import Survey, all_views, chosen, find_views, plain, report_skipped, select
 from .nn.kept import ordinary
-from .report.making import cache_of, measured, missed, notes_of, ways_of
+from .report.making import cache_of, measured, missed, notes_of, slow_shapes, warn_of_time, ways_of
 from .report.report import Report
 from .surgery import (
     OptimizerPatch,
@@ -143,6 +143,7 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
         asked = replace(request, evidence=replace(evidence, data=sample.data))
         plan = decide(model, views, *fitted(asked, model, views))
         check_expressible(views, plan)
+        warn_of_time(plan, evidence.latency)
         if rules.stock:
             check_stock(model, plan.after)
         seen = survey.skipped(run if request.verify and sample.given else None)
@@ -244,7 +245,7 @@ def prepare_plan(
     before = count_parameters(model)
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     latency = measured(model, surgeon, plan, example_inputs) if measure else None
-    notes += missed(plan, latency)
+    notes += missed(plan, latency) if measure else slow_shapes(views, plan)
     ways, cache = ways_of(views, plan), cache_of(views, plan)
     skipped = survey.skipped() if skipped is None else skipped
     check = _verification(model, views, plan, sample, verify)
@@ -279,7 +280,8 @@ def planned_report(model: nn.Module, made: Decided) -> Report:
     removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
     views = all_views(plain(model), _names(plan))
     ways, cache = ways_of(views, plan), cache_of(views, plan)
-    return Report(plan, (before, before - removed), skipped=made.skipped, ways=ways, cache_bytes=cache)
+    notes = (*notes_of(views, plan), *slow_shapes(views, plan))
+    return Report(plan, (before, before - removed), notes=notes, skipped=made.skipped, ways=ways, cache_bytes=cache)
 
 
 def _averaged(model: nn.Module) -> nn.Module:

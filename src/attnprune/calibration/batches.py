@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..errors import DataError, OptionError
+from ..errors import AttnPruneError, DataError, OptionError
+from ..nn.nested import tensors_in
 
 
 class Call(NamedTuple):
@@ -28,10 +29,10 @@ class Call(NamedTuple):
         """The model's output.
 
         Raises:
-            DataError: the model cannot be called so.
+            DataError: the model cannot be called so, or only with samples along the first dimension.
         """
         if self.sure:
-            return model(*self.args, **self.kwargs)
+            return called(model, self.args, self.kwargs)
         try:
             return model(*self.args, **self.kwargs)
         except Exception as error:  # whatever a model raises that does not take a mapping
@@ -115,6 +116,46 @@ def unfit(model: nn.Module, batch: Any) -> DataError:
         described(batch),
         "rename or reorder what batches hold, or pass loss_fn, which then takes batches of any form",
     )
+
+
+def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str = "data") -> Any:
+    """The output of ``model(*args, **kwargs)``.
+
+    Raises:
+        DataError: it fails, and there is no tensor in what it is called with, or with one more dimension in front it
+            would not fail: that is a sample, not a batch.
+    """
+    try:
+        return model(*args, **kwargs)
+    except (AttnPruneError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model raises where a dimension is missing
+        if next(tensors_in([args, kwargs]), None) is None:
+            remedy = 'make tensors of them: torch.tensor(...), or return_tensors="pt" of a tokenizer'
+            raise DataError(where, "tensors", described(kwargs or args), remedy) from error
+        if not _runs(model, _lifted(args), _lifted(kwargs)):
+            raise
+        expected = "a batch, with samples along the first dimension"
+        remedy = "put a single sample in a batch with x[None], or take a DataLoader, which makes batches"
+        raise DataError(where, expected, described(kwargs or args), remedy) from error
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _lifted(value: Any) -> Any:
+    """A value whose tensors have one more dimension in front."""
+    if isinstance(value, Tensor):
+        return value[None]
+    if isinstance(value, Mapping):
+        return {key: _lifted(one) for key, one in value.items()}
+    return tuple(_lifted(one) for one in value) if isinstance(value, (tuple, list)) else value
 
 
 def described(batch: Any) -> str:

@@ -185,9 +185,11 @@ def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:
         ways = {str(name): str(way) for name, way in saved.get("ways", {}).items()}
         cache, seen = saved.get("cache_bytes"), saved.get("verified")
         verified = None if seen is None else Verified(float(seen["error"]), int(seen["samples"]))
-        return Report(
+        found = Report(
             Plan(tuple(layers), asked), whole.model_parameters, macs, notes, None, skipped, ways,
             None if cache is None else (int(cache[0]), int(cache[1])), verified,
         )  # fmt: skip
+        told = asked is None or "ratios" not in saved["how"] or found.asked == saved["asked"]  # earlier: ratios alone
+        return found if told else None
     except (AttnPruneError, LookupError, TypeError, ValueError, AttributeError):  # a report of another version
         return None

@@ -1,4 +1,4 @@
-"""The command ``attnprune``: inspect, plan, prune, report, bench and export models in directories.
+"""The command ``attnprune``: inspect, plan, prune, report, sweep, bench and export models in directories.
 
 Exit codes: 0; 1 if a command fails, with a message on stderr and nothing written; 2 for wrong usage; 130 for an
 interrupt.
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttnPruneError
+from ..report.rows import SIZES
 from ..values.method import BASES, SCORERS
 from ..values.presets import PRESETS
 from ..values.rules import OPTIONS
-from . import commands
+from . import commands, trying
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -90,11 +91,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
 
+    one = _command(kinds, "sweep", "ways of pruning side by side, judged by a function of yours", trying.sweep_command)
+    _model(one)
+    _sweep(one)
+
     one = _command(kinds, "bench", "latency, parameters and multiply-adds against another model", commands.bench)
     one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
     one.add_argument("--against", type=Path, metavar="DIR", required=True, help="the dense model")
     _inputs(one, batch=1)
-    one.add_argument("--rounds", type=_count, default=20, help="paired runs (default: %(default)s)")
+    one.add_argument("--seconds", type=_seconds, default=20.0, help="about how long to measure (default: %(default)g)")
+    one.add_argument("--rounds", type=_count, help="so many paired runs instead, however long they take")
     one.add_argument("--threads", type=_count, help="threads of PyTorch (default: as it has them)")
     one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as saved")
     _device(one)
@@ -130,12 +136,13 @@ def _ratios(group: Any) -> None:
     )  # fmt: skip
     shares = {
         "error": "of energy that may be lost",
-        "latency": "of latency to keep",
-        "macs": "of multiply-adds to keep",
-        "params": "of the model's parameters to keep",
+        "latency": "of latency to keep, or a time (20ms)",
+        "macs": "of multiply-adds to keep, or how many (4e9)",
+        "params": "of the model's parameters to keep, or how many (1e7)",
     }
     for name, text in shares.items():
-        group.add_argument(f"--target-{name}", type=float, metavar="X", help=f"instead: the share {text}")
+        kind = _time if name == "latency" else float
+        group.add_argument(f"--target-{name}", type=kind, metavar="X", help=f"instead: the share {text}")
 
 
 def _options(one: argparse.ArgumentParser) -> None:
@@ -159,10 +166,33 @@ def _options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _inputs(one: argparse.ArgumentParser, batch: int) -> None:
+def _sweep(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--eval", required=True, metavar="MODULE:NAME", help="a function of a model that gives its score")
+    one.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75], metavar="R", help="shares to remove")
+    one.add_argument("--ways", nargs="+", default=["default", "accurate", "fast", "paper:PH-G-FI"], metavar="WAY",
+                     help=f"default, {', '.join(PRESETS)}")  # fmt: skip
+    _inputs(one, batch=8, named=True)
+    one.add_argument("--samples", type=_count, metavar="N", help="use the first N samples of a file only")
+    one.add_argument("--lower-is-better", action="store_true", help="the score is a loss, an error, a perplexity")
+    one.add_argument("--within", type=float, default=0.5, metavar="X",
+                     help="what the best may lose, in the unit of the score (default: %(default)s)")  # fmt: skip
+    one.add_argument("--by", choices=SIZES, default="params", help="what the best has least of (default: %(default)s)")
+    one.add_argument("--seconds", type=float, default=2.0, metavar="S",
+                     help="how long each row is timed; 0: not at all (default: %(default)s)")  # fmt: skip
+    one.add_argument("--resume", type=Path, metavar="FILE", help="keep finished rows there, and go on from them")
+    one.add_argument("--include", nargs="+", metavar="GLOB", help="only attention modules of these names")
+    one.add_argument("--exclude", nargs="+", metavar="GLOB", help="no attention modules of these names")
+    one.add_argument("--seed", type=int, help="where random numbers start")
+    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    one.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there, as JSON")
+    one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
+
+
+def _inputs(one: argparse.ArgumentParser, batch: int, named: bool = False) -> None:
     one.add_argument(
-        "--data", type=Path, metavar="FILE",
-        help="safetensors with the model's keyword inputs, samples along the first dimension; may hold labels",
+        "--data", type=str if named else Path, metavar="FILE or MODULE:NAME" if named else "FILE",
+        help="safetensors with the model's keyword inputs, samples along the first dimension; may hold labels"
+        + (", or batches of a module of yours" if named else ""),
     )  # fmt: skip
     one.add_argument("--batch-size", type=_count, default=batch, metavar="N", help="default: %(default)s")
     one.add_argument("--length", type=_count, default=128, metavar="N",
@@ -177,6 +207,24 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return found
+
+
+def _time(text: str) -> float | str:
+    """A share is a number; what has a unit stays as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _multiple(text: str) -> int | str:

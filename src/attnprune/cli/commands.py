@@ -45,8 +45,11 @@ class Done(NamedTuple):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside the block transformers' own bars and advice do not stand between ours."""
-    from transformers.utils import logging
-
+    try:
+        from transformers.utils import logging
+    except ModuleNotFoundError:  # what needs it says so, once all else is right
+        yield
+        return
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -116,8 +119,8 @@ def prune(args: argparse.Namespace) -> Done:
             made = decided.plan
         else:
             made = _read_plan(args.plan)
-            model = _loaded(args.directory, args.device)
-            data = _data(args, model)
+            model = loaded(args.directory, args.device)
+            data = data_file(args, model)
         given = data.first(1) if data is not None else example_inputs(model, 1, args.length)
         found = apply_plan(model, made, example_inputs=given)
         save_pruned(model, folder, report=found)
@@ -142,13 +145,13 @@ def report(args: argparse.Namespace) -> Done:
 def bench(args: argparse.Namespace) -> Done:
     """Latency, parameters and multiply-adds against another model."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    pruned, dense = (_loaded(one, args.device, dtype) for one in (args.directory, args.against))
-    data = _data(args, dense)
+    pruned, dense = (loaded(one, args.device, dtype) for one in (args.directory, args.against))
+    data = data_file(args, dense)
     given = data.first(args.batch_size) if data is not None else example_inputs(dense, args.batch_size, args.length)
     if given is None:
         raise OptionError("--data", "inputs for this model", "none", "give a safetensors file of them")
     threads = torch.get_num_threads() if args.threads is None else args.threads
-    times = compare(pruned, dense, given, args.rounds, threads)
+    times = compare(pruned, dense, given, args.rounds, threads, args.seconds)
     parameters = (count_parameters(pruned), count_parameters(dense))
     macs = (count_macs(pruned, given), count_macs(dense, given))
     inputs = {name: list(value.shape) for name, value in given.items()}
@@ -161,7 +164,8 @@ def bench(args: argparse.Namespace) -> Done:
         "milliseconds": [1000 * times.ours, 1000 * times.theirs],
         "latency_ratio": times.ratio,
         "latency_ratio_quartiles": list(times.quartiles),
-        "rounds": args.rounds,
+        "rounds": times.rounds,
+        "doubt": times.doubt,
     }
     low, high = times.quartiles
     rows = [["", "pruned", "dense", "ratio"]]
@@ -169,8 +173,9 @@ def bench(args: argparse.Namespace) -> Done:
     rows.append(["multiply-adds", f"{macs[0]:,}", f"{macs[1]:,}", f"{macs[0] / max(macs[1], 1):.3f}"])
     rows.append(["latency, ms", f"{1000 * times.ours:.2f}", f"{1000 * times.theirs:.2f}", f"{times.ratio:.3f}"])
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in inputs.items())
-    note = f"latency: medians of {args.rounds} paired runs; half of the ratios lie between {low:.3f} and {high:.3f}"
-    return Done(facts, f"{shapes}; {args.device}, {threads} threads\n{_table(rows)}\n{note}")
+    notes = [f"latency: medians of {times.rounds} paired runs; half of the ratios lie between {low:.3f} and {high:.3f}"]
+    notes += [f"note: {times.doubt}"] * bool(times.doubt)
+    return Done(facts, "\n".join([f"{shapes}; {args.device}, {threads} threads", _table(rows), *notes]))
 
 
 def export(args: argparse.Namespace) -> Done:
@@ -178,15 +183,15 @@ def export(args: argparse.Namespace) -> Done:
     if args.stock is not None:
         with Outputs() as outputs:
             folder = outputs.folder(args.stock, args.overwrite)
-            export_stock(_loaded(args.directory), folder)
+            export_stock(loaded(args.directory), folder)
             for name in BESIDE:
                 if (args.directory / name).is_file():
                     shutil.copyfile(args.directory / name, folder / name)
         return Done({"stock": str(args.stock)}, f"wrote {args.stock}, which transformers loads without attnprune")
     from ..checkpoint.onnx import export_onnx
 
-    model = _loaded(args.directory)
-    data = _data(args, model)
+    model = loaded(args.directory)
+    data = data_file(args, model)
     given = data.first(args.batch_size) if data is not None else example_inputs(model, args.batch_size, args.length)
     if given is None:
         raise OptionError("--data", "inputs for this model", "none", "give a safetensors file of them")
@@ -202,8 +207,8 @@ def export(args: argparse.Namespace) -> Done:
 def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Decided]:
     if args.qkvo is not None and len(args.qkvo) not in (1, 4):
         args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
-    model = _loaded(args.directory, args.device)
-    data = _data(args, model)
+    model = loaded(args.directory, args.device)
+    data = data_file(args, model)
     given = data.first(1) if data is not None else example_inputs(model, 1, args.length)
     options: dict[str, Any] = {
         name: getattr(args, name, None) for name in ("preset", "include", "exclude", *OPTION_NAMES)
@@ -219,7 +224,8 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Deci
     return model, data, decided_by(model, request)
 
 
-def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a directory, in evaluation mode."""
     place = device_named(device, "--device")
     manifest = without_config(Source.at(directory))
     if manifest is not None:
@@ -228,7 +234,8 @@ def _loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = No
     return from_pretrained(directory, device=place, dtype=dtype).eval()
 
 
-def _data(args: argparse.Namespace, model: nn.Module) -> DataFile | None:
+def data_file(args: argparse.Namespace, model: nn.Module) -> DataFile | None:
+    """The batches of ``--data``."""
     if args.data is None:
         return None
     return DataFile(args.data, model, args.batch_size, getattr(args, "samples", None))

@@ -12,7 +12,7 @@ from ..cost.counting import Prices, total
 from ..cost.latency.table import LatencyTable
 from ..errors import AllocationError, OptionError
 from ..values.amount import check_amount
-from ..values.budget import Budget
+from ..values.budget import Budget, Ceiling, Limit
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
@@ -38,6 +38,8 @@ class Costs:
     prices: Mapping[str, Prices]
     """By name, what a qk and a vo channel cost; none for latency, which is not a sum over channels."""
     table: LatencyTable | None = None
+    limit: Limit | None = None
+    """What was asked for, in its own words; None: the budget itself."""
 
     def of(self, spec: AttentionSpec) -> float:
         """What an attention costs in some shape, up to a constant of its own."""
@@ -115,10 +117,15 @@ def check_budget(specs: Sequence[AttentionSpec], costs: Costs, rules: Rules) -> 
         reach = fsum(now[i] - least[i] for i in group)
         if target > reach + _SLACK * costs.total:
             share = 1 - (reach / target * free) / costs.total
+            expected, asked = f"a share of the whole model of at least {share:.3f}", f"{costs.budget.share:g}"
+            if isinstance(costs.limit, Ceiling):
+                unit = costs.total * (1.0 if costs.table is None else costs.table.seconds)
+                expected, asked = (costs.limit.said(each * unit) for each in (share, costs.budget.share))
+                expected = f"at least {expected}"
             raise AllocationError(
                 f"target_{costs.budget.resource}" + (f" in {specs[group[0]].name}" if rules.scope == "local" else ""),
-                f"a share of the whole model of at least {share:.3f}, what is left when all attention is at its floors",
-                f"{costs.budget.share:g}", "raise the target, or lower min_heads, min_channels or round_to",
+                f"{expected}, what is left when all attention is at its floors", asked,
+                "raise the target, or lower min_heads, min_channels or round_to",
             )  # fmt: skip
 
 

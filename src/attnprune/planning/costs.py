@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from typing import Any
 
 from torch import nn
 
-from ..cost.counting import count_macs, count_parameters, mac_prices, parameter_prices
+from ..cost.counting import Prices, count_macs, count_parameters, mac_prices, parameter_prices
 from ..cost.latency.table import LatencyTable
 from ..cost.rounding import auto_rounding
 from ..families.base import AttentionView
-from ..values.budget import Budget
+from ..values.budget import Budget, Ceiling, Limit
 from ..values.request import Request
 from ..values.rules import Rules
 from .by_budget import Costs
@@ -24,36 +24,54 @@ def fitted(request: Request, model: nn.Module, views: Sequence[AttentionView]) -
 
     Raises:
         LatencyError: the latency table is of another model.
+        OptionError: the model costs no more than it may already.
     """
     rules, costs = request.rules, None
     if rules.round_to == "auto":
         rules = replace(rules, round_to=auto_rounding(views, rules.granularity))
-    if isinstance(request.amount, Budget):
+    if isinstance(request.amount, (Budget, Ceiling)):
         costs, rules = _costs(request, request.amount, model, views, rules)
+        request = replace(request, amount=costs.budget)
     return replace(request, rules=rules), costs
 
 
 def _costs(
-    request: Request, budget: Budget, model: nn.Module, views: Sequence[AttentionView], rules: Rules
+    request: Request, limit: Limit, model: nn.Module, views: Sequence[AttentionView], rules: Rules
 ) -> tuple[Costs, Rules]:
     """What shapes cost, and the rules, whose rounding for latency is that of the shapes that were measured."""
     evidence = request.evidence
-    if budget.resource == "params":
+    prices: Mapping[str, Prices] = {}
+    latency: LatencyTable | None = None
+    if limit.resource == "params":
         prices = {view.name: parameter_prices(view.spec) for view in views}
-        return Costs(budget, count_parameters(model), prices), rules
-    if budget.resource == "macs":
-        inputs = evidence.example_inputs
-        return Costs(budget, count_macs(model, inputs), mac_prices(model, views, inputs)), rules
-    latency = evidence.latency
-    if latency is None:
-        latency = table_for(model, views, evidence.example_inputs, rules, evidence.progress)
-    if rules.round_to == 1 and rules.granularity != "head":
-        rules = replace(rules, round_to=latency.step)
-    return Costs(budget, latency.predict([view.spec for view in views]), {}, latency), rules
+    elif limit.resource == "macs":
+        prices = mac_prices(model, views, evidence.example_inputs)
+    else:
+        latency = evidence.latency or table_for(model, views, evidence.example_inputs, rules, evidence.progress)
+        if rules.round_to == 1 and rules.granularity != "head":
+            rules = replace(rules, round_to=latency.step)
+    total = cost_now(limit, model, views, evidence.example_inputs, latency)
+    return Costs(share_of(limit, total, latency), total, prices, latency, limit), rules
+
+
+def share_of(limit: Limit, total: float, latency: LatencyTable | None) -> Budget:
+    """A limit as a share of what the model costs now.
+
+    Args:
+        limit: what was asked for.
+        total: what the model costs (:func:`cost_now`).
+        latency: where that is latency, the table that it is a share of.
+
+    Raises:
+        OptionError: the model costs no more than it may.
+    """
+    if isinstance(limit, Budget):
+        return limit
+    return limit.of(total * (latency.seconds if latency is not None else 1.0))
 
 
 def cost_now(
-    budget: Budget, model: nn.Module, views: Sequence[AttentionView], example_inputs: Any, latency: LatencyTable | None
+    budget: Limit, model: nn.Module, views: Sequence[AttentionView], example_inputs: Any, latency: LatencyTable | None
 ) -> float:
     """What the whole model costs now; for latency as a share of the model that was measured."""
     if budget.resource == "params":

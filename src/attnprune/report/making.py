@@ -9,7 +9,7 @@ from warnings import warn
 
 from torch import nn
 
-from ..errors import AttnPruneWarning
+from ..errors import AttnPruneWarning, LatencyError
 from ..families.base import AttentionView
 from ..families.calls import CACHES
 from ..families.expansion import KEYS
@@ -90,6 +90,52 @@ def measured(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any
             f"The pruned model takes {found.ratio:.3f} of the dense one's time: {why}.", AttnPruneWarning, stacklevel=3
         )
     return found
+
+
+SMALL = 512
+"""Width below which, on a CPU, ragged heads were measured to cost more than they save (README, docs/running.rst)."""
+
+
+def slow_shapes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
+    """A note where shapes of this kind were measured to be no faster than dense ones, with what to do.
+
+    On a CPU these are ragged heads of narrow models, on other devices whatever leaves all heads and takes channels.
+    """
+    from ..cost.latency.measuring import slower_because
+
+    changed = [view for view in views if not plan[view.name].empty]
+    on_cpu = all(view.weight("q").device.type in ("cpu", "meta") for view in changed)
+    few = [
+        layer
+        for view in changed
+        for layer in [plan[view.name]]
+        if (layer.after.ragged and view.spec.d_model < SMALL if on_cpu else layer.after.qk_dims != layer.spec.qk_dims)
+    ]
+    reasons = "; ".join(slower_because(Plan(tuple(few)), 1.0)) if few else ""
+    if not reasons:
+        return ()
+    return (
+        f'may run no faster than dense, as {reasons}; measure=True tells, preset="fast" or granularity="head" avoid it',
+    )
+
+
+def warn_of_time(plan: Plan, latency: Any) -> None:
+    """Warns where a latency table predicts that a plan makes the model slower, with the reason and what to do."""
+    if latency is None or plan.empty or any(spec.ragged for spec in plan.after):
+        return
+    try:
+        found = latency.predict(plan)
+    except LatencyError:  # a shape that was not measured
+        return
+    if found > 1:
+        from ..cost.latency.measuring import slower_because
+
+        why = "; ".join(slower_because(plan, getattr(latency, "seconds", 1.0)))
+        warn(
+            f"The plan is predicted to take {found:.3f} of the dense model's time: {why}.",
+            AttnPruneWarning,
+            stacklevel=3,
+        )
 
 
 def notes_of(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import fsum
 from typing import Any
 
 from ..families.looks import Skipped
@@ -62,11 +63,24 @@ class Report:
     """How far the model is from the masked dense model; None where nothing was run."""
 
     @property
-    def asked(self) -> dict[Projection, float] | None:
-        """The fraction of each projection's weights that was to go; None for plans made by hand."""
-        if self.plan.asked is None:
+    def asked(self) -> dict[str, float] | None:
+        """What was to go; None for plans made by hand.
+
+        The fraction of each projection's weights (``q k v o``). With ``split="auto"`` one number for all of them
+        together (``qkvo``), as the method decides who bears it. Of a budget, the share of the whole model's
+        ``latency``, ``macs`` or ``params`` that may be left; of a ``target_error`` that ``error``.
+        """
+        asked = self.plan.asked
+        if asked is None:
             return None
-        return {p: self.plan.asked.ratios.of(p) for p in PROJECTIONS}
+        if asked.budget is not None:
+            return {asked.budget.resource: asked.budget.share}
+        if asked.target_error is not None:
+            return {"error": asked.target_error}
+        if "auto" not in asked.split.split("+"):
+            return {p: asked.ratios.of(p) for p in PROJECTIONS}
+        sizes = {p: sum(spec.weights(p) for spec in self.plan.specs) for p in PROJECTIONS}
+        return {"qkvo": fsum(asked.ratios.of(p) * size for p, size in sizes.items()) / (sum(sizes.values()) or 1)}
 
     @property
     def achieved(self) -> dict[Projection, float]:
@@ -93,7 +107,7 @@ class Report:
         how = self.plan.asked
         return {
             "asked": self.asked,
-            "how": None if how is None else {key: value for key, value in how.to_dict().items() if key != "ratios"},
+            "how": None if how is None else how.to_dict(),
             "achieved": self.achieved,
             "attention_parameters": list(self.attention_parameters),
             "model_parameters": list(self.model_parameters),
@@ -155,9 +169,9 @@ class Report:
                 *(f"-{layer.fraction(p):.1%}" for p in PROJECTIONS),
             ])  # fmt: skip
         rows.append(["achieved", "", "", "", *(f"-{share:.1%}" for share in self.achieved.values())])
-        asked = self.plan.asked
-        if asked is not None and asked.budget is None:
-            rows.append(["asked", "", "", "", *(f"-{asked.ratios.of(p):.1%}" for p in PROJECTIONS)])
+        asked = self.asked
+        if asked is not None and asked.keys() == set(PROJECTIONS):
+            rows.append(["asked", "", "", "", *(f"-{share:.1%}" for share in asked.values())])
         return rows
 
     def _totals(self) -> list[str]:
@@ -171,7 +185,9 @@ class Report:
         if self.latency is not None:
             a, b = (seconds * 1000 for seconds in self.latency.seconds)
             lines.append(f"latency, measured: {a:,.1f} ms -> {b:,.1f} ms (x {self.latency.ratio:.3f})")
-        budget = self._promised
+        wanted, budget = self.asked or {}, self._promised
+        if "qkvo" in wanted:
+            lines.append(f"asked: -{wanted['qkvo']:.1%} of q, k, v and o together, wherever it costs least")
         if budget is not None:
             verb = "predicted" if budget.resource == "latency" else "counted"
             got = "" if budget.promised is None else f", {verb} x {budget.promised:.3f}"

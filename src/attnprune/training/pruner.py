@@ -19,11 +19,11 @@ from ..errors import DataError, OptionError, PlanMismatchError
 from ..families.base import AttentionView
 from ..families.registry import find_views, plain
 from ..nn.kept import ordinary
-from ..planning.costs import cost_now, table_for
+from ..planning.costs import cost_now, share_of, table_for
 from ..planning.features import uneven
 from ..report.report import Report
 from ..surgery import Assignment, optimizers_of
-from ..values.budget import Budget
+from ..values.budget import Budget, Ceiling, Limit
 from ..values.choices import Choices
 from ..values.faults import Faults
 from ..values.layer_plan import LayerPlan
@@ -68,8 +68,8 @@ class AttentionPruner:
         model: any module with attention of a known family, pruned in place.
         qkvo_ratios: the fraction of each projection's weights that is gone in the end, as in
             :func:`attnprune.prune_attention`. In its place ``target_latency``, ``target_macs`` or ``target_params``:
-            the share of what the whole model cost in the beginning that is left. Latency is measured once, when
-            the pruner is made, unless ``latency`` gives a table.
+            the share of what the whole model cost in the beginning that is left, or how much may be left. Latency is
+            measured once, when the pruner is made, unless ``latency`` gives a table.
         schedule: ``"geometric"`` removes the same fraction of what is left every time (the paper's rounds),
             ``"linear"`` the same number of weights, ``"cubic"`` most of them early (Zhu and Gupta 2017,
             arXiv 1710.01878), ``"one-shot"`` all at the first step; or a function from the fraction of steps done,
@@ -113,6 +113,10 @@ class AttentionPruner:
             Request.parse, qkvo_ratios, data=data, include=include, exclude=exclude, example_inputs=example_inputs,
             verify=verify, strict=strict, preset=preset, rules=rules, method=method, **known,
         )  # fmt: skip
+        if request is not None and _timed(request.amount) and request.evidence.latency is None:
+            remedy = "pass latency= with what attnprune.latency.measure gave, or a share"
+            expected = "a latency table beside it, so that a run that is resumed has the same budget"
+            faults.add(OptionError("target_latency", expected, "none", remedy))
         faults.throw()
         assert request is not None
         # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
@@ -131,8 +135,9 @@ class AttentionPruner:
             step = auto_rounding(views, request.rules.granularity)
             self.request = replace(request, rules=replace(request.rules, round_to=step))
         self._gone(0.0, 1)  # a schedule that gives nonsense says so now
-        if self.budget is not None:
-            self._cost = self._measure_cost(self.budget, views)
+        if isinstance(request.amount, (Budget, Ceiling)):
+            self._cost = self._measure_cost(request.amount, views)
+            self.request = replace(self.request, amount=share_of(request.amount, self._cost, self._table))
         plan_for(self.model, self._trial)
 
     @property
@@ -324,7 +329,7 @@ class AttentionPruner:
         table: LatencyTable | None = self.request.evidence.latency
         return table
 
-    def _measure_cost(self, budget: Budget, views: Sequence[AttentionView]) -> float:
+    def _measure_cost(self, budget: Limit, views: Sequence[AttentionView]) -> float:
         """What the model costs in the beginning; measures latency unless a table was given."""
         evidence = self.request.evidence
         if budget.resource == "latency" and self._table is None:
@@ -388,3 +393,8 @@ class AttentionPruner:
             if found.table is not None:
                 self._keep_table(found.table)
         self._before, self.steps_done, self._seen = found.parameters, found.steps_done, found.seen
+
+
+def _timed(amount: object) -> bool:
+    """Whether it is a time in seconds."""
+    return isinstance(amount, Ceiling) and amount.resource == "latency"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError, RatioError
-from .budget import RESOURCES, Budget
+from .budget import RESOURCES, Budget, Ceiling, Limit, read_limit
 from .ratios import Ratios
 from .rules import Rules, stock_fault
 
@@ -34,7 +34,7 @@ class MaxError:
         object.__setattr__(self, "share", float(value))
 
 
-Amount = Ratios | Budget | MaxError
+Amount = Ratios | Limit | MaxError
 
 
 def parse_amount(qkvo_ratios: Any, targets: Mapping[str, Any]) -> Amount:
@@ -64,7 +64,7 @@ def parse_amount(qkvo_ratios: Any, targets: Mapping[str, Any]) -> Amount:
     if used == ["target_error"]:
         return MaxError(given["target_error"])
     resource = next(one for one in RESOURCES if used == [f"target_{one}"])
-    return Budget(resource, given[used[0]])
+    return read_limit(resource, given[used[0]])
 
 
 def check_amount(amount: Amount, rules: Rules) -> None:
@@ -80,7 +80,7 @@ def check_amount(amount: Amount, rules: Rules) -> None:
     elif isinstance(amount, MaxError) and rules.granularity != "channel":
         found = f'granularity="{rules.granularity}"'
         raise OptionError("target_error", 'granularity="channel"', found, "heads have no rank to lose")
-    elif isinstance(amount, Budget) and amount.resource == "latency" and rules.heads == "ragged":
+    elif isinstance(amount, (Budget, Ceiling)) and amount.resource == "latency" and rules.heads == "ragged":
         remedy = "the time of ragged heads is not that of any measured shape; use target_macs with ragged heads"
         raise OptionError("target_latency", 'heads="uniform"', 'heads="ragged"', remedy)
 

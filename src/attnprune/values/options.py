@@ -104,14 +104,16 @@ class PrunerOptions(_Scoring, total=False):
     the data per layer."""
     latency: Latencies | None
     """What :func:`attnprune.latency.measure` gave, for ``target_latency``."""
-    target_latency: float | None
+    target_latency: float | str | None
     """In place of ``qkvo_ratios``: the forward pass over ``example_inputs`` is to take this share of what it takes now,
-    in (0, 1); what each shape takes is measured first, or given (see :doc:`latency`)."""
+    in (0, 1), or at most so long (``"20ms"``); what each shape takes is measured first, or given (see
+    :doc:`latency`)."""
     target_macs: float | None
-    """In place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``."""
+    """In place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``, or, above 1,
+    how many there may be (``4e9``)."""
     target_params: float | None
-    """In place of ``qkvo_ratios``: the share of the whole model's parameters. Of these budgets the plan of least loss
-    is taken; they set ``split="auto"``."""
+    """In place of ``qkvo_ratios``: the share of the whole model's parameters, or, above 1, how many there may be. Of
+    these budgets the plan of least loss is taken; they set ``split="auto"``."""
 
 
 class Options(PrunerOptions, ScoreOptions, total=False):

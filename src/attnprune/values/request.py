@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import OptionError
 from .amount import TARGETS, Amount, MaxError, check_amount, parse_amount
 from .asked import Asked
-from .budget import Budget
+from .budget import Budget, Ceiling
 from .choices import Choice, Choices, read_choices
 from .faults import Faults
 from .method import Method, check_one_of
@@ -138,7 +138,7 @@ class Request:
         _check_needs(amount, meant, evidence, faults)
         faults.throw()
         assert amount is not None and parsed_rules is not None and parsed_method is not None  # noqa: PT018
-        if isinstance(amount, Budget):
+        if isinstance(amount, (Budget, Ceiling)):
             parsed_rules = replace(parsed_rules, split="auto")
         return cls(amount, parsed_rules, parsed_method, evidence, included, excluded, measure, verify, strict)
 
@@ -152,7 +152,7 @@ class Request:
         """Whether latency is to be measured before and after."""
         if self.measure != "auto":
             return self.measure
-        by_latency = isinstance(self.amount, Budget) and self.amount.resource == "latency"
+        by_latency = isinstance(self.amount, (Budget, Ceiling)) and self.amount.resource == "latency"
         return by_latency and self.evidence.example_inputs is not None
 
     def asked(self, scorer: str, ratios: Ratios | None = None) -> Asked:
@@ -222,7 +222,7 @@ def _check_evidence(evidence: Evidence, faults: Faults) -> None:
 def _check_needs(amount: Amount | None, meant: Mapping[str, Any], evidence: Evidence, faults: Faults) -> None:
     """Adds what is asked for and needs evidence that is not there."""
     no_inputs = evidence.example_inputs is None
-    resource = amount.resource if isinstance(amount, Budget) else None
+    resource = amount.resource if isinstance(amount, (Budget, Ceiling)) else None
     if resource == "macs" and no_inputs:
         faults.add(OptionError("target_macs", "example_inputs to count with", "none", "pass example_inputs="))
     if resource == "latency" and no_inputs and evidence.latency is None:

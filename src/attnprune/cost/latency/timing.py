@@ -71,6 +71,7 @@ def paired(
     warm_up: int = 1,
     device: torch.device | None = None,
     progress: bool = False,
+    seconds: float | None = None,
 ) -> Times:
     """Seconds per round of every function, run in turns so that a busy machine slows all of them alike.
 
@@ -83,6 +84,7 @@ def paired(
         warm_up: rounds before that, which do not count.
         device: where the functions run, if not on the CPU.
         progress: whether to show a progress bar.
+        seconds: rounds end before this is over, warm-up after a fifth of it; one counts at least. None: all rounds.
 
     >>> times = paired({"a": lambda: None, "b": lambda: {"load": 2.0, "run": 1.0}}, rounds=2)
     >>> sorted(times), times["b"]
@@ -92,7 +94,9 @@ def paired(
     gc.collect()
     gc.freeze()  # what is there now is not looked at again and again
     hidden = not progress or not sys.stderr.isatty()
-    for number in tqdm(range(-warm_up, rounds), desc="attnprune: rounds", disable=hidden, leave=False):
+    begun, number, done = perf_counter(), -warm_up, 0
+    bar = tqdm(total=warm_up + rounds, desc="attnprune: rounds", disable=hidden, leave=False)
+    while number < rounds:
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
@@ -101,15 +105,21 @@ def paired(
                 clock.wait()
                 start = clock.now()
                 result = functions[name]()
-                (seconds,) = clock.seconds([(start, clock.now())])
+                (took,) = clock.seconds([(start, clock.now())])
             finally:
                 gc.enable()
             steps = dict(result) if isinstance(result, Mapping) else {}
-            found = {name: sum(steps.values()) if steps else seconds}
+            found = {name: sum(steps.values()) if steps else took}
             found |= {f"{name}: {step}": value for step, value in steps.items()}
             if number >= 0:
                 for key, value in found.items():
                     times.setdefault(key, []).append(value)
+        done, spent = done + 1, perf_counter() - begun
+        bar.update()
+        if seconds is not None and number >= 0 and spent * (done + 1) / done > seconds:
+            break
+        number = 0 if seconds is not None and number < 0 and spent > seconds / 5 else number + 1
+    bar.close()
     gc.unfreeze()
     return times
 
