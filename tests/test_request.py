@@ -249,6 +249,7 @@ def test_the_papers_eight_ways(name: str) -> None:
     assert request.rules == Rules(
         {"PH": "channel", "EH": "head"}[scheme],  # type: ignore[arg-type]
         {"G": "global", "L": "local"}[threshold],  # type: ignore[arg-type]
+        rounding="down" if (scheme, threshold) == ("PH", "G") else "up",
     )
     assert request.method == Method({"FI": "fisher", "MAG": "magnitude-l1"}[score], "channels", False)
     plan = make_plan(model(), 0.5, preset=name, data=data(), loss_fn=square, progress=False)

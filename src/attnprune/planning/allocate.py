@@ -23,7 +23,7 @@ from ..values.layout import KIND_OF, KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
 from ..values.ratios import Ratios
 from ..values.request import Request
-from ..values.rules import Rules, Scope
+from ..values.rules import Rounding, Rules, Scope
 from ..values.scores import Scores
 from ..values.spec import AttentionSpec
 from .units import ranked, step_of
@@ -181,8 +181,10 @@ class Layer:
 class _Budget:
     """Weights to free: for qk and vo apart, or (``split="auto"``) for both together."""
 
-    def __init__(self, specs: Iterable[AttentionSpec], wanted: Ratios, together: bool) -> None:
-        specs = list(specs)
+    def __init__(
+        self, specs: Iterable[AttentionSpec], wanted: Ratios, together: bool, rounding: Rounding = "nearest"
+    ) -> None:
+        specs, self.rounding = list(specs), rounding
         self.key: dict[Kind, str] = {kind: "all" if together else kind for kind in KINDS}
         self.target = dict.fromkeys(self.key.values(), 0.0)
         self.total = dict.fromkeys(self.key.values(), 0)
@@ -193,13 +195,15 @@ class _Budget:
             self.target[key] += weights * wanted.of(p)
 
     def fits(self, move: Move, nearest: bool) -> bool:
-        """Whether what is freed stays within what was asked; with ``nearest``, or comes nearer to it."""
-        share = 0.5 if nearest else 1.0
+        """Whether what is freed stays within what was asked; with ``nearest`` as the rounding says: or comes nearer to it,
+        or was still short of it."""
+        share = {"nearest": 0.5, "down": 1.0, "up": 0.0}[self.rounding] if nearest else 1.0
         cost: dict[str, int] = {}
         for kind, weights in move.frees.items():
             cost[self.key[kind]] = cost.get(self.key[kind], 0) + weights
+        slack = -_SLACK if nearest and self.rounding == "up" else _SLACK
         return all(
-            self.freed[key] + weights * share <= self.target[key] + _SLACK * self.total[key]
+            self.freed[key] + weights * share <= self.target[key] + slack * self.total[key]
             for key, weights in cost.items()
         )
 
@@ -300,7 +304,8 @@ def allocate(
     layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
     for group in groups_of(specs, rules.scope):
         members = [layers[i] for i in group]
-        budget = _Budget([layer.spec for layer in members], wanted, rules.split == "auto" or rules.match_dims)
+        together = rules.split == "auto" or rules.match_dims
+        budget = _Budget([layer.spec for layer in members], wanted, together, rules.rounding)
         greedy(members, budget)
         _check_reached(members, budget, rules)
     return Plan(tuple(layer.plan() for layer in layers), Request(ratios, rules).asked(scorer))

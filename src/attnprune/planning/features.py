@@ -58,7 +58,7 @@ def thin(plan: Plan, scores: Mapping[str, FeatureScores], ratios: Ratios, rules:
         for group in groups_of(plan.specs, rules.scope):
             members = [plan.layers[i] for i in group]
             costs = [_checked(layer.spec, p, scores.get(layer.spec.name, {}).get(p)) for layer in members]
-            for i, features in zip(group, _least(members, costs, p, ratios.of(p), rules.step), strict=True):
+            for i, features in zip(group, _least(members, costs, p, ratios.of(p), rules), strict=True):
                 gone[i][p] = features
     layers = tuple(_with(layer, each) for layer, each in zip(plan, gone, strict=True))
     return replace(plan, layers=layers)
@@ -81,12 +81,14 @@ def _checked(spec: AttentionSpec, p: Projection, scores: Tensor | None) -> list[
 
 
 def _least(
-    layers: Sequence[LayerPlan], costs: Sequence[Sequence[float]], p: Projection, ratio: float, step: int
+    layers: Sequence[LayerPlan], costs: Sequence[Sequence[float]], p: Projection, ratio: float, rules: Rules
 ) -> list[tuple[int, ...]]:
     """Per layer the features that go, so that all layers together lose this share of a projection's weights."""
     specs, after = [layer.spec for layer in layers], [layer.after for layer in layers]
     total = sum(spec.weights(p) for spec in specs)
-    left = ratio * total + _SLACK * total - (total - sum(spec.weights(p) for spec in after))
+    slack = -_SLACK if rules.rounding == "up" else _SLACK
+    step, share = rules.step, {"nearest": 0.5, "down": 1.0, "up": 0.0}[rules.rounding]
+    left = (ratio + slack) * total - (total - sum(spec.weights(p) for spec in after))
     orders = [[feature for _, feature in sorted(zip(each, range(len(each)), strict=True))] for each in costs]
     taken = [0] * len(layers)
     heap: list[tuple[float, int, int]] = []
@@ -103,7 +105,7 @@ def _least(
     while heap:
         _, i, more = heapq.heappop(heap)
         weights = more * after[i].layout.channels(p)
-        if weights / 2 <= left:  # comes nearer to what was asked
+        if weights * share <= left:
             taken[i], left = taken[i] + more, left - weights
             offer(i)
     present = [spec.present(p) for spec in specs]

@@ -196,6 +196,7 @@ class Report:
         if asked is not None:
             how = [asked.granularity, asked.scope, f"{asked.heads} heads", asked.scorer, f"{asked.split} split"]
             how += [f"{asked.basis} basis"] * (asked.basis != "channels") + ["refitted"] * asked.refits
+            how += [f"rounded {asked.rounding}"] * (asked.rounding != "nearest")
             how += [f"rounded to {asked.round_to}"] * (asked.round_to > 1) + ["matched dims"] * asked.match_dims
             if asked.target_error is not None:
                 how.append(f"losing at most {asked.target_error:.2%} of energy")

@@ -29,6 +29,8 @@ class Asked:
     compensate: str = "no"
     """Whether what stays was refitted: ``"yes"`` or ``"no"``."""
     round_to: int = 1
+    rounding: str = "nearest"
+    """Which way numbers of units were rounded."""
     target_error: float | None = None
     """The share of energy that may be lost, where that was asked for in place of ratios."""
     match_dims: bool = False
@@ -59,6 +61,7 @@ class Asked:
         return Asked(
             ratios,
             round_to=min(self.round_to, other.round_to),
+            rounding="+".join(dict.fromkeys(f"{self.rounding}+{other.rounding}".split("+"))),
             target_error=max(errors, default=None),
             match_dims=self.match_dims and other.match_dims,
             budget=self.budget.then(other.budget) if self.budget else None,
@@ -66,8 +69,9 @@ class Asked:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
+        """A JSON-ready mapping; rounding to the nearest number of units, as usual, is left out."""
         words = {name: getattr(self, name) for name in _WORDS}
+        words |= {"rounding": self.rounding} if self.rounding != "nearest" else {}
         numbers = {"round_to": self.round_to, "target_error": self.target_error, "match_dims": self.match_dims}
         budget = None if self.budget is None else vars(self.budget)
         return {"ratios": {p: self.ratios.of(p) for p in PROJECTIONS}, **numbers, **words, "budget": budget}
@@ -75,7 +79,9 @@ class Asked:
     @classmethod
     def from_dict(cls, raw: object) -> Asked:
         """Reads :meth:`to_dict`'s mapping, trusting nothing."""
-        found = fields.mapping("asked", raw, {"ratios", "round_to", "target_error", "match_dims", "budget", *_WORDS})
+        raw = {"rounding": "nearest", **raw} if isinstance(raw, dict) else raw
+        names = {"ratios", "round_to", "rounding", "target_error", "match_dims", "budget", *_WORDS}
+        found = fields.mapping("asked", raw, names)
         ratios = fields.mapping("asked.ratios", found["ratios"], set(PROJECTIONS))
         numbers = {p: fields.number(f"asked.ratios.{p}", ratios[p]) for p in PROJECTIONS}
         words = {name: fields.string(f"asked.{name}", found[name]) for name in _WORDS}
@@ -85,6 +91,7 @@ class Asked:
         return cls(
             Ratios(**numbers),
             round_to=round_to,
+            rounding=fields.string("asked.rounding", found["rounding"]),
             target_error=error,
             match_dims=fields.boolean("asked.match_dims", found["match_dims"]),
             budget=None if found["budget"] is None else _budget(found["budget"]),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 from .method import Basis, Compensate
-from .rules import Granularity, Heads, RoundTo, Scope, Split
+from .rules import Granularity, Heads, Rounding, RoundTo, Scope, Split
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,6 +81,9 @@ class PrunerOptions(_Scoring, total=False):
     round_to: RoundTo
     """Channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this; 1 by
     default. ``"auto"``: of what the model's device likes (:func:`attnprune.cost.rounding.rounding`), 1 for heads."""
+    rounding: Rounding
+    """Whether as many units go as come nearest to the ratio (``"nearest"``, the default), or the first number that is
+    not below it (``"up"``), or the last that is not above (``"down"``)."""
     min_heads: int
     """Heads that every layer keeps at least; 1 by default."""
     min_channels: int

@@ -43,7 +43,10 @@ def _alike(given: Given) -> bool:
 
 
 def _paper(granularity: str, scope: str, scorer: str) -> tuple[Part, ...]:
-    as_it_stands = {"basis": "channels", "compensate": False}
+    """As the authors' public code does it: channels as they stand, no refit, numbers of units rounded up, or down where
+    channels of all layers compete."""
+    rounding = "down" if (granularity, scope) == ("channel", "global") else "up"
+    as_it_stands = {"basis": "channels", "compensate": False, "rounding": rounding}
     return (Part({"granularity": granularity, "scope": scope, "scorer": scorer, **as_it_stands}),)
 
 

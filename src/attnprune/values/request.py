@@ -168,7 +168,7 @@ class Request:
             ratios = amount
         asked = Asked(
             ratios, rules.granularity, rules.scope, rules.heads, scorer, rules.split,
-            round_to=rules.step, match_dims=rules.match_dims,
+            round_to=rules.step, rounding=rules.rounding, match_dims=rules.match_dims,
             target_error=amount.share if isinstance(amount, MaxError) else None,
             budget=amount if isinstance(amount, Budget) else None,
         )  # fmt: skip

@@ -14,11 +14,13 @@ Scope = Literal["local", "global"]
 Heads = Literal["uniform", "ragged"]
 Split = Literal["fixed", "auto"]
 RoundTo = int | Literal["auto"]
+Rounding = Literal["nearest", "up", "down"]
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "granularity": ("head", "channel", "joint"),
     "scope": ("local", "global"),
     "heads": ("uniform", "ragged"),
     "split": ("fixed", "auto"),
+    "rounding": ("nearest", "up", "down"),
 }
 
 
@@ -38,6 +40,7 @@ class Rules:
     heads: Heads = "uniform"
     split: Split = "fixed"
     round_to: RoundTo = 1
+    rounding: Rounding = "nearest"
     min_heads: int = 1
     min_channels: int = 1
     match_dims: bool = False
