@@ -143,6 +143,10 @@ class StateDictError(AttnPruneError, RuntimeError):
     """
 
 
+class BusyError(AttnPruneError, RuntimeError):
+    """Another thread is at work on the same model."""
+
+
 class ProcessError(AttnPruneError, RuntimeError):
     """Planning failed in another process of ``torch.distributed``, so it ends here too."""
 

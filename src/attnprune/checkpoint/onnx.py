@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..calibration.quiet import evaluated, unfused
+from ..calibration.quiet import evaluated
 from ..errors import DataError, ExportError, OptionError
 from ..families.registry import plain
+from ..nn.unfused import Unfused
 
 Axes = tuple[int | str, ...]
 _LARGEST = 1_500_000_000  # bytes of weights inside an ONNX file, which may have 2 GB in all
@@ -77,7 +78,7 @@ def export_onnx(
     """
     model, target = plain(model), Path(path)
     batched, long = _checked(dynamic, check, target)
-    with evaluated(model), unfused():  # exporters do not know fused paths
+    with evaluated(model), Unfused():  # exporters do not know fused paths
         inputs = _named(model, example_inputs, batched)
         program, axes = _exported(model, inputs, _lengths(model, inputs) if long else {}, batched)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:

@@ -15,6 +15,7 @@ from ..errors import NonFiniteError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, plain
 from ..families.slots import Slot
+from ..nn.kept import ordinary
 from ..surgery import ParamChange, Surgeon
 from ..surgery.patch import along, mean_of
 from ..values.plan import Plan
@@ -30,6 +31,7 @@ from .source import Source
 from .tensors import Item, Weights
 
 
+@ordinary
 def apply_to_checkpoint(
     source: str | os.PathLike[str],
     plan: Plan,

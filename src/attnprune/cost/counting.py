@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..calibration.quiet import evaluated, undisturbed, unfused
+from ..calibration.quiet import evaluated, undisturbed
 from ..families.base import AttentionView
 from ..nn import execution
+from ..nn.unfused import Unfused
 from ..surgery import as_called
 from ..values.layout import Kind
 from ..values.spec import AttentionSpec
@@ -43,7 +44,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
     """
     counter = FlopCounterMode(display=False)
-    with evaluated(model), unfused(), _countable(), counter:
+    with evaluated(model), Unfused(), _countable(), counter:
         run(model, example_inputs)
     return int(counter.get_total_flops()) // 2
 

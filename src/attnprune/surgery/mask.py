@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..families.slots import Slot
+from ..nn.attempt import undone
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
 from ..values.plan import Plan
@@ -36,18 +38,18 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])
     _check_shared(work)
-    saved: list[tuple[Slot, Tensor]] = []
-    try:
+    with undone() as undo:
         with torch.no_grad():
             for view, layer in work:
                 for slot, values in _masked(view, layer):
-                    saved.append((slot, slot.cut(slot.parameter.detach()).clone()))
+                    undo.append(partial(_write, slot, slot.cut(slot.parameter.detach()).clone()))
                     slot.write(values)
         yield
-    finally:
-        with torch.no_grad():
-            for slot, values in reversed(saved):
-                slot.write(values)
+
+
+@torch.no_grad()
+def _write(slot: Slot, values: Tensor) -> None:
+    slot.write(values)
 
 
 def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Slot, Tensor]]:
