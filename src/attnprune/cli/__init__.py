@@ -20,6 +20,7 @@ from ..values.presets import PRESETS
 from ..values.rules import OPTIONS
 from . import commands
 
+_MOST_THREADS = 1024
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--against", type=Path, metavar="DIR", required=True, help="the dense model")
     _inputs(one, batch=1)
     one.add_argument("--rounds", type=_count, default=20, help="paired runs (default: %(default)s)")
-    one.add_argument("--threads", type=_count, help="threads of PyTorch (default: as it has them)")
+    one.add_argument("--threads", type=_threads, metavar="N", help="threads of PyTorch (default: as it has them)")
     one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as saved")
     _device(one)
 
@@ -177,6 +178,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    if (count := _count(text)) > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {_MOST_THREADS}; this machine has {os.cpu_count()} CPUs")
+    return count
 
 
 def _multiple(text: str) -> int | str:

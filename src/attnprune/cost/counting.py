@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..calibration.batches import of_one_dtype
 from ..calibration.quiet import evaluated, undisturbed
 from ..families.base import AttentionView
 from ..nn import execution
@@ -22,11 +23,10 @@ from ..values.spec import AttentionSpec
 
 def run(model: nn.Module, example_inputs: Any) -> Any:
     """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as it is."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
+    with of_one_dtype(model, example_inputs, "example_inputs"):
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        return model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from ..nn.attempt import undone
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
 from ..values.plan import Plan
-from .check import check_fit, check_views
+from .check import MASKED, check_fit, check_views
 from .maps import channel_maps, kept_channels
 from .patch import mean_output
 
@@ -44,6 +44,16 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
                 for slot, values in _masked(view, layer):
                     undo.append(partial(_write, slot, slot.cut(slot.parameter.detach()).clone()))
                     slot.write(values)
+        yield
+
+
+@contextmanager
+def masked_by_user(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Iterator[None]:
+    """:func:`masked_views` for as long as the user likes; the model is not pruned then (:func:`check_unmasked`)."""
+    tops = [view.top for view in views]
+    with masked_views(model, views, plan), undone() as undo:
+        undo.append(lambda: MASKED.difference_update(tops))
+        MASKED.update(tops)
         yield
 
 

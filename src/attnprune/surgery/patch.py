@@ -19,7 +19,7 @@ from ..nn.attempt import Snapshot
 from ..values.layer_plan import LayerPlan
 from ..values.layout import SIDES, HeadLayout
 from ..values.plan import Plan
-from .check import check_expressible, check_fit, check_views, check_wrappers
+from .check import check_expressible, check_fit, check_unmasked, check_views, check_wrappers
 from .maps import ChannelMap, Pick, channel_maps, joined, kept_channels, logical_channels
 
 
@@ -301,6 +301,7 @@ class Surgeon:
         by_name = {view.name: view for view in views}
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
         check_views(model, [view for view, _ in work], blank=blank)
+        check_unmasked(view for view, _ in work)
         check_expressible(views, plan)
         with torch.inference_mode(False), torch.no_grad():  # parameters are ordinary ones, whatever mode is on
             operations, tensors = _built(work)
