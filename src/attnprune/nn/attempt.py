@@ -6,10 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import methodcaller
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -92,9 +90,10 @@ class Attempt:
             self.outer.undo += self.undo
             self.outer.end += self.end
             return result
-        self.end.append(self.undo.clear)
-        # the latest first; in one line, as whatever is interrupted before it is undone
-        return (deque(map(methodcaller("__call__"), reversed(self.end))), result)[1]
+        stack = ExitStack()
+        for one in (*self.end, self.undo.clear):  # the latest first, and each, whatever another raises
+            stack.callback(one)
+        return (stack.__exit__(None, None, None), result)[1]  # in one line, as whatever is interrupted before is undone
 
     def restore(self) -> None:
         """Puts everything back, the latest first."""
