@@ -27,7 +27,7 @@ from .selection import ALL
 from .test_pruner import train
 
 OURS = str(Path(attnprune.__file__).parent)
-SHARE = 150
+SHARE = 300
 FAULTS = (KeyboardInterrupt, MemoryError, OSError)
 pytestmark = [  # files that a fault left open, which the collector closes
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import CheckpointError, OptionError
 from ..families.base import AttentionView
-from ..families.registry import all_views, plain
+from ..families.registry import all_views, undressed
 from ..nn import host_class
 from ..nn.attempt import undoing_with
 from ..nn.kept import ordinary
@@ -74,7 +74,7 @@ def save_pruned(
     >>> all(value.equal(again.state_dict()[key]) for key, value in pruned.state_dict().items())
     True
     """
-    model = plain(model)
+    model = undressed(model)
     limit = parse_size(max_shard_size)
     views = all_views(model)
     check_views(model, views)
