@@ -29,9 +29,9 @@ from .surgery import (
     check_held,
     check_views,
     commit_all,
-    masked_by_user,
     optimizers_of,
 )
+from .surgery.mask import masked_by_user
 from .values.choices import Choices
 from .values.method import Method, check_one_of
 from .values.options import Options, YesNoAuto

@@ -8,6 +8,7 @@ __all__ = [
     "AdapterError",
     "AllocationError",
     "AttnPruneError",
+    "BusyError",
     "CalibrationError",
     "CheckpointError",
     "DataError",

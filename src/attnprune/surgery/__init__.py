@@ -2,7 +2,7 @@
 
 from .called import as_called
 from .check import check_expressible, check_fit, check_views
-from .mask import masked_by_user, masked_views
+from .mask import masked_views
 from .optimizer import Assignment, OptimizerPatch, Step, check_held, commit_all, optimizers_of
 from .patch import ParamChange, ParamMap, Surgeon
 from .verify import Verification, Verified
@@ -22,7 +22,6 @@ __all__ = [
     "check_held",
     "check_views",
     "commit_all",
-    "masked_by_user",
     "masked_views",
     "optimizers_of",
 ]
