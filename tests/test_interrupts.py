@@ -298,7 +298,7 @@ def test_pruning_a_checkpoint(tmp_path: Path) -> None:
             lambda: (of_model(skeleton), of_folder(target)),
         )
 
-    check(make, SHARE)
+    check(make, 2 * SHARE)
 
 
 def test_exporting_to_stock(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_exporting_to_stock(tmp_path: Path) -> None:
             lambda: (of_model(model), of_folder(target) if target.exists() else None),
         )
 
-    check(make, SHARE)
+    check(make, 3 * SHARE)
 
 
 @pytest.mark.long

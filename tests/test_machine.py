@@ -273,7 +273,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule()
     def fake(self) -> None:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), without_fast_path():
             given = {key: mode.from_tensor(x) if isinstance(x, Tensor) else x for key, x in self.plain.items()}
             found = family(self.name).run(self.model, given)
         assert found.shape == self.expected.shape
