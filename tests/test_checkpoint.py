@@ -576,3 +576,18 @@ def test_what_only_a_run_shows_is_in_the_file(
     monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})
     with pytest.raises(CheckpointError):
         from_pretrained(tmp_path / "ours")
+
+
+def test_data_parallel_is_saved_as_the_module_inside(tmp_path: Path) -> None:
+    """Into one again, and into a plain model."""
+    model, given = nn.DataParallel(fresh("ViT", 0)), inputs("ViT", 0)
+    prune_attention(model, 0.5, heads="ragged")
+    folder = save_pruned(model, tmp_path)
+    same(model.module, from_pretrained(folder))
+    for target in (fresh("ViT", 0), nn.DataParallel(fresh("ViT", 0))):
+        found = load_pruned(folder, target)
+        assert found is target
+        inner = found.module if isinstance(found, nn.DataParallel) else found
+        same(model.module, inner)
+        expected = family("ViT").run(model.module, given)
+        torch.testing.assert_close(family("ViT").run(inner, given), expected, rtol=0, atol=0)

@@ -393,6 +393,7 @@ USAGE = (
     ["prune", "dense", "--qkvo", ".5", "--plan", "plan.json", "-o", "out"], ["export", "pruned"],
     ["export", "pruned", "--stock", "a", "--onnx", "b"], ["bench", "pruned"],
     ["bench", "pruned", "--against", "dense", "--rounds", "-1"],
+    ["bench", "pruned", "--against", "dense", "--threads", "999999999"],
 )  # fmt: skip
 
 

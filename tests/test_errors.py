@@ -807,8 +807,8 @@ def test_wrong_call(name: str) -> None:
 
 
 def test_there_is_a_case_for_every_error() -> None:
-    # below, test_deploy.py, test_distributed.py, test_expanded.py
-    elsewhere = {ShardedError, errors.ExportError, errors.ProcessError, errors.VerificationError}
+    # below, test_deploy.py, test_distributed.py, test_expanded.py, test_threads.py
+    elsewhere = {ShardedError, errors.BusyError, errors.ExportError, errors.ProcessError, errors.VerificationError}
     covered = {case.error for case in CASES.values()} | elsewhere
     every = {getattr(errors, name) for name in errors.__all__} - {AttnPruneError}
     assert covered == every

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import attnprune
 from attnprune import (
     AttentionPruner,
     calibrate,
@@ -246,3 +247,40 @@ def test_the_mark_of_constants_is_the_compilers_own() -> None:
     def marked() -> None: ...
 
     assert vars(torch.compiler.assume_constant_result(marked)) == vars(asked_once(lambda: None))
+
+
+# models that hand every layer a mask with a row for each head of the dense model
+
+
+def by_head(name: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    image = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16,
+             "image_size": 16, "patch_size": 8}  # fmt: skip
+    ids = {"input_ids": torch.randint(1, 50, (2, 5))}
+    if name in ("Beit", "Data2VecVision"):
+        config = getattr(transformers, f"{name}Config")(**image, use_shared_relative_position_bias=True)
+        return getattr(transformers, f"{name}Model")(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    mpt = transformers.MptConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=4, expansion_ratio=1)
+    return transformers.MptModel(mpt).eval(), ids
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # as torch fakes buffers
+@pytest.mark.parametrize("name", ["Beit", "Data2VecVision", "Mpt"])
+def test_masks_by_dense_head_and_fake_tensors(name: str) -> None:
+    """Whole heads go, the other rows are picked; fake tensors leave nothing behind."""
+    model, given = by_head(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    other = copy.deepcopy(model)
+    report = attnprune.prune_heads(model, {0: [1, 2], 1: [0]})
+    model(**given)  # transformers keeps indices of its own, dense models' too, from the first call
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        model(**{key: mode.from_tensor(x) for key, x in given.items()})
+    with attnprune.masked(other, report.plan), torch.no_grad():
+        expected = other(**given).last_hidden_state
+    found = model(**given).last_hidden_state
+    assert type(found.detach()) is Tensor
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().mean().backward()
+    assert all(type(p.grad) in (Tensor, type(None)) for p in model.parameters())

@@ -10,8 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
+import attnprune
 from attnprune import (
     AttentionPruner,
     apply_plan,
@@ -304,3 +306,22 @@ def test_what_is_refused() -> None:
     second.q_proj.weight = nn.Parameter(first.q_proj.weight.detach().clone())
     after = snapshot(model)
     assert [one[:3] for one in before] == [one[:3] for one in after]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_prefixes_of_the_dense_dims_are_named() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    ids = torch.ones(2, 5, dtype=torch.long)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    for how in ({"heads": "ragged"}, {"scope": "local"}):
+        model = transformers.LlamaForCausalLM(config)
+        attnprune.prune_attention(model, 0.5, scorer="magnitude", **how)
+        tuned = peft.get_peft_model(model, peft.PromptTuningConfig(**options))
+        assert tuned(**given).logits.shape[:2] == (2, 8)
+        tuned = peft.get_peft_model(tuned.base_model, peft.PrefixTuningConfig(**options))
+        with pytest.raises(DataError, match="prefix tuning"):
+            tuned(**given)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+import attnprune
 from attnprune import (
     apply_plan,
     find_attention,
@@ -22,6 +23,7 @@ from attnprune import (
 )
 from attnprune.errors import (
     AttnPruneWarning,
+    DataError,
     ExportError,
     NoAttentionError,
     ParametrizedError,
@@ -314,3 +316,61 @@ def test_torch_script_is_refused_with_what_works(kind: str, heads: Any) -> None:
     if kind != "T5, expanded":
         with torch.no_grad():
             torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+# data of another dtype
+
+
+class Patches(nn.Module):
+    """Images in patches, by a convolution, whose errors say "type"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.layer = nn.Conv2d(3, 32, 8, 8), nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.layer(self.patches(pixels).flatten(2).mT)
+        return found
+
+
+def wide_image() -> tuple[nn.Module, Any]:
+    return Patches(), {"pixels": torch.randn(2, 3, 16, 16).double()}
+
+
+def wide_tokens() -> tuple[nn.Module, Any]:
+    return nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), torch.randn(2, 5, 32).double()
+
+
+def by_a_loss(model: nn.Module, batch: Any) -> Any:
+    return (model(**batch) if isinstance(batch, dict) else model(batch)).square().mean()
+
+
+WIDE: dict[str, Any] = {
+    "rotated": lambda model, x: attnprune.make_plan(model, 0.5, data=[x], progress=False),
+    "fisher": lambda model, x: attnprune.make_plan(
+        model, 0.5, data=[x], loss_fn=by_a_loss, scorer="fisher", progress=False
+    ),
+    "calibrate": lambda model, x: attnprune.calibrate(model, [x], progress=False),
+    "a loss": lambda model, x: attnprune.calibrate(model, [x], loss_fn=by_a_loss, progress=False),
+    "example": lambda model, x: attnprune.prune_attention(model, 0.5, example_inputs=x),
+    "budget": lambda model, x: attnprune.prune_attention(model, target_macs=0.9, example_inputs=x),
+}
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("make", [wide_image, wide_tokens])
+@pytest.mark.parametrize("call", WIDE)
+def test_data_of_another_dtype(call: str, make: Any) -> None:
+    model, given = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(DataError, match=r"float32.*found torch\.float64.*x\.to\(torch\.float32\)"):
+        WIDE[call](model, given)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_other_errors_of_a_model_stay() -> None:
+    def broken(model: Any, batch: Any) -> Any:
+        raise RuntimeError("a type of its own")
+
+    with pytest.raises(RuntimeError, match=r"^a type of its own"):
+        attnprune.calibrate(wide_tokens()[0], [torch.randn(2, 5, 32)], loss_fn=broken, progress=False)

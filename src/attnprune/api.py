@@ -29,9 +29,9 @@ from .surgery import (
     check_held,
     check_views,
     commit_all,
-    masked_views,
     optimizers_of,
 )
+from .surgery.mask import masked_by_user
 from .values.choices import Choices
 from .values.method import Method, check_one_of
 from .values.options import Options, YesNoAuto
@@ -369,6 +369,7 @@ def prune_attention(
 def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     """The plan's effect without surgery: inside the block, what it removes is zero; on exit every value is back.
 
+    Until then the model cannot be pruned (:class:`attnprune.errors.BusyError`).
     Averaged attention weights still count the heads that a plan removes; outputs are those of the pruned model.
 
     >>> import torch
@@ -378,7 +379,7 @@ def masked(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     24
     """
     model = plain(model)
-    return masked_views(model, all_views(model, _names(plan)), plan)
+    return masked_by_user(model, all_views(model, _names(plan)), plan)
 
 
 def _names(plan: Plan) -> set[str]:

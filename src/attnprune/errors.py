@@ -8,6 +8,7 @@ __all__ = [
     "AdapterError",
     "AllocationError",
     "AttnPruneError",
+    "BusyError",
     "CalibrationError",
     "CheckpointError",
     "DataError",
@@ -141,6 +142,10 @@ class StateDictError(AttnPruneError, RuntimeError):
 
     As always in ``load_state_dict``, modules before this one may have been loaded by then.
     """
+
+
+class BusyError(AttnPruneError, RuntimeError):
+    """Another thread is at work on the same model."""
 
 
 class ProcessError(AttnPruneError, RuntimeError):

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .api import apply_plan, find_attention, make_plan
-from .calibration.quiet import restored, unfused
+from .calibration.quiet import restored
 from .errors import AllocationError, NotExpressibleError, PlanMismatchError
 from .families.base import AttentionView
 from .families.registry import all_views, plain, skipped_attention
 from .nn.outputs import outputs_of
+from .nn.unfused import Unfused
 from .surgery import Surgeon
 from .values.layer_plan import LayerPlan
 from .values.layout import KINDS, Projection
@@ -138,7 +139,7 @@ def _leaves(example: Any) -> tuple[Any, list[Tensor]]:
 def _run(module: nn.Module, example: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and gradients of a fixed projection of the first with respect to the inputs."""
     given, leaves = _leaves(example)
-    with unfused():
+    with Unfused():
         outputs = [one.tensor for one in outputs_of(_called(module, given))]
     first = outputs[0]
     direction = torch.randn(first.shape, generator=torch.Generator("cpu").manual_seed(7)).to(first)

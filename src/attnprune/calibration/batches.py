@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class Call(NamedTuple):
             DataError: the model cannot be called so, or only with samples along the first dimension.
         """
         if self.sure:
-            return called(model, self.args, self.kwargs)
+            with of_one_dtype(model, batch):
+                return called(model, self.args, self.kwargs)
         try:
             return model(*self.args, **self.kwargs)
         except Exception as error:  # whatever a model raises that does not take a mapping
@@ -156,6 +158,25 @@ def _lifted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _lifted(one) for key, one in value.items()}
     return tuple(_lifted(one) for one in value) if isinstance(value, (tuple, list)) else value
+
+
+@contextmanager
+def of_one_dtype(model: nn.Module, batch: Any, where: str = "data") -> Iterator[None]:
+    """What a model raises about dtypes, where a batch has others than its parameters, as an error of the batch.
+
+    Raises:
+        DataError: both dtypes, and how to convert.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        own = next((one.dtype for one in model.parameters() if one.is_floating_point()), None)
+        given = {one.dtype for one in tensors_in(batch) if one.is_floating_point()} - {own}
+        if own is None or not given or "type" not in str(error):
+            raise
+        found = f"{', '.join(sorted(map(str, given)))} ({str(error).partition(chr(10))[0][:80]})"
+        expected, remedy = f"tensors of {own}, as the model's parameters", f"convert them: x.to({own})"
+        raise DataError(where, expected, found, remedy) from error
 
 
 def described(batch: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
 from ..nn.outputs import Output, OutputFn, outputs_of
-from .batches import call_of, forward
+from .batches import call_of, forward, of_one_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -27,7 +27,8 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, output_fn: Out
     """
     loss: Any
     if loss_fn is not None:
-        loss = loss_fn(model, batch)
+        with of_one_dtype(model, batch):
+            loss = loss_fn(model, batch)
     else:
         call = call_of(model, batch)
         output = call.run(model, batch)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from ..errors import PlanMismatchError, ProcessError
+from ..nn.attempt import undone
 
 T = TypeVar("T")
 _sharing: ContextVar[bool] = ContextVar("attnprune_sharing", default=False)
@@ -41,11 +43,10 @@ def across_processes() -> Iterator[None]:
     >>> with attnprune.across_processes():
     ...     plan = attnprune.make_plan(model, 0.5, data=data)
     """
-    token = _sharing.set(True)
-    try:
+    with undone() as undo:
+        undo.append(partial(_sharing.set, _sharing.get()))
+        _sharing.set(True)
         yield
-    finally:
-        _sharing.reset(token)
 
 
 def agree(make: Callable[[], T], digest: Callable[[T], str] = lambda _: "") -> T:
@@ -60,18 +61,18 @@ def agree(make: Callable[[], T], digest: Callable[[T], str] = lambda _: "") -> T
     """
     if _agreeing.get() or not sharing():
         return make()
-    token = _agreeing.set(True)
     try:
-        made = make()
-        digests = exchange(digest(made))
+        with undone() as undo:
+            undo.append(partial(_agreeing.set, False))
+            _agreeing.set(True)
+            made = make()
+            digests = exchange(digest(made))
     except (ProcessError, PlanMismatchError):
         raise
     except Exception as error:
         with suppress(ProcessError):
             _gather(None, f"{type(error).__name__}: {error}"[:500])
         raise
-    finally:
-        _agreeing.reset(token)
     if len(set(digests)) > 1:
         found = ", ".join(f"{one[:8]} on rank {rank}" for rank, one in enumerate(digests[:4]))
         remedy = "give every process the same model and options, or send one plan to all (Plan.to_json)"

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..nn.attempt import undone
+from ..nn.unfused import Unfused
+
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
@@ -22,25 +25,16 @@ def restored(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = sorted({p.device.index or 0 for p, _ in flags if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
+
+    def back() -> None:
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """PyTorch's fused inference paths are off: they go around the modules that a pass listens to or changes."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with undone() as undo, torch.random.fork_rng(devices=devices):
+        undo.append(back)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
@@ -54,9 +48,9 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, :func:`unfused`, gradients on and for ``trainable`` alone; all is :func:`restored`."""
+    """Evaluation mode, :class:`Unfused`, gradients on and for ``trainable`` alone; all is :func:`restored`."""
     chosen = {id(parameter) for parameter in trainable}
-    with evaluated(model), unfused(), torch.enable_grad():
+    with evaluated(model), Unfused(), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         yield

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..nn.nested import tensors_in
 from ..nn.outputs import OutputFn, outputs_of
+from ..nn.unfused import Unfused
 from .batches import device_of, forward, to_device
 from .losses import LossFn
-from .quiet import evaluated, unfused
+from .quiet import evaluated
 
 MOST = 4
 """Samples that are run."""
@@ -78,7 +79,7 @@ class Sample:
     def run(self, model: nn.Module) -> list[Tensor]:
         """The tensors of the model's output (:func:`attnprune.nn.outputs.outputs_of`), in evaluation mode and without
         gradients; the model is left as found."""
-        with evaluated(model), unfused():
+        with evaluated(model), Unfused():
             torch.default_generator.manual_seed(0)
             output_fn = self.output_fn
             if self.example_inputs is not None:

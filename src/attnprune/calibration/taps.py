@@ -16,7 +16,7 @@ from ..nn.kept import ordinary
 from ..nn.rotary import Turning, rotated_keys
 from ..surgery import as_called, check_views
 from ..values.choices import Choices
-from .batches import batches, device_of, forward
+from .batches import batches, device_of, forward, of_one_dtype
 from .inputs import Inputs, batch_first, same, sequences, tokens_of
 from .losses import LossFn
 from .moments import Calibration, LayerMoments, Running
@@ -103,7 +103,8 @@ def moments_of(
         for tap in taps:
             tap.listen(hooks)
         for number, batch in enumerate(batches(data, device_of(model), progress, "calibration")):
-            _ = forward(model, batch) if loss_fn is None else loss_fn(model, batch)
+            with of_one_dtype(model, batch):
+                _ = forward(model, batch) if loss_fn is None else loss_fn(model, batch)
             for tap in taps:
                 tap.check(number)
     return Calibration({tap.view.name: tap.moments() for tap in taps}).pooled()

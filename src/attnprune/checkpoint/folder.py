@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from ..errors import AttnPruneError, CheckpointError
+from ..nn.attempt import ending_with, undoing_with
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 LONGEST = 1 << 24
@@ -69,7 +72,9 @@ class Folder:
         where = Path(path)
         if where.exists() and not where.is_dir():
             refuse(str(path), "a directory", "a file", "give another path")
-        where.mkdir(parents=True, exist_ok=True)
+        if not where.exists():
+            undoing_with(partial(shutil.rmtree, where, ignore_errors=True))
+            where.mkdir(parents=True, exist_ok=True)
         return cls(where)
 
     @classmethod
@@ -117,7 +122,9 @@ class Folder:
             return found
 
     def replace(self, name: str, data: bytes) -> None:
-        """Puts a small file in place in one step."""
+        """Puts a small file in place in one step; the one before comes back where the call that is running fails."""
+        path = self.path / name
+        undoing_with(partial(_put_back, path, path.read_bytes() if path.is_file() else None))
         with self.draft() as draft:
             draft.write(data)
             self.put(draft, name)
@@ -150,21 +157,65 @@ class Folder:
             finally:
                 os.close(handle)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside the block no other process of attnprune writes here; drafts that a killed one left are removed."""
+    def alone(self) -> None:
+        """Until the call that is running ends no other process of attnprune writes here; drafts that a killed one left
+        are removed."""
         try:
             import fcntl
 
             handle = os.open(self.path, os.O_RDONLY)
         except (ImportError, OSError):  # no such locks on this system: writers must take turns by themselves
-            yield
             return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            for path in self.path.iterdir():
-                if _DRAFT.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-            yield
-        finally:
-            os.close(handle)
+        undoing_with(partial(_close, [handle]))
+        ending_with(partial(os.close, handle))
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for path in self.path.iterdir():
+            if _DRAFT.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Removes a file once the call that is running has succeeded."""
+        ending_with(partial((self.path / name).unlink, missing_ok=True))
+
+    def drafts(self) -> Path:
+        """A directory inside for files to come, gone when the call that is running ends."""
+        path = self.path / f".attnprune-{os.getpid()}-{len(os.listdir(self.path))}.draft"
+        undoing_with(partial(shutil.rmtree, path, ignore_errors=True))
+        ending_with(partial(shutil.rmtree, path, ignore_errors=True))
+        path.mkdir()
+        return path
+
+    def receive(self, drafts: Path, stale: re.Pattern[str]) -> None:
+        """Takes the files of :meth:`drafts` in, and removes those of the names that this makes ``stale``."""
+        new, before = {path.name for path in drafts.iterdir()}, drafts / "before"
+        before.mkdir()
+        for name in sorted({path.name for path in self.path.iterdir() if stale.fullmatch(path.name)} | new):
+            here, kept = self.path / name, before / name
+            undoing_with(partial(_return, here, kept, here.exists()))
+            if here.exists():
+                os.replace(here, kept)
+            if name in new:
+                os.replace(drafts / name, here)
+
+
+def _close(handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
+
+
+def _put_back(path: Path, data: bytes | None) -> None:
+    """The file as it was; None: there was none."""
+    if data is None:
+        path.unlink(missing_ok=True)
+    else:
+        draft = path.with_name(f".attnprune-{os.getpid()}-0.draft")
+        draft.write_bytes(data)
+        os.replace(draft, path)
+
+
+def _return(here: Path, kept: Path, was: bool) -> None:
+    """The file as it was, from where it is kept; unless it is there still."""
+    if kept.exists():
+        os.replace(kept, here)
+    elif not was:
+        here.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..calibration.batches import device_named
 from ..errors import OptionError
-from ..families.registry import plain
+from ..families.registry import undressed
 from ..nn.kept import ordinary
 from . import hf
 from .folder import foreign, refuse
@@ -42,7 +42,8 @@ def load_pruned(
     Args:
         directory: where the model lies.
         model: a dense model of the class that was saved, changed in place; its parameters may be on the meta device.
-            None: built from the config, for models of transformers.
+            None: built from the config, for models of transformers. What it held goes once all is read, as it comes
+            back where that fails. Of an ``nn.DataParallel`` the module inside counts, as in :func:`save_pruned`.
         device: where the model goes; None: the CPU, or where ``model`` is.
         dtype: to convert to; None: as saved, bit by bit.
         verify: whether to compare the weights' digests, which reads the files once more.
@@ -73,9 +74,10 @@ def load_pruned(
     place = None if device is None else device_named(device)
     with Source.at(directory).opened(verify=verify) as (source, weights):
         if model is not None:
-            model = plain(model)
-            check_buffers(model)
-            return _filled(model, *_fitted(model, source, weights, narrower=narrower), place, dtype)
+            inner = undressed(model)
+            check_buffers(inner)
+            _filled(inner, *_fitted(inner, source, weights, narrower=narrower), place, dtype)
+            return model if isinstance(model, nn.DataParallel) else inner
         return _built(source, weights, place, dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import tempfile
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..calibration.quiet import evaluated, unfused
+from ..calibration.quiet import evaluated
 from ..errors import DataError, ExportError, OptionError
-from ..families.registry import plain
+from ..families.registry import plain, sound_views
+from ..nn.unfused import Unfused
 
 Axes = tuple[int | str, ...]
 _LARGEST = 1_500_000_000  # bytes of weights inside an ONNX file, which may have 2 GB in all
@@ -77,9 +79,10 @@ def export_onnx(
     """
     model, target = plain(model), Path(path)
     batched, long = _checked(dynamic, check, target)
-    with evaluated(model), unfused():  # exporters do not know fused paths
+    with evaluated(model), Unfused():  # exporters do not know fused paths
         inputs = _named(model, example_inputs, batched)
         program, axes = _exported(model, inputs, _lengths(model, inputs) if long else {}, batched)
+        program.model.metadata_props.update(_attention(model))
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             draft = Path(folder) / target.name
             program.save(draft, external_data=_bytes(model) > _LARGEST)
@@ -94,6 +97,18 @@ def export_onnx(
                 os.replace(file, target.parent / file.name)
     graph = program.model.graph
     return Exported(target, _shapes(graph.inputs), _shapes(graph.outputs), error)
+
+
+def _attention(model: nn.Module) -> dict[str, str]:
+    """What a file says of the heads that its graph has; the config of a pruned model tells those of the dense one."""
+    specs = [view.spec for view in sound_views(model)]
+    layers = [
+        {"name": one.name, "num_heads": one.heads, "num_key_value_heads": one.kv_heads,
+         "qk_dims": list(one.qk_dims), "vo_dims": list(one.vo_dims)}
+        for one in specs
+    ]  # fmt: skip
+    alike = {one.heads for one in specs}
+    return {"attnprune.attention": json.dumps(layers)} | ({"num_heads": str(*alike)} if len(alike) == 1 else {})
 
 
 def _checked(dynamic: Sequence[str], check: object, target: Path) -> tuple[bool, bool]:

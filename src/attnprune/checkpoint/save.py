@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from torch import nn
 
 from ..errors import CheckpointError, OptionError
 from ..families.base import AttentionView
-from ..families.registry import all_views, plain
+from ..families.registry import all_views, undressed
 from ..nn import host_class
+from ..nn.attempt import undoing_with
+from ..nn.kept import ordinary
 from ..surgery import check_views
 from ..values import fields
 from .folder import Folder
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+@ordinary
 def save_pruned(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -70,7 +74,7 @@ def save_pruned(
     >>> all(value.equal(again.state_dict()[key]) for key, value in pruned.state_dict().items())
     True
     """
-    model = plain(model)
+    model = undressed(model)
     limit = parse_size(max_shard_size)
     views = all_views(model)
     check_views(model, views)
@@ -98,22 +102,24 @@ def write_model(
         generation: settings for generation, of models that have any.
     """
     json.dumps(manifest.report, allow_nan=False)  # what cannot be written is refused before the weights are
-    with folder.alone():
-        found = []
-        for run in shards(items, limit):
-            with folder.draft() as draft:
-                digest = write_tensors(draft, run)
-                name, size = f"model-{digest[:16]}.safetensors", draft.tell()
-                folder.put(draft, name)
-            found.append(Shard(name, digest, size))
-        folder.replace(MANIFEST, replace(manifest, shards=tuple(found)).to_json().encode())
-        if manifest.config is not None:  # for tokenizers, processors and people; loading reads the manifest
-            folder.replace(CONFIG, json.dumps(manifest.config, sort_keys=True, indent=2).encode())
-        if generation is not None:
-            folder.replace(GENERATION, json.dumps(generation, sort_keys=True, indent=2).encode())
-        for path in folder.path.iterdir():
-            if WEIGHTS.fullmatch(path.name) and path.name not in {one.name for one in found}:
-                path.unlink(missing_ok=True)
+    folder.alone()
+    found = []
+    for run in shards(items, limit):
+        with folder.draft() as draft:
+            digest = write_tensors(draft, run)
+            name, size = f"model-{digest[:16]}.safetensors", draft.tell()
+            if not folder.has(name):
+                undoing_with(partial((folder.path / name).unlink, missing_ok=True))
+            folder.put(draft, name)
+        found.append(Shard(name, digest, size))
+    folder.replace(MANIFEST, replace(manifest, shards=tuple(found)).to_json().encode())
+    if manifest.config is not None:  # for tokenizers, processors and people; loading reads the manifest
+        folder.replace(CONFIG, json.dumps(manifest.config, sort_keys=True, indent=2).encode())
+    if generation is not None:
+        folder.replace(GENERATION, json.dumps(generation, sort_keys=True, indent=2).encode())
+    for path in folder.path.iterdir():
+        if WEIGHTS.fullmatch(path.name) and path.name not in {one.name for one in found}:
+            folder.remove(path.name)
     return folder.path
 
 

@@ -11,8 +11,8 @@ from ..errors import CheckpointError
 from ..families.base import AttentionView
 from ..families.linears import put, transposed
 from ..families.registry import all_views
+from ..nn.attempt import Snapshot
 from ..surgery import Surgeon
-from ..surgery.patch import Snapshot
 from ..surgery.width import narrow, needs_forward
 from ..values.layout import PROJECTIONS
 from ..values.plan import Plan

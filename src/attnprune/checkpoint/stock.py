@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from ..errors import NotExpressibleError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, plain
 from ..nn import host_class
+from ..nn.kept import ordinary
 from ..values.spec import AttentionSpec
+from .folder import Folder
 from .record import ENTRY, is_pretrained
 from .shapes import smaller_than
 
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _STOCK = "plan with stock=True, or use save_pruned"
 
 
+@ordinary
 def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Writes a checkpoint that plain transformers loads, without attnprune installed.
 
@@ -54,8 +59,12 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             for key, slot in view.slots.items():
                 if key.startswith("q."):
                     slot.write(slot.cut(slot.parameter.detach()) * gain)
-    stock.save_pretrained(directory)
-    return Path(directory)
+    folder = Folder.make(directory)
+    folder.alone()
+    drafts = folder.drafts()
+    stock.save_pretrained(drafts)
+    folder.receive(drafts, _WEIGHTS)
+    return folder.path
 
 
 def _check_runs(view: AttentionView, spec: AttentionSpec) -> None:

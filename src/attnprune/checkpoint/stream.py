@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError
 from ..families.registry import all_views, plain
+from ..nn.kept import ordinary
 from ..surgery import ParamChange, Surgeon
 from ..values.plan import Plan
 from .folder import Folder
@@ -25,6 +26,7 @@ from .source import Source
 from .tensors import Item, Weights
 
 
+@ordinary
 def apply_to_checkpoint(
     source: str | os.PathLike[str],
     plan: Plan,

@@ -21,6 +21,7 @@ from ..values.presets import PRESETS
 from ..values.rules import OPTIONS
 from . import commands, trying
 
+_MOST_THREADS = 1024
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -101,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     _inputs(one, batch=1)
     one.add_argument("--seconds", type=_seconds, default=20.0, help="about how long to measure (default: %(default)g)")
     one.add_argument("--rounds", type=_count, help="so many paired runs instead, however long they take")
-    one.add_argument("--threads", type=_count, help="threads of PyTorch (default: as it has them)")
+    one.add_argument("--threads", type=_threads, metavar="N", help="threads of PyTorch (default: as it has them)")
     one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as saved")
     _device(one)
 
@@ -225,6 +226,12 @@ def _time(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _threads(text: str) -> int:
+    if (count := _count(text)) > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {_MOST_THREADS}; this machine has {os.cpu_count()} CPUs")
+    return count
 
 
 def _multiple(text: str) -> int | str:

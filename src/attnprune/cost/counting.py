@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..calibration.batches import called
-from ..calibration.quiet import evaluated, undisturbed, unfused
+from ..calibration.batches import called, of_one_dtype
+from ..calibration.quiet import evaluated, undisturbed
 from ..families.base import AttentionView
 from ..nn import execution
+from ..nn.unfused import Unfused
 from ..surgery import as_called
 from ..values.layout import Kind
 from ..values.spec import AttentionSpec
@@ -22,10 +23,11 @@ from ..values.spec import AttentionSpec
 
 def run(model: nn.Module, example_inputs: Any) -> Any:
     """Calls the model: a mapping as keywords, a tuple or list as positional arguments, a tensor as it is."""
-    if isinstance(example_inputs, Mapping):
-        return called(model, (), example_inputs, "example_inputs")
-    given = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    return called(model, given, {}, "example_inputs")
+    with of_one_dtype(model, example_inputs, "example_inputs"):
+        if isinstance(example_inputs, Mapping):
+            return called(model, (), example_inputs, "example_inputs")
+        given = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+        return called(model, given, {}, "example_inputs")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -43,7 +45,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
     """
     counter = FlopCounterMode(display=False)
-    with evaluated(model), unfused(), _countable(), counter:
+    with evaluated(model), Unfused(), _countable(), counter:
         run(model, example_inputs)
     return int(counter.get_total_flops()) // 2
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..calibration.quiet import evaluated, unfused
+from ..calibration.quiet import evaluated
 from ..nn.nested import tensors_in
+from ..nn.unfused import Unfused
 from .counting import run
 
 
@@ -29,7 +30,7 @@ def peak_bytes(model: nn.Module, example_inputs: Any) -> int:
     >>> peak_bytes(nn.Linear(4, 8, bias=False), torch.zeros(2, 4)) == 4 * (4 * 8 + 2 * 4 + 2 * 8)
     True
     """
-    with evaluated(model), unfused(), _Watch() as watch:
+    with evaluated(model), Unfused(), _Watch() as watch:
         for tensor in chain(model.parameters(), model.buffers()):
             watch.see(tensor)
         for tensor in tensors_in(example_inputs):

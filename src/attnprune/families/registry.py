@@ -332,3 +332,9 @@ def plain(model: nn.Module) -> nn.Module:
         raise OptionError("model", "a torch.nn.Module", f"a {type(model).__name__}", "pass the model itself")
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def undressed(model: nn.Module) -> nn.Module:
+    """The module inside ``nn.DataParallel`` too: what a file of a model is about."""
+    model = plain(model)
+    return plain(model.module) if isinstance(model, nn.DataParallel) else model

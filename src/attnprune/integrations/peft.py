@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..calibration.batches import batches, device_of
 from ..calibration.losses import LossFn, loss_of
-from ..calibration.quiet import restored, unfused
+from ..calibration.quiet import restored
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
 from ..nn import host_class
 from ..nn.selected import Selected, SelectedOutputs
+from ..nn.unfused import Unfused
 from ..surgery import check_views
 from ..training.blocks import find_blocks
 from ..training.distillation import teacher_loss
@@ -205,7 +206,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     """Modules, modes, flags and random state come back after the block; merged values stay, unless it fails."""
     saved = [(module, dict(module._parameters), dict(module._modules)) for module in model.modules()]
     try:
-        with restored(model), unfused():  # fused paths read weights past their updates
+        with restored(model), Unfused():  # fused paths read weights past their updates
             yield
         with torch.no_grad():
             for module, parameters, _ in saved:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
+
+from .attempt import Attempt
 
 Args = ParamSpec("Args")
 Made = TypeVar("Made")
@@ -41,9 +44,10 @@ def kept(make: Callable[Args, Made]) -> Callable[Args, Made]:
 
 
 def ordinary(verb: Callable[Args, Made]) -> Callable[Args, Made]:
-    """A function that makes ordinary tensors in ``torch.inference_mode`` too, where it runs as in ``torch.no_grad``.
+    """A public call: all or nothing, one at a time (:class:`.attempt.Attempt`), and it makes ordinary tensors.
 
-    Inference tensors can never be trained, and that would show long after the call.
+    In ``torch.inference_mode`` too, where it runs as in ``torch.no_grad``: inference tensors can never be trained, and
+    that would show long after the call.
 
     >>> @ordinary
     ... def ramp() -> torch.Tensor:
@@ -56,12 +60,27 @@ def ordinary(verb: Callable[Args, Made]) -> Callable[Args, Made]:
 
     @wraps(verb)
     def run(*args: Args.args, **kwargs: Args.kwargs) -> Made:
-        if not torch.is_inference_mode_enabled():
-            return verb(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return verb(*args, **kwargs)
+        call = verb
+        if torch.is_inference_mode_enabled():
+            call = torch.inference_mode(False)(torch.no_grad()(verb))
+        attempt = Attempt(*_about(args, kwargs))
+        try:
+            attempt.take()
+            made = call(*args, **kwargs)
+            return attempt.close(made)
+        except BaseException:
+            attempt.restore()
+            raise
 
     return run
+
+
+def _about(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[nn.Module | None, Any]:
+    """The model that a call is about, and the object that it is a method of."""
+    first = args[0] if args else None
+    owner = first if hasattr(first, "__dict__") and not isinstance(first, (nn.Module, type)) else None
+    given = [kwargs.get("model"), *args[:2], getattr(owner, "model", None)]
+    return next((one for one in given if isinstance(one, nn.Module)), None), owner
 
 
 def _eager() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..values.layout import Bucket, HeadLayout, Kind
+from .attempt import undone
 from .kept import kept
 
 Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
@@ -75,13 +76,15 @@ def execution(how: Execution) -> Iterator[None]:
     """
     if how not in get_args(Execution):
         raise OptionError("execution", f"one of {', '.join(get_args(Execution))}", repr(how), "pick one of them")
-    token = _FORCED.set(how)
-    _LATEST[0] = how
-    try:
+    with undone() as undo:
+        undo.append(partial(_force, _FORCED.get()))
+        _force(how)
         yield
-    finally:
-        _FORCED.reset(token)
-        _LATEST[0] = _FORCED.get()
+
+
+def _force(how: Execution) -> None:
+    _FORCED.set(how)
+    _LATEST[0] = how
 
 
 def forced() -> Execution:

@@ -195,8 +195,8 @@ class _Budget:
             self.target[key] += weights * wanted.of(p)
 
     def fits(self, move: Move, nearest: bool) -> bool:
-        """Whether what is freed stays within what was asked; with ``nearest`` as the rounding says: or comes nearer to it,
-        or was still short of it."""
+        """Whether what is freed stays within what was asked; with ``nearest`` as the rounding says: or comes nearer to
+        it, or was still short of it."""
         share = {"nearest": 0.5, "down": 1.0, "up": 0.0}[self.rounding] if nearest else 1.0
         cost: dict[str, int] = {}
         for kind, weights in move.frees.items():

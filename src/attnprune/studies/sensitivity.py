@@ -15,12 +15,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..api import masked, plan_for
 from ..calibration.batches import device_of, forward, to_device
 from ..calibration.losses import token_mask
-from ..calibration.quiet import evaluated, unfused
+from ..calibration.quiet import evaluated
 from ..calibration.taps import calibrate
 from ..errors import DataError, OptionError
 from ..families.registry import plain
 from ..nn.kept import ordinary
 from ..nn.outputs import outputs_of
+from ..nn.unfused import Unfused
 from ..report.sensitivity import Cost, Sensitivity
 from ..values.choices import Choices
 from ..values.faults import Faults
@@ -180,7 +181,7 @@ class _Distortion:
     def _outputs(self, model: nn.Module) -> Iterator[list[Tensor]]:
         """By batch, the tensors of the output, padded tokens left out."""
         loss_fn, output_fn = self.options.get("loss_fn"), self.options.get("output_fn")
-        with evaluated(model), unfused():
+        with evaluated(model), Unfused():
             for given in self.data:
                 batch = to_device(given, device_of(model))
                 output = forward(model, batch) if loss_fn is None else loss_fn(model, batch)

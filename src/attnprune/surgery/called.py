@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from ..errors import DataError
 from ..families.base import AttentionView
 from ..families.slots import Slot
+from ..nn.attempt import undone
 from ..nn.expanded import Read
 from ..values.layer_plan import LayerPlan
-from .patch import Operation, Snapshot
+from .patch import Operation, snapshot_of
 
 
 @contextmanager
@@ -28,8 +29,8 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
     same order.
     """
     packed = [view for view in views if not view.called]
-    before = Snapshot.below(packed)
-    try:
+    with undone() as undo:
+        undo.append(snapshot_of(packed).restore)
         for view in packed:
             tensors = {key: _alias(slot) for key, slot in view.slots.items()}
             Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
@@ -51,8 +52,6 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
                     "one that hands them to something else, so that data cannot be heard there",
                     'score by weights or their gradients: scorer="magnitude", or "fisher" or "taylor" with a loss',
                 ) from error
-    finally:
-        before.restore()
 
 
 def _alias(slot: Slot) -> nn.Parameter:

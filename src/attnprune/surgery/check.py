@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import (
     AttnPruneError,
+    BusyError,
     MetaTensorError,
     NonFiniteError,
     NotExpressibleError,
@@ -69,6 +71,19 @@ def check_views(model: nn.Module, views: Iterable[AttentionView], *, blank: bool
         bias = view.owner("o")._parameters.get("bias")  # not cut, and still part of the attention
         if bias is not None and not blank:
             _check_finite(f"{view.name}: o.bias", bias)
+
+
+MASKED: WeakSet[nn.Module] = WeakSet()
+"""Attention of models that the user masks."""
+
+
+def check_unmasked(views: Iterable[AttentionView]) -> None:
+    """Raises BusyError where the user masks an attention, in whatever thread: zeros would be kept for weights."""
+    for view in views:
+        if view.top in MASKED:
+            raise BusyError(
+                view.name, "a model that is not masked", "one inside attnprune.masked(...)", "leave the block first"
+            )
 
 
 def _quantized(kind: type) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..families.slots import Slot
+from ..nn.attempt import undone
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
 from ..values.plan import Plan
 from .changes import bias_gain, gain_of, gains
-from .check import check_fit, check_views
+from .check import MASKED, check_fit, check_views
 from .maps import channel_maps, feature_changes, kept_channels
 
 
@@ -36,18 +38,28 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])
     _check_shared(work)
-    saved: list[tuple[Slot, Tensor]] = []
-    try:
+    with undone() as undo:
         with torch.no_grad():
             for view, layer in work:
                 for slot, values in _masked(view, layer):
-                    saved.append((slot, slot.cut(slot.parameter.detach()).clone()))
+                    undo.append(partial(_write, slot, slot.cut(slot.parameter.detach()).clone()))
                     slot.write(values)
         yield
-    finally:
-        with torch.no_grad():
-            for slot, values in reversed(saved):
-                slot.write(values)
+
+
+@contextmanager
+def masked_by_user(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> Iterator[None]:
+    """:func:`masked_views` for as long as the user likes; the model is not pruned then (:func:`check_unmasked`)."""
+    tops = [view.top for view in views]
+    with masked_views(model, views, plan), undone() as undo:
+        undo.append(lambda: MASKED.difference_update(tops))
+        MASKED.update(tops)
+        yield
+
+
+@torch.no_grad()
+def _write(slot: Slot, values: Tensor) -> None:
+    slot.write(values)
 
 
 def _masked(view: AttentionView, layer: LayerPlan) -> Iterator[tuple[Slot, Tensor]]:

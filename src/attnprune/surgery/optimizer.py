@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import OptimizerStateError
+from ..nn.attempt import undoing_with
 from ..nn.nested import tensors_in
 from .changes import ParamChange, ParamMap
 from .optimizer_state import carried
@@ -23,11 +24,12 @@ class Step(Protocol):
 
 
 def commit_all(steps: Sequence[Step]) -> None:
-    """All steps, or none: if one fails, those before it are undone and the error goes on."""
+    """All steps, or none: if one fails, or the call that they are part of, they are undone and the error goes on."""
     done: list[Step] = []
     try:
         for step in steps:
             done.append(step)
+            undoing_with(step.undo)
             step.commit()
     except BaseException:
         for step in reversed(done):

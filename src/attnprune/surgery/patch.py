@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from ..families.expansion import expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
 from ..families.slots import Slot
 from ..families.ways import Way
+from ..nn.attempt import Snapshot
 from ..nn.selected import select
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, SIDES
 from ..values.plan import Plan
 from .changes import Gain, OutputGain, ParamChange, ParamMap, bias_gain, gains, joint_gain
-from .check import check_expressible, check_fit, check_views, check_wrappers
+from .check import check_expressible, check_fit, check_unmasked, check_views, check_wrappers
 from .maps import ChannelMap, FeatureChange, Pick, channel_maps, feature_changes, joined, kept_channels
 
 
@@ -239,6 +240,7 @@ class Surgeon:
         by_name = {view.name: view for view in views}
         work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
         check_views(model, [view for view, _ in work], blank=blank)
+        check_unmasked(view for view, _ in work)
         check_expressible(views, plan)
         with torch.inference_mode(False), torch.no_grad():  # parameters are ordinary ones, whatever mode is on
             operations, tensors = _built(work)
@@ -247,7 +249,7 @@ class Surgeon:
 
     def commit(self) -> ParamMap:
         """Swaps the new tensors in. If anything fails midway, everything is put back bitwise and the error goes on."""
-        self._before = Snapshot.below(operation.view for operation in self._operations)
+        self._before = snapshot_of(operation.view for operation in self._operations)
         try:
             for operation in self._operations:
                 operation.run()
@@ -262,29 +264,6 @@ class Surgeon:
             self._before.restore()
 
 
-class Snapshot:
-    """Class and attributes of some modules, to put back."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        each = {id(module): module for module in modules}
-        self._saved = [(module, type(module), _shallow(module.__dict__)) for module in each.values()]
-
-    @classmethod
-    def below(cls, views: Iterable[AttentionView]) -> Snapshot:
-        """Of all modules of some views."""
-        return cls(module for view in views for top in view.modules for module in top.modules())
-
-    def restore(self) -> None:
-        for module, kind, state in self._saved:
-            object.__setattr__(module, "__class__", kind)
-            module.__dict__.clear()
-            module.__dict__.update({key: value for key, (value, _) in state.items()})
-            for value, content in state.values():
-                if content is not None:
-                    value.clear()
-                    value.update(content)
-
-
-def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any] | None]]:
-    """Every attribute, and for the dicts of a module also what they hold."""
-    return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in state.items()}
+def snapshot_of(views: Iterable[AttentionView]) -> Snapshot:
+    """Of all modules of some views."""
+    return Snapshot(module for view in views for top in view.modules for module in top.modules())

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.attend import Kernel, attend
+from ...nn.caches import check_cache
 from ...nn.decoupled import Decoupled, forward_of
 from ...nn.products import Plain, possible
 from ...nn.projection import Projected, project
@@ -179,6 +180,7 @@ class HFSelfAttention(HFAttention):
             # one "head" as wide as all heads together: caches take any width, and need not know about ragged heads
             cache = getattr(cache, "self_attention_cache", cache)
             more = {"kwargs": kwargs} if self._parts.cache == "cache" else {}
+            check_cache(cache, heads.k, self.layer_idx)
             k, v = cache.update(heads.k.unsqueeze(1), heads.v.unsqueeze(1), self.layer_idx, **more)
             heads = heads._replace(k=k.squeeze(1), v=v.squeeze(1))
         return self._attend(heads, attention_mask, **kwargs)

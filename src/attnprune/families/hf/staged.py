@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...nn.attend import Kernel
+from ...nn.caches import check_cache
 from ...nn.decoupled import forward_of
 from ...nn.norms import normed
 from ...nn.products import Plain
@@ -142,6 +143,7 @@ class HFStaged(HFAttention):
         if own is None:
             return heads
         # one "head" as wide as all heads together: caches take any width, and need not know about ragged heads
+        check_cache(own, heads.k, layer)
         k, v = own.update(heads.k.unsqueeze(1), heads.v.unsqueeze(1), layer, **self._told(given))
         if source is not None and paired:
             cache.is_updated[layer] = True

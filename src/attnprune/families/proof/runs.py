@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...nn.attempt import undone
 from ...nn.exactly import Exactly
 from ...nn.nested import tensors_in
+from ...nn.unfused import Unfused
 from ..calls import LONGER, Call, fresh, positional
 
 
@@ -26,8 +28,9 @@ def plainly() -> Iterator[None]:
     """Whatever modes the caller is in, code runs plainly here, and leaves no trace."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    before = logging.root.manager.disable
-    with ExitStack() as stack:
+    with undone() as undo:
+        stack = ExitStack()
+        undo.append(stack.close)
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -39,10 +42,8 @@ def plainly() -> Iterator[None]:
         warnings.simplefilter("ignore")
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
-        fast = torch.backends.mha.get_fastpath_enabled()
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(logging.disable, before)
+        stack.enter_context(Unfused())
+        stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)
         yield
 
