@@ -302,7 +302,7 @@ def test_faces_take_what_parse_takes() -> None:
     assert names(prune_attention) == parsed | {"model", "optimizer", "averages"}
     assert names(AttentionPruner) == parsed | {"model", "schedule", "steps"}
     assert names(attnprune.apply_plan) == {
-        "model", "plan", "example_inputs", "optimizer", "averages", "measure", "verify",
+        "model", "plan", "example_inputs", "optimizer", "averages", "measure", "verify", "data", "recover",
     }  # fmt: skip
 
 

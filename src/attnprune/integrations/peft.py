@@ -19,9 +19,9 @@ from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
 from ..nn import host_class
 from ..nn.expanded import ExpandedColumns, ExpandedRows
+from ..recovery.blocks import find_blocks
+from ..recovery.distillation import teacher_loss
 from ..surgery import check_views
-from ..training.blocks import find_blocks
-from ..training.distillation import teacher_loss
 from ..values.choices import Choices
 
 DECAYS: dict[str, Callable[[float], float]] = {
