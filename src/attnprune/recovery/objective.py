@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..calibration.batches import forward
-from ..calibration.losses import LossFn, loss_of, token_mask
+from ..calibration.losses import LossFn, scalar_of, token_mask
 from ..errors import DataError
 from ..families.calls import CACHES
 from ..nn.outputs import OutputFn, outputs_of
@@ -78,7 +78,7 @@ class Objective:
         try:
             with capture(model, self.names) as seen:
                 if labels:
-                    loss = loss_of(model, batch, self.loss_fn, self.output_fn)
+                    loss = scalar_of(model, batch, self.loss_fn, self.output_fn)
                 elif self.loss_fn is not None:
                     self.loss_fn(model, batch)
                 else:
