@@ -202,11 +202,12 @@ def test_states_are_asked_for_once_where_they_are_kept() -> None:
     assert counts == [6, 15 + 11]  # each batch once; each step, and each look at the one that is held out
 
 
-def test_half_precision_learns_by_steps_that_it_could_not_hold() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_half_precision_learns_by_steps_that_it_could_not_hold(dtype: torch.dtype) -> None:
     model, dense = pruned()
-    model, dense = model.bfloat16(), dense.bfloat16()
-    found = recover(model, dense, [x.bfloat16() for x in batches()], steps=40, lr=1e-3)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model, dense = model.to(dtype), dense.to(dtype)
+    found = recover(model, dense, [x.to(dtype) for x in batches()], steps=40, lr=1e-3)
+    assert {p.dtype for p in model.parameters()} == {dtype}
     assert found.after < found.before
 
 

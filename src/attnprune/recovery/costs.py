@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def estimated(tuner: Tuner) -> Estimate:
         opening = _seconds(tuner, tuner.held_loss)  # the dense model tells what it says
         look = _seconds(tuner, tuner.held_loss)
         saved = _Saved()
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
             tuner.step(0.0)
         new, known = ([_step(tuner, number) for number in numbers] for numbers in (range(1, 1 + TRIES), [0] * TRIES))
         told = max(one.size for one in tuner.objective.kept.values()) if tuner.objective.kept else 0
@@ -59,7 +60,7 @@ def estimated(tuner: Tuner) -> Estimate:
     else:
         steps = tuner.total
     spent = min(steps, count) * first + max(steps - count, 0) * again
-    return Estimate(steps, looks + spent, _bytes(tuner, saved.bytes, told), spent / steps, look)
+    return Estimate(steps, looks + spent, _bytes(tuner, saved.most, told), spent / steps, look)
 
 
 def _step(tuner: Tuner, number: int) -> float:
@@ -82,18 +83,30 @@ def _bytes(tuner: Tuner, activations: int, told: int) -> int:
 
 
 class _Saved:
-    """Counts what is kept for the pass back, each storage once, parameters left out."""
+    """Counts what is kept for the pass back at a time, each storage once, parameters left out."""
 
     def __init__(self) -> None:
-        self.bytes = 0
-        self.seen: set[int] = set()
+        self.now = self.most = 0
+        self.users: Counter[int] = Counter()
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> _Kept:
+        return _Kept(tensor, self)
+
+
+class _Kept:
+    """A tensor that is kept for the pass back, counted as long as it is."""
+
+    def __init__(self, tensor: Tensor, counts: _Saved) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen and not isinstance(tensor, torch.nn.Parameter):
-            self.seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
+        self.tensor, self.counts, self.key = tensor, counts, storage.data_ptr()
+        self.size = 0 if isinstance(tensor, torch.nn.Parameter) else storage.nbytes()
+        counts.users[self.key] += 1
+        counts.now += self.size * (counts.users[self.key] == 1)
+        counts.most = max(counts.most, counts.now)
+
+    def __del__(self) -> None:
+        self.counts.users[self.key] -= 1
+        self.counts.now -= self.size * (self.counts.users[self.key] == 0)
 
 
 def _seconds(tuner: Tuner, run: Callable[[], object]) -> float:

@@ -163,8 +163,8 @@ class Tuner:
         number, batch = self._batch(self.now.steps)
         loss, grads = self.objective.gradients(("train", number), batch, self.again, self.parameters)
         grads, value = self._shared(grads, loss)
-        sizes = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads if grad is not None]
-        if sizes and bool(torch.stack(sizes).isfinite().all()):
+        finite = [grad.isfinite().all() for grad in grads if grad is not None]
+        if finite and bool(torch.stack(finite).all()):
             for one, grad in zip(self.updates, grads, strict=True):
                 one.take(grad)
             for group in self.optimizer.param_groups:
