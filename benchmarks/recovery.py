@@ -7,8 +7,9 @@
 divergence of its answers from the dense model's there. ``llama`` is the byte-level Llama in ``benchmarks/byte_llama``
 (grouped queries, rotary positions): bits per byte on files never read. Pruned with the default for data; the same
 unlabelled samples of the training split (a new draw for every seed, a tenth of them kept aside to stop by) serve for
-both. Nothing was tuned on the test split: the learning rate was chosen on the validation split of the keywords. Figures
-are medians over seeds (least to most); seconds are of one thread, "said" what ``estimate_recovery`` said beforehand.
+both. Nothing was tuned on the test split: how learning rates are found was chosen on the keywords' validation split.
+Figures are medians over seeds (least to most); seconds are of one thread, "said" what ``estimate_recovery`` said
+beforehand.
 """
 
 from __future__ import annotations

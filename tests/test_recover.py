@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from math import cos, pi
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from attnprune.errors import AttnPruneError, CheckpointError, DataError, OptionE
 from attnprune.families.registry import all_views
 from attnprune.families.slots import Slot
 from attnprune.recovery.objective import Objective
+from attnprune.recovery.recover import Recovering, prepared
 from attnprune.recovery.splitting import split
 from attnprune.recovery.tuned import LowRank, Whole, updates_of
+from attnprune.recovery.tuning import RISE
 from attnprune.values.recovery import Length, RecoveryOptions
 
 from .conformance import fresh, inputs
@@ -172,6 +175,29 @@ def test_it_is_never_worse(lr: float, count: int, steps: int, spoilt: str, optio
         assert same(values, bits(model))
 
 
+def test_steps_whose_gradients_are_spoilt_are_left_out() -> None:
+    model, dense = pruned()
+    calls = iter(range(10_000))
+
+    def hear(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * torch.nan if next(calls) % 2 else grad)
+
+    model.layers[1].linear1.register_forward_hook(hear)  # type: ignore[union-attr, index]
+    found = recover(model, dense, batches(), steps=20, held_out=batches(8)[6:])
+    assert found.after < 0.95 * found.before
+
+
+def test_a_rate_is_found_by_what_there_is_to_recover() -> None:
+    model, dense = pruned()
+    with prepared(model, dense, batches(), all_views(model), Recovery(), None, None, False) as tuner:
+        rates = []
+        for loss in (1.0, 1e-2, 1e-4):
+            tuner.now.before = loss
+            rates.append(tuner.rate(RISE) / (1 + cos(pi * RISE)) * 2)
+    assert rates == pytest.approx([0.01, 0.008, 0.0008])
+
+
 def test_a_rate_that_is_too_large_is_cut_on_the_way() -> None:
     model, dense = pruned()
     found = recover(model, dense, batches(), steps=60, lr=3.0)
@@ -185,6 +211,7 @@ def test_the_same_call_gives_the_same_weights_however_states_are_kept() -> None:
         torch.manual_seed(len(results))
         recover(model, dense, batches(), steps=7, seed=4, **options)
         results.append(bits(model))
+        assert not any("forward" in vars(module) for module in model.modules())
     assert all(same(results[0], other) for other in results[1:])
     model, dense = pruned()
     recover(model, dense, batches(), steps=7, seed=5)
@@ -501,6 +528,18 @@ def test_a_fault_while_tuning_undoes_the_pruning() -> None:
         )
     assert same(before, bits(model))
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+
+
+def test_tuning_can_be_undone() -> None:
+    model = build().eval()
+    before, plan = bits(model), make_plan(model, {"qk": 0.5})
+    step = Recovering(model, plan, Recovery(3), batches(), progress=False)
+    with torch.no_grad():
+        model.layers[1].self_attn.in_proj_weight.mul_(0.9)  # type: ignore[union-attr, index, operator]
+    step.commit()
+    assert not same(before, bits(model))
+    step.undo()
+    assert same(before, bits(model))
 
 
 def test_only_what_is_tuned_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from .tuned import Update
 
 CHECKS = 10
 """How often what was held out is looked at."""
+MOST, PART = 0.01, 0.08
+"""The learning rate that is found: at most, and of the root of the loss, as noise makes a loss of its square."""
 RISE = 0.05
 """The part of all steps in which the learning rate rises."""
 WORSE = 1.1
@@ -156,7 +158,9 @@ class Tuner:
 
     def rate(self, share: float) -> float:
         """The learning rate when a share of the steps is over."""
-        return self.recovery.lr * self.now.factor * min(1.0, (share + 1e-3) / RISE) * (1 + cos(pi * min(share, 1))) / 2
+        asked = self.recovery.lr
+        rate = min(MOST, PART * (self.now.before or 0.0) ** 0.5) if asked == "auto" else asked
+        return rate * self.now.factor * min(1.0, (share + 1e-3) / RISE) * (1 + cos(pi * min(share, 1))) / 2
 
     def step(self, share: float) -> float:
         """One step; one whose gradients are not finite changes nothing. Returns the loss."""

@@ -52,9 +52,10 @@ class Length(NamedTuple):
 class RecoveryOptions(TypedDict, total=False):
     """What :func:`attnprune.recover` and ``recover={"steps": ..., ...}`` take beside the number of steps."""
 
-    lr: float
-    """Adam's step, as a share of the root mean square of what is tuned, tensor by tensor; 0.01 by default. It rises
-    over 5 % of the steps and falls by a cosine. Where it makes a model worse than it was, it is cut to a quarter."""
+    lr: float | Literal["auto"]
+    """Adam's step, as a share of the root mean square of what is tuned, tensor by tensor. It rises over 5 % of the
+    steps and falls by a cosine. Where it makes a model worse than it was, it is cut to a quarter. ``"auto"`` (the default):
+    the smaller, the less there is to recover, 0.08 times the root of the loss over what was held out, at most 0.01."""
     held_out: float | Iterable[Any]
     """The share of the data that is kept aside to stop by, at most 16 batches; or batches of its own."""
     kl: float
@@ -96,7 +97,7 @@ class Recovery:
     """
 
     steps: int | str = 400
-    lr: float = 0.01
+    lr: float | Literal["auto"] = "auto"
     held_out: Any = 0.1
     kl: float = 0.0
     temperature: float = 1.0
@@ -113,7 +114,7 @@ class Recovery:
         faults = Faults()
         faults.attempt(Length.parse, self.steps)
         checks: dict[str, tuple[bool, str, str]] = {
-            "lr": (_positive(self.lr), "a number above 0", "use 0.01"),
+            "lr": (self.lr == "auto" or _positive(self.lr), "a number above 0, or 'auto'", "use 0.01"),
             "held_out": (_share(self.held_out), "a share in (0, 1), or batches", "use 0.1"),
             "kl": (_weight(self.kl), "a finite weight of at least 0", "use 1.0, or 0.0 to leave it out"),
             "temperature": (_positive(self.temperature), "a number above 0", "use 1.0, or 2.0 to soften"),
