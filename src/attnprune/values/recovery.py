@@ -54,8 +54,9 @@ class RecoveryOptions(TypedDict, total=False):
 
     lr: float | Literal["auto"]
     """Adam's step, as a share of the root mean square of what is tuned, tensor by tensor. It rises over 5 % of the
-    steps and falls by a cosine. Where it makes a model worse than it was, it is cut to a quarter. ``"auto"`` (the default):
-    the smaller, the less there is to recover, 0.08 times the root of the loss over what was held out, at most 0.01."""
+    steps and falls by a cosine. Where it makes a model worse than it was, it is cut to a quarter. ``"auto"`` (the
+    default): 0.08 times the root of the loss over what was held out, at most 0.01, so that it is the smaller, the less
+    there is to recover."""
     held_out: float | Iterable[Any]
     """The share of the data that is kept aside to stop by, at most 16 batches; or batches of its own."""
     kl: float
