@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnprune import capture, distillation_loss, hidden_loss, prune_attention, teacher_loss
 from attnprune.errors import DataError, OptionError
-from attnprune.training.blocks import find_blocks
+from attnprune.recovery.blocks import find_blocks
 
 from .conformance import fresh, inputs
 from .families import FAMILIES

@@ -20,6 +20,7 @@ ROOMS = (
     "calibration",
     "cost",
     "planning",
+    "recovery",
     "report",
     "checkpoint",
     "api",

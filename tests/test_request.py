@@ -256,7 +256,7 @@ def test_the_papers_eight_ways(name: str) -> None:
     scorer: Any = Magnitude(p=1) if score == "MAG" else "fisher"
     assert plan == make_plan(
         model(), 0.5, granularity=request.rules.granularity, scope=request.rules.scope, scorer=scorer, data=data(),
-        loss_fn=square, basis="channels", compensate=False, progress=False,
+        loss_fn=square, basis="channels", compensate=False, rounding=request.rules.rounding, progress=False,
     )  # fmt: skip
     assert Plan.from_json(plan.to_json()) == plan
 
@@ -301,7 +301,7 @@ def test_faces_take_what_parse_takes() -> None:
     assert names(prune_attention) == parsed | {"model", "optimizer", "averages"}
     assert names(AttentionPruner) == parsed | {"model", "schedule", "steps"}
     assert names(attnprune.apply_plan) == {
-        "model", "plan", "example_inputs", "optimizer", "averages", "measure", "verify",
+        "model", "plan", "example_inputs", "optimizer", "averages", "measure", "verify", "data", "recover",
     }  # fmt: skip
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .planning.by_error import energy_curves
     from .planning.scorers import Scorer
     from .planning.scoring import score_attention
+    from .recovery.distillation import capture, distillation_loss, hidden_loss, teacher_loss
+    from .recovery.recover import estimate_recovery, recover
     from .report import plots
     from .report.report import Report
     from .report.sensitivity import Sensitivity
@@ -43,13 +45,13 @@ if TYPE_CHECKING:
     from .surgery import ParamMap, Surgeon
     from .surgery.pack import pack_qkv, unpack_qkv
     from .training.ddp import rewrap
-    from .training.distillation import capture, distillation_loss, hidden_loss, teacher_loss
     from .training.pruner import AttentionPruner
     from .values.layer_plan import LayerPlan
     from .values.method import Method
     from .values.options import Options
     from .values.plan import Plan
     from .values.ratios import Ratios
+    from .values.recovery import Recovered, Recovery, RecoveryOptions
     from .values.request import Request
     from .values.rules import Rules
     from .values.scores import Scores
@@ -77,6 +79,8 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "planning.by_error": "energy_curves",
     "planning.scorers": "Scorer",
     "planning.scoring": "score_attention",
+    "recovery.distillation": "capture distillation_loss hidden_loss teacher_loss",
+    "recovery.recover": "estimate_recovery recover",
     "report.report": "Report",
     "report.sensitivity": "Sensitivity",
     "report.sweep": "Sweep",
@@ -85,13 +89,13 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "surgery": "ParamMap Surgeon",
     "surgery.pack": "pack_qkv unpack_qkv",
     "training.ddp": "rewrap",
-    "training.distillation": "capture distillation_loss hidden_loss teacher_loss",
     "training.pruner": "AttentionPruner",
     "values.layer_plan": "LayerPlan",
     "values.method": "Method",
     "values.options": "Options",
     "values.plan": "Plan",
     "values.ratios": "Ratios",
+    "values.recovery": "Recovered Recovery RecoveryOptions",
     "values.request": "Request",
     "values.rules": "Rules",
     "values.scores": "Scores",
@@ -125,6 +129,9 @@ __all__ = [
     "ParamMap",
     "Plan",
     "Ratios",
+    "Recovered",
+    "Recovery",
+    "RecoveryOptions",
     "Report",
     "Request",
     "Rules",
@@ -144,6 +151,7 @@ __all__ = [
     "distillation_loss",
     "energy_curves",
     "errors",
+    "estimate_recovery",
     "export_onnx",
     "export_stock",
     "find_attention",
@@ -160,6 +168,7 @@ __all__ = [
     "prune_channels",
     "prune_heads",
     "read_report",
+    "recover",
     "register_adapter",
     "rewrap",
     "save_pruned",

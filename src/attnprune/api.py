@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,12 +37,15 @@ from .values.method import Method, check_one_of
 from .values.options import Options, YesNoAuto
 from .values.plan import Plan
 from .values.ratios import RatiosLike
-from .values.request import YES_NO_AUTO, Request, no_inputs_to_run
+from .values.recovery import Recovery
+from .values.request import YES_NO_AUTO, Request, no_data_to_tune_on, no_inputs_to_run
 from .values.rules import Rules
 from .values.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from typing import Unpack
+
+    from .recovery.recover import Recovering
 
 
 @ordinary
@@ -85,7 +88,7 @@ def make_plan(
     """Decides what :func:`prune_attention` would remove; changes nothing.
 
     Takes the same arguments, but those of what happens to a model that is changed: ``optimizer`` and ``averages``.
-    ``verify`` and ``measure`` change nothing in a plan.
+    ``verify``, ``measure`` and ``recover`` change nothing in a plan.
 
     >>> import torch
     >>> model = torch.nn.TransformerEncoderLayer(32, 4)
@@ -164,6 +167,8 @@ def apply_plan(
     averages: Iterable[nn.Module] = (),
     measure: bool = False,
     verify: YesNoAuto = "auto",
+    data: Iterable[Any] | None = None,
+    recover: Recovery | Mapping[str, Any] | int | str | None = None,
 ) -> Report:
     """Applies a plan in place: everything that it says, or nothing.
 
@@ -180,7 +185,9 @@ def apply_plan(
             the same plan.
         measure: whether to time forward passes over ``example_inputs``, the model before and after in turns, for the
             report. An :class:`attnprune.errors.AttnPruneWarning` says why a plan may have made it slower.
-        verify: as in :func:`prune_attention`, with ``example_inputs``.
+        verify: as in :func:`prune_attention`, with ``example_inputs`` or ``data``.
+        data: batches, to verify with and for ``recover``.
+        recover: as in :func:`prune_attention`: how long what is left is tuned towards the dense model.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
@@ -194,9 +201,13 @@ def apply_plan(
     0.5
     """
     check_one_of("verify", verify, YES_NO_AUTO)
+    recovery = None if recover is None else Recovery.parse(recover)
+    if recovery is not None and data is None:
+        raise no_data_to_tune_on()
     commit = prepare_plan(
         model, plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=measure,
-        sample=Sample(example_inputs, None), verify=verify,
+        sample=Sample(example_inputs, list(data) if isinstance(data, Iterator) else data), verify=verify,
+        recovery=recovery,
     )  # fmt: skip
     return commit()
 
@@ -213,6 +224,8 @@ def prepare_plan(
     sample: Sample | None = None,
     verify: YesNoAuto = "auto",
     skipped: Sequence[Skipped] | None = None,
+    recovery: Recovery | None = None,
+    progress: bool = True,
 ) -> Callable[[], Report]:
     """:func:`apply_plan` in two: here everything is checked and built, and what is returned commits it.
 
@@ -221,6 +234,8 @@ def prepare_plan(
         sample: inputs to verify the result with.
         verify: whether to; ``"auto"``: where there is a sample.
         skipped: what was found not to be prunable; None: what looks like it.
+        recovery: how the result is tuned towards the dense model, on the sample's data; None: not at all.
+        progress: whether that shows a bar.
 
     Raises:
         DataError: ``verify=True`` and nothing to run the model on.
@@ -235,7 +250,7 @@ def prepare_plan(
     for name in survey.errors.keys() & _names(plan):
         raise survey.errors[name]
     surgeon = Surgeon.prepare(model, views, plan)
-    copies = [plain(_averaged(one)) for one in averages]
+    copies = [plain(one.module if isinstance(one, AveragedModel) else one) for one in averages]
     steps = [surgeon, *(Surgeon.prepare(one, all_views(one, _names(plan)), plan) for one in copies)]
     entries = [] if plan.empty else [ConfigEntry(one) for one in (model, *copies)]
     optimizers = optimizers_of(optimizer)
@@ -249,14 +264,21 @@ def prepare_plan(
     ways, cache = ways_of(views, plan), cache_of(views, plan)
     skipped = survey.skipped() if skipped is None else skipped
     check = _verification(model, views, plan, sample, verify)
+    tuning: Recovering | None = None
+    if recovery is not None and sample is not None and sample.data is not None and not plan.empty:
+        from .recovery.recover import Recovering
+
+        tuning = Recovering(model, plan, recovery, sample.data, sample.loss_fn, sample.output_fn, progress)
 
     def commit() -> Report:
-        commit_all([*steps, *entries, *patches, *([] if check is None else [check]), *also])
+        last: list[Step] = [one for one in (check, tuning) if one is not None]
+        commit_all([*steps, *entries, *patches, *also, *last])
         counts = None if macs is None else (macs, count_macs(model, example_inputs))
         said = notes if check is None or not check.why_not else (*notes, f"not verified: {check.why_not}")
         verified = None if check is None else check.found
         parameters = before, count_parameters(model)
-        return Report(plan, parameters, counts, said, latency, tuple(skipped), ways, cache, verified)
+        recovered = None if tuning is None else tuning.found
+        return Report(plan, parameters, counts, said, latency, tuple(skipped), ways, cache, verified, recovered)
 
     return commit
 
@@ -271,22 +293,6 @@ def _verification(
     if verify is False or sample is None or plan.empty or not sample.given:
         return None
     return Verification(model, views, plan, sample.run, sample.samples, needed=verify is True)
-
-
-def planned_report(model: nn.Module, made: Decided) -> Report:
-    """What :func:`apply_plan` would report of a plan, as far as it is known before."""
-    plan = made.plan
-    before = count_parameters(model)
-    removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
-    views = all_views(plain(model), _names(plan))
-    ways, cache = ways_of(views, plan), cache_of(views, plan)
-    notes = (*notes_of(views, plan), *slow_shapes(views, plan))
-    return Report(plan, (before, before - removed), notes=notes, skipped=made.skipped, ways=ways, cache_bytes=cache)
-
-
-def _averaged(model: nn.Module) -> nn.Module:
-    """The model inside an AveragedModel."""
-    return model.module if isinstance(model, AveragedModel) else model
 
 
 @ordinary
@@ -338,7 +344,8 @@ def prune_attention(
         options: of :class:`attnprune.Options`, which says what each means: ``granularity``, ``scope``, ``heads``,
             ``split``, ``round_to``, ``min_heads``, ``min_channels``, ``match_dims``, ``stock``; ``scorer``, ``basis``,
             ``compensate``, ``sequential``, ``seed``; ``target_error``, ``target_latency``, ``target_macs``,
-            ``target_params``; ``calibration``, ``loss_fn``, ``output_fn``, ``latency``, ``measure``, ``progress``.
+            ``target_params``; ``recover``; ``calibration``, ``loss_fn``, ``output_fn``, ``latency``, ``measure``,
+            ``progress``.
 
     Returns:
         What was asked and what was achieved. They differ by less than one unit of the granularity and rounding.
@@ -360,7 +367,8 @@ def prune_attention(
     made = decided_by(model, request)
     commit = prepare_plan(
         model, made.plan, example_inputs=example_inputs, optimizer=optimizer, averages=averages, measure=request.timed,
-        sample=made.sample, verify=request.verify, skipped=made.skipped,
+        sample=made.sample, verify=request.verify, skipped=made.skipped, recovery=request.recovery,
+        progress=request.evidence.progress,
     )  # fmt: skip
     return commit()
 

@@ -17,13 +17,25 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, output_fn: OutputFn | None = None) -> Tensor:
+    """The scalar loss of a batch (:func:`scalar_of`), if it is finite.
+
+    Raises:
+        DataError: there is no such loss, or it is not finite.
+    """
+    loss = scalar_of(model, batch, loss_fn, output_fn)
+    if not bool(loss.detach().isfinite()):
+        raise DataError("data", "a finite loss", str(float(loss.detach())), "check the batch and the model's weights")
+    return loss
+
+
+def scalar_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, output_fn: OutputFn | None = None) -> Tensor:
     """The scalar loss of a batch: ``loss_fn``'s, the model's own, or that of a pair's targets.
 
     For a pair without ``loss_fn``, integer targets mean cross entropy over the last dimension (or over dimension 1, as
     pixels have it), and floating-point targets mean square error; outputs may be a tensor, or carry ``logits``.
 
     Raises:
-        DataError: there is no such loss, or it is not finite.
+        DataError: there is no such loss.
     """
     loss: Any
     if loss_fn is not None:
@@ -44,8 +56,6 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, output_fn: Out
             found,
             "pass loss_fn(model, batch) that returns one, or mappings with labels, or pairs (inputs, targets)",
         )
-    if not bool(loss.detach().isfinite()):
-        raise DataError("data", "a finite loss", str(float(loss.detach())), "check the batch and the model's weights")
     return loss.reshape(())
 
 

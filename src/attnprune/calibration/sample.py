@@ -156,15 +156,23 @@ def samples_of(rows: int, counts: Sequence[int]) -> int | None:
 
 def first_of(batch: Any, most: int = MOST) -> Any:
     """The first samples of a batch whose tensors all have the samples first; others whole."""
+    return picked(batch, slice(most)) if divisible(batch) else batch
+
+
+def divisible(batch: Any) -> bool:
+    """Whether all tensors of a batch have the samples first, as far as their sizes tell."""
     tensors = list(tensors_in(batch))
-    if any(not x.dim() or len(x) != len(tensors[0]) or x.is_nested for x in tensors) or not tensors:
-        return batch
-    return _cut(batch, most)
+    return bool(tensors) and not any(not x.dim() or len(x) != len(tensors[0]) or x.is_nested for x in tensors)
 
 
-def _cut(batch: Any, most: int) -> Any:
+def picked(batch: Any, which: slice | Tensor) -> Any:
+    """Some samples of a batch that is :func:`divisible`.
+
+    Args:
+        which: a run of them, or ``(count,)`` int64.
+    """
     if isinstance(batch, Tensor):
-        return batch[:most]
+        return batch[which if isinstance(which, slice) else which.to(batch.device)]
     if isinstance(batch, Mapping):
-        return {key: _cut(value, most) for key, value in batch.items()}
-    return type(batch)(_cut(value, most) for value in batch) if type(batch) in (tuple, list) else batch
+        return {key: picked(value, which) for key, value in batch.items()}
+    return type(batch)(picked(value, which) for value in batch) if type(batch) in (tuple, list) else batch

@@ -21,6 +21,7 @@ from ..values.asked import Asked
 from ..values.layer_plan import LayerPlan
 from ..values.layout import KINDS
 from ..values.plan import Plan
+from ..values.recovery import Recovered
 from ..values.spec import AttentionSpec
 from .folder import refuse
 from .manifest import MANIFEST, Manifest, Sizes
@@ -185,9 +186,13 @@ def _remembered(whole: Report, saved: Mapping[str, Any]) -> Report | None:
         ways = {str(name): str(way) for name, way in saved.get("ways", {}).items()}
         cache, seen = saved.get("cache_bytes"), saved.get("verified")
         verified = None if seen is None else Verified(float(seen["error"]), int(seen["samples"]))
+        tuned = saved.get("recovered")
+        recovered = None if tuned is None else Recovered(
+            float(tuned["before"]), float(tuned["after"]), int(tuned["steps"]), float(tuned["seconds"])
+        )  # fmt: skip
         found = Report(
             Plan(tuple(layers), asked), whole.model_parameters, macs, notes, None, skipped, ways,
-            None if cache is None else (int(cache[0]), int(cache[1])), verified,
+            None if cache is None else (int(cache[0]), int(cache[1])), verified, recovered,
         )  # fmt: skip
         told = asked is None or "ratios" not in saved["how"] or found.asked == saved["asked"]  # earlier: ratios alone
         return found if told else None

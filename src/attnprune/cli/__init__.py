@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     _ratios(what)
     what.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan instead of making one")
     _options(one)
+    one.add_argument("--recover", metavar="HOW", help="how long the result is tuned: 400 (steps), 60s, 10min, 2epochs")
     one.add_argument("-o", "--output", type=Path, metavar="OUT", required=True, help="directory for the pruned model")
     one.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw what went (.png, .svg, .pdf)")

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..api import Decided, apply_plan, decided_by, planned_report
+from ..api import Decided, decided_by, prepare_plan
 from ..calibration.batches import device_named
+from ..calibration.sample import Sample
 from ..checkpoint.describe import overview, read_report, without_config
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
@@ -21,9 +22,11 @@ from ..checkpoint.source import Source
 from ..checkpoint.stock import export_stock
 from ..cost.counting import count_macs, count_parameters
 from ..errors import CheckpointError, OptionError
+from ..report.making import planned_report
 from ..report.report import Report
 from ..values.plan import Plan
-from ..values.request import OPTION_NAMES, Request
+from ..values.recovery import Recovery
+from ..values.request import OPTION_NAMES, Request, no_data_to_tune_on
 from .inputs import DataFile, example_inputs
 from .outputs import Outputs
 from .timing import compare
@@ -101,7 +104,7 @@ def plan(args: argparse.Namespace) -> Done:
         file = None if args.output is None else outputs.file(args.output)
         picture = None if args.plot is None else outputs.file(args.plot)
         model, _, made = _planned(args)
-        found = planned_report(model, made)
+        found = planned_report(model, made.plan, made.skipped)
         if file is not None:
             file.write_text(made.plan.to_json(), encoding="utf-8")
         if picture is not None:
@@ -122,7 +125,7 @@ def prune(args: argparse.Namespace) -> Done:
             model = loaded(args.directory, args.device)
             data = data_file(args, model)
         given = data.first(1) if data is not None else example_inputs(model, 1, args.length)
-        found = apply_plan(model, made, example_inputs=given)
+        found = _applied(args, model, made, given, data)
         save_pruned(model, folder, report=found)
         for name in BESIDE:
             if (args.directory / name).is_file():
@@ -222,6 +225,15 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Deci
     ratios = args.qkvo[0] if args.qkvo is not None and len(args.qkvo) == 1 else args.qkvo
     request = Request.parse(ratios, **{name: value for name, value in options.items() if value is not None})
     return model, data, decided_by(model, request)
+
+
+def _applied(args: argparse.Namespace, model: nn.Module, made: Plan, given: Any, data: DataFile | None) -> Report:
+    """Applies a plan, and tunes the result where that is asked for."""
+    recovery = None if args.recover is None else Recovery.parse(args.recover)
+    if recovery is not None and data is None:
+        raise no_data_to_tune_on()
+    sample = Sample(given, data)
+    return prepare_plan(model, made, example_inputs=given, sample=sample, recovery=recovery, progress=not args.quiet)()
 
 
 def loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:

@@ -20,9 +20,9 @@ from ..families.registry import find_views, plain
 from ..nn import host_class
 from ..nn.selected import Selected, SelectedOutputs
 from ..nn.unfused import Unfused
+from ..recovery.blocks import find_blocks
+from ..recovery.distillation import teacher_loss
 from ..surgery import check_views
-from ..training.blocks import find_blocks
-from ..training.distillation import teacher_loss
 from ..values.choices import Choices
 
 DECAYS: dict[str, Callable[[float], float]] = {

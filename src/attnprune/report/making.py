@@ -9,18 +9,31 @@ from warnings import warn
 
 from torch import nn
 
+from ..cost.counting import count_parameters
 from ..errors import AttnPruneWarning, LatencyError
 from ..families.base import AttentionView
 from ..families.calls import CACHES
 from ..families.expansion import KEYS
 from ..families.linears import reads_low_rank
+from ..families.looks import Skipped
+from ..families.registry import all_views, plain
 from ..nn import host_class
 from ..nn.expanded import Expanded
 from ..surgery import Surgeon
 from ..values.layout import Projection
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec
-from .report import Measured
+from .report import Measured, Report
+
+
+def planned_report(model: nn.Module, plan: Plan, skipped: Sequence[Skipped]) -> Report:
+    """What :func:`attnprune.apply_plan` would report of a plan, as far as it is known before."""
+    before = count_parameters(model)
+    removed = sum(spec.parameters for spec in plan.specs) - sum(spec.parameters for spec in plan.after)
+    views = all_views(plain(model), {spec.name for spec in plan.specs})
+    ways, cache = ways_of(views, plan), cache_of(views, plan)
+    notes = (*notes_of(views, plan), *slow_shapes(views, plan))
+    return Report(plan, (before, before - removed), notes=notes, skipped=tuple(skipped), ways=ways, cache_bytes=cache)
 
 
 def ways_of(views: Sequence[AttentionView], plan: Plan) -> dict[str, str]:

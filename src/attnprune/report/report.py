@@ -15,6 +15,7 @@ from ..values.budget import Budget
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, Projection
 from ..values.plan import Plan
+from ..values.recovery import Recovered
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Report:
     """Bytes of keys and values that a cache keeps for every token, before and after; None where nothing is cached."""
     verified: Verified | None = None
     """How far the model is from the masked dense model; None where nothing was run."""
+    recovered: Recovered | None = None
+    """What tuning towards the dense model gave (:func:`attnprune.recover`); None where that was not asked for."""
 
     @property
     def asked(self) -> dict[str, float] | None:
@@ -118,6 +121,7 @@ class Report:
             "skipped": [one._asdict() for one in self.skipped],
             "ways": dict(self.ways),
             "verified": None if self.verified is None else self.verified._asdict(),
+            "recovered": None if self.recovered is None else self.recovered._asdict(),
             "plan": self.plan.digest,
             "layers": [
                 {
@@ -207,6 +211,8 @@ class Report:
         if self.verified is not None:
             many = "s" * (self.verified.samples != 1)
             lines.append(f"verified: {self.verified.error:.0e} over {self.verified.samples} sample{many}")
+        if self.recovered is not None:
+            lines.append(f"recovered: {self.recovered}")
         for name, kind, why in self.skipped:
             lines.append(f"skipped: {name or 'the model itself'} ({kind}): {why}")
         return lines + [f"note: {note}" for note in self.notes]

@@ -272,6 +272,8 @@ class AttentionPruner:
                 # a difference that one process alone sees would leave the others pruned
                 verify=False if active() and self.request.verify == "auto" else self.request.verify,
                 skipped=made.skipped,
+                recovery=self.request.recovery,
+                progress=self.request.evidence.progress,
             )
 
         with across_processes():

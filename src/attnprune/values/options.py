@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 from .method import Basis, Compensate
+from .recovery import Recovery
 from .rules import Granularity, Heads, Rounding, RoundTo, Scope, Split
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ class PrunerOptions(_Scoring, total=False):
     sequential: bool
     """Moments and refits layer by layer, each from what the pruned layers before it hand on; takes a forward pass over
     the data per layer."""
+    recover: Recovery | Mapping[str, Any] | int | str | None
+    """How long what is left of attention is tuned, after it was pruned, towards what the dense model does, without
+    labels (:func:`attnprune.recover`): a number of steps, or ``"60s"``, ``"10min"``, ``"2 epochs"``; or a
+    :class:`attnprune.Recovery`, or a mapping of its fields. Needs ``data``, of which a share is kept aside: the model
+    is never worse on it than pruning left it. None (the default): not at all."""
     latency: Latencies | None
     """What :func:`attnprune.latency.measure` gave, for ``target_latency``."""
     target_latency: float | str | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from .method import Method, check_one_of
 from .options import Calibrated, Latencies, LossFn, OutputFn, YesNoAuto
 from .presets import preset_options
 from .ratios import Ratios
+from .recovery import Recovery
 from .rules import Rules
 
 YES_NO_AUTO = ("auto", True, False)
@@ -44,7 +45,7 @@ class Evidence:
 _RULES = tuple(one.name for one in fields(Rules))
 _METHOD = tuple(one.name for one in fields(Method))
 _EVIDENCE = ("calibration", "loss_fn", "output_fn", "latency", "progress")
-OPTION_NAMES = frozenset((*_RULES, *_METHOD, *_EVIDENCE, *TARGETS, "measure"))
+OPTION_NAMES = frozenset((*_RULES, *_METHOD, *_EVIDENCE, *TARGETS, "measure", "recover"))
 """What :meth:`Request.parse` takes beyond its signature."""
 
 
@@ -77,6 +78,8 @@ class Request:
     measure: YesNoAuto = "auto"
     verify: YesNoAuto = "auto"
     strict: bool = False
+    recovery: Recovery | None = None
+    """How the pruned model is tuned towards the dense one; None: not at all."""
 
     @classmethod
     def parse(
@@ -128,6 +131,10 @@ class Request:
             ("strict", strict, (True, False)),
         ):
             faults.attempt(check_one_of, key, value, allowed)
+        wanted = meant.get("recover")
+        recovery = None if wanted is None else faults.attempt(Recovery.parse, wanted)
+        if recovery is not None and isinstance(data, Iterator):
+            data = list(data)  # read twice
         evidence = Evidence(
             data, meant.get("calibration"), meant.get("loss_fn"), meant.get("output_fn"), meant.get("latency"),
             example_inputs, bool(meant.get("progress", True)),
@@ -140,7 +147,9 @@ class Request:
         assert amount is not None and parsed_rules is not None and parsed_method is not None  # noqa: PT018
         if isinstance(amount, (Budget, Ceiling)):
             parsed_rules = replace(parsed_rules, split="auto")
-        return cls(amount, parsed_rules, parsed_method, evidence, included, excluded, measure, verify, strict)
+        return cls(
+            amount, parsed_rules, parsed_method, evidence, included, excluded, measure, verify, strict, recovery
+        )  # fmt: skip
 
     @property
     def decided(self) -> Method:
@@ -231,11 +240,18 @@ def _check_needs(amount: Amount | None, meant: Mapping[str, Any], evidence: Evid
         faults.add(OptionError("target_latency", expected, "neither", remedy))
     if meant.get("measure") is True and no_inputs:
         faults.add(no_inputs_to_run())
+    if meant.get("recover") is not None and evidence.data is None:
+        faults.add(no_data_to_tune_on())
     for option in ("compensate", "sequential"):
         if meant.get(option) is True and not evidence.has_data:
             faults.add(OptionError(f"{option}=True", "data to fit with", "none", "pass data=, or a calibration="))
     if meant.get("sequential") is True and evidence.data is None and evidence.has_data:
         faults.add(OptionError("sequential", "data to run layer by layer", "a calibration alone", "pass data="))
+
+
+def no_data_to_tune_on() -> OptionError:
+    """The error of ``recover=`` without data."""
+    return OptionError("recover", "data to tune on", "none", "pass data=")
 
 
 def no_inputs_to_run() -> OptionError:

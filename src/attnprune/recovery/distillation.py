@@ -119,8 +119,7 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[di
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            seen[name] = outputs_of(first)[0].tensor
+            seen[name] = first_tensor(output)
 
         return hook
 
@@ -128,6 +127,11 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[di
         for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
         yield seen
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a block hands on: its output, or the first tensor of a tuple."""
+    return outputs_of(output[0] if isinstance(output, (tuple, list)) else output)[0].tensor
 
 
 def teacher_loss(

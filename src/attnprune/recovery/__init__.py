@@ -1,0 +1,1 @@
+"""What is left of attention learns what the dense model does, without labels."""
