@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .report import plots
     from .report.report import Report
     from .surgery import ParamMap, Surgeon
+    from .surgery.freeze import freeze, thaw
     from .surgery.pack import pack_qkv, unpack_qkv
     from .training.ddp import rewrap
     from .training.distillation import capture, distillation_loss, hidden_loss, teacher_loss
@@ -75,6 +76,7 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "planning.scoring": "score_attention",
     "report.report": "Report",
     "surgery": "ParamMap Surgeon",
+    "surgery.freeze": "freeze thaw",
     "surgery.pack": "pack_qkv unpack_qkv",
     "training.ddp": "rewrap",
     "training.distillation": "capture distillation_loss hidden_loss teacher_loss",
@@ -137,6 +139,7 @@ __all__ = [
     "export_onnx",
     "export_stock",
     "find_attention",
+    "freeze",
     "from_pretrained",
     "hidden_loss",
     "latency",
@@ -157,6 +160,7 @@ __all__ = [
     "scorers",
     "skipped_attention",
     "teacher_loss",
+    "thaw",
     "unpack_qkv",
     "unregister_adapter",
 ]

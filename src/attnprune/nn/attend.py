@@ -11,13 +11,19 @@ from torch import Tensor
 from ..values.layout import Bucket, HeadLayout, Kind
 from .kept import kept
 from .policy import ALIGNED, Group, arrange, at_run_time
-from .products import Plain, pays, products
+from .products import Plain, at_once, pays, products
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, kernel: Kernel, plain: Plain | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: HeadLayout,
+    kernel: Kernel,
+    plain: Plain | None = None,
+    quick: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over heads of any dims, in as few calls of ``kernel`` as pay off, or by plain matrix products.
 
@@ -31,6 +37,7 @@ def attend(
             ``(batch, heads, queries, keys)`` or None.
         plain: what ``kernel`` computes, if it is plain scaled dot-product attention without dropout or weights;
             matrix products may then take its place.
+        quick: whether it is known that this is eager inference on a CPU, in float32 or float64.
 
     Returns:
         Context ``(batch, queries, sum of vo_dims)`` in stored order, ready for O; weights in logical order, or None.
@@ -41,6 +48,8 @@ def attend(
     >>> context.shape
     torch.Size([1, 5, 6])
     """
+    if plain is not None and quick and (found := at_once(q, k, v, layout, plain)) is not None:
+        return found, None
     if plain is not None and at_run_time(layout, q, k):
         return _operator(q, k, v, layout, plain), None
     if plain is not None and pays(layout, q, k, v):

@@ -13,6 +13,7 @@ from ..nn import Decoupled
 from ..nn.kept import ordinary
 from ..values.choices import Choices
 from . import check_views
+from .check import check_thawed
 
 
 @ordinary
@@ -63,8 +64,13 @@ def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
 
     Returns:
         The names of what was packed.
+
+    Raises:
+        FrozenError: the model is frozen (:func:`attnprune.freeze`).
     """
     views = [view for view in all_views(plain(model)) if _packed(view)]
+    for view in views:
+        check_thawed(view)
     for view in views:
         for parts in _parts(view):
             for part in parts:

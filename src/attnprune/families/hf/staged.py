@@ -201,7 +201,7 @@ class HFStaged(HFAttention):
         context, weights = kernel(q, k, v, layout.buckets[0])
         o = self._parts.o
         context = context[..., :vo].transpose(1, 2).flatten(2)
-        return context if o is None else getattr(self, o)(context), weights
+        return heads.output(context, None if o is None or heads.o is not None else getattr(self, o)), weights
 
     def _repeated(self, heads: Projected) -> Projected:
         """Keys and values of every query head, where the attention function cannot share them."""
