@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..values.layout import Bucket, HeadLayout, Kind
 from .kept import kept
-from .policy import ALIGNED, Group, arrange, at_run_time
+from .kernels import available, heads_attention
+from .policy import ALIGNED, Group, arrange, at_run_time, forced
 from .products import Plain, at_once, pays, products
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]
@@ -50,6 +51,11 @@ def attend(
     """
     if plain is not None and quick and (found := at_once(q, k, v, layout, plain)) is not None:
         return found, None
+    if plain is not None and ours(q):
+        mask = plain.mask
+        if mask is not None and mask.shape[1] > 1:
+            mask = plain.rows(mask, Bucket(tuple(range(layout.heads)), 0, 0, 0, 0))
+        return heads_attention(q, k, v, layout, scale=plain.scale, mask=mask, causal=plain.causal), None
     if plain is not None and at_run_time(layout, q, k):
         return _operator(q, k, v, layout, plain), None
     if plain is not None and pays(layout, q, k, v):
@@ -73,6 +79,11 @@ def attend(
     order = [head for one in groups for head in one.bucket.heads]
     rows = present[0] if len(present) == 1 else torch.cat(present, dim=1)
     return context, rows if order == sorted(order) else rows[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def ours(q: Tensor) -> bool:
+    """Whether plain attention of these queries is asked to run by our kernel, and can."""
+    return forced() == "kernel" and available(q.device)
 
 
 def _operator(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) -> Tensor:

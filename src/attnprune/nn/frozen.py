@@ -95,12 +95,14 @@ class Frozen:
         Raises:
             FrozenError: the module is being trained, or its weights are not those that were arranged.
         """
-        if not self._usable(module, x):
+        how = forced()
+        if how not in ("auto", "kernel") or not self._usable(module, x):
             return None
         own = self.own
-        arranged = self._fitting(x) if widen else own
+        arranged = self._fitting(x) if widen and how == "auto" else own
+        quick = self.products and how == "auto" and at_once_runs(x)
         q, k, v = F.linear(x, arranged.weight, arranged.bias).split_with_sizes(arranged.sizes, -1)
-        return Projected(q, k, v, arranged.layout, own.layout, arranged.o, self.products and at_once_runs(x))
+        return Projected(q, k, v, arranged.layout, own.layout, arranged.o, quick)
 
     def _fitting(self, x: Tensor) -> Arrangement:
         if self.few is self.many:
@@ -120,7 +122,7 @@ class Frozen:
                 )  # fmt: skip
             if x.requires_grad or any(p.requires_grad for p in self.parameters):
                 return False
-        if torch.is_autocast_enabled(x.device.type) or forced() != "auto":
+        if torch.is_autocast_enabled(x.device.type):
             return False
         if torch.compiler.is_compiling():
             return True

@@ -15,12 +15,14 @@ from ..errors import OptionError
 from ..values.layout import PROJECTIONS, Bucket, HeadLayout, Kind
 from .kept import kept
 
-Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
+Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products", "kernel"]
 """Ways to run heads of any dims.
 
 ``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk, vo padded.
 ``"groups"``: heads of like dims share a padded call. ``"padded"``: all heads in one call. ``"products"``: plain matrix
-products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: what pays for the shapes.
+products, every head at its own dims (:mod:`attnprune.nn.products`). ``"kernel"``: one launch of our kernel for all
+heads at their own dims (:mod:`attnprune.nn.kernels`), on CUDA with Triton; ``"groups"`` where it does not run.
+``"auto"``: what pays for the shapes; never ``"kernel"``, which was not yet timed on a GPU.
 """
 
 CALL = {"cpu": 3_000_000, "other": 1_000_000_000}
@@ -60,8 +62,8 @@ def asked_once(function: Function) -> Function:
 def execution(how: Execution) -> Iterator[None]:
     """Inside the block, decoupled modules run in this layout instead of the one that shapes suggest.
 
-    Every layout computes the same. ``"products"`` is for kernels that are plain scaled dot-product attention; where
-    attention weights are asked for, or a mask of another kind, modules run as with ``"auto"``.
+    Every layout computes the same. ``"products"`` and ``"kernel"`` are for what is plain scaled dot-product attention;
+    where attention weights are asked for, or a mask of another kind, modules run as with ``"auto"``.
 
     >>> from torch import nn
     >>> import attnprune

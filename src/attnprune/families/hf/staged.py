@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...nn.attend import Kernel
+from ...nn.attend import Kernel, ours
 from ...nn.decoupled import forward_of
 from ...nn.norms import normed
 from ...nn.products import Plain
@@ -190,7 +190,7 @@ class HFStaged(HFAttention):
 
     def _finish(self, heads: Projected, kernel: Kernel, plain: Plain | None = None) -> tuple[Tensor, Tensor | None]:
         layout = heads.layout
-        if not layout.grouped:
+        if not layout.grouped or (plain is not None and ours(heads.q)):
             return super()._finish(heads, kernel, plain)
         qk, vo = layout.qk[0], layout.vo[0]
         wide = max(qk, vo)  # fused kernels want equal dims: zeros change no product
