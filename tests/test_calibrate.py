@@ -268,6 +268,7 @@ def _one_of_two(rank: int, meet: str, out: str) -> None:
 
 
 @forked
+@pytest.mark.long
 def test_two_processes_know_together_what_one_knows_alone(tmp_path: Path) -> None:
     in_processes(2, _one_of_two, str(tmp_path / "meet"), str(tmp_path / "out"))
     whole = calibrate(fresh("ViT", 0), batches("ViT", 0, range(4)), progress=False)

@@ -105,6 +105,7 @@ def _load_families(rank: int, folder: str, jobs: list[tuple[str, str, int, int]]
 
 
 @forked
+@pytest.mark.long
 def test_another_process_loads_every_family_and_way(tmp_path: Path) -> None:
     """Into dense models with other weights, built there; equal in all bits, and in what they give."""
     kinds = [torch.float64, torch.float32, torch.bfloat16]

@@ -475,6 +475,7 @@ def test_a_failure_is_the_end_of_the_process(
     assert (stop.value.code, out, err.count("\n")) == (1, "", 1)
 
 
+@pytest.mark.long
 def test_whoever_reads_the_output_may_stop(place: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "attnprune", "inspect", str(place / "dense")],

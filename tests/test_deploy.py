@@ -145,7 +145,7 @@ def test_exported_programs_need_nothing_of_this_library(strict: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "plan"),
-    [pytest.param(*one.values, id=one.id, marks=() if one.id == "ViT-decoupled" else pytest.mark.long) for one in CASES]
+    [pytest.param(*one.values, id=one.id, marks=pytest.mark.long) for one in CASES]
     + [pytest.param("BERT", "ragged", id="BERT-ragged")],
 )
 def test_onnx_at_other_sizes_than_exported(name: str, plan: str, tmp_path: Path) -> None:
@@ -183,7 +183,10 @@ def test_compile_without_a_graph_break(name: str, plan: str) -> None:
     assert counter.frame_count == 1  # other sizes do not compile again
 
 
-@pytest.mark.parametrize("how", get_args(Execution))
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=() if how in ("auto", "products") else pytest.mark.long) for how in get_args(Execution)],
+)
 @pytest.mark.parametrize(
     "name", ["attention", *(pytest.param(name, marks=pytest.mark.long) for name in ("AST", "TransformerEncoder"))]
 )
@@ -258,6 +261,7 @@ def test_the_operator_holds_what_operators_promise() -> None:
     torch.library.opcheck(torch.ops.attnprune.attention, (q, k, v, [5, 3, 5, 3, 5, 6], mask, False, 0.5))
 
 
+@pytest.mark.long
 def test_compile_more_layers_of_other_shapes_than_the_limit() -> None:
     """One graph for a whole model; one for each layer where layers are compiled one by one and the limit allows it."""
     number = 4
@@ -294,6 +298,7 @@ def test_compile_forward_and_backward(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.long
 def test_compile_with_inductor() -> None:
     layer, x = ragged_attention(), torch.randn(2, 5, 32)
     torch._dynamo.reset()
@@ -406,6 +411,7 @@ def test_onnx_writes_nothing_unless_all_is_well(tmp_path: Path) -> None:
     assert target.read_text() == "old"
 
 
+@pytest.mark.long
 def test_onnx_weights_beside_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import attnprune.checkpoint.onnx
 
@@ -415,6 +421,7 @@ def test_onnx_weights_beside_a_large_model(tmp_path: Path, monkeypatch: pytest.M
     assert found.error is not None
 
 
+@pytest.mark.long
 def test_the_dense_model_exports_too(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -227,6 +227,7 @@ def one_of_two(rank: int, folder: str, port: int) -> None:
 
 
 @forked
+@pytest.mark.long
 def test_two_processes_train_as_one_does_on_both_halves_of_a_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = Net()

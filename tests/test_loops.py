@@ -161,6 +161,7 @@ def test_a_grad_scaler_on_the_way_through_float16() -> None:
     assert pruner.report.achieved["q"] == 0.5
 
 
+@pytest.mark.long
 def test_a_compiled_model_trains_on_after_every_step() -> None:
     """The graphs of the old shapes are not used again, and no graph breaks."""
     run, eager = Run(), Run()

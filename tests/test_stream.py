@@ -156,6 +156,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_target(tmp_path: Path) -> N
     assert type(skeleton.self_attn) is nn.MultiheadAttention
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_tensor_or_two(tmp_path: Path) -> None:
     """158 MB of weights: the peak of a process that prunes them, over what it needs before, is below a quarter."""
     count, one = 25, nn.TransformerEncoderLayer(512, 8, 512)

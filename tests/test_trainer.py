@@ -213,6 +213,7 @@ def _two(rank: int, folder: str) -> None:
 
 
 @forked
+@pytest.mark.long
 def test_two_processes_train_prune_and_resume_alike(tmp_path: Path) -> None:
     in_processes(2, _two, str(tmp_path))
     found = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
