@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import OptionError
 from ...values.layout import HeadLayout
-from ..kept import kept
+from ..kept import eager, kept
 from .table import table_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,6 +79,9 @@ def heads_attention(
     if shapes != wanted:
         remedy = "give tensors (batch, tokens, channels of all heads)"
         raise OptionError("heads_attention", f"Q, K and V of {wanted}", str(shapes), remedy)
+    learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask))
+    if not learned and not torch.compiler.is_compiling() and eager():
+        return _context(q, k, v, layout, mask, causal, scale, window, softcap)  # an operator of Python costs its call
     context: Tensor = _operator(
         q, k, v, list(layout.qk), list(layout.vo), list(layout.groups), mask, causal, scale, window, softcap
     )
@@ -90,6 +93,13 @@ def _run(
     causal: bool, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     layout = HeadLayout(tuple(qk), tuple(vo), tuple(groups))
+    return _context(q, k, v, layout, mask, causal, scale, window, softcap)
+
+
+def _context(
+    q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, mask: Tensor | None, causal: bool, scale: float, window: int,
+    softcap: float,
+) -> Tensor:  # fmt: skip
     if not _fits(q, k, v, layout):
         return vendors(q, k, v, layout, mask, causal, scale, window, softcap)
     out = q.new_empty(q.shape[0], q.shape[1], layout.channels("o"))
