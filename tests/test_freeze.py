@@ -210,6 +210,8 @@ def test_what_would_change_weights_says_to_thaw() -> None:
     attention.q_proj = copy.deepcopy(attention.q_proj)
     with torch.no_grad(), pytest.raises(errors.FrozenError, match="thaw"):
         model(x)
+    assert thaw(model) == ("layers.0.self_attn", "layers.1.self_attn")  # whatever was exchanged meanwhile
+    model(x)
 
 
 def test_gradients_hooks_autocast_and_forced_layouts_are_served_by_the_projections() -> None:

@@ -58,6 +58,8 @@ class Frozen:
         self.places, self.keys, self.things = zip(*held, strict=True)
         """Where each Linear and parameter has to be found for what was arranged to be theirs."""
         self.parameters = tuple(p for one in linears for p in one._parameters.values() if p is not None)
+        self.laid = tuple(p for one in linears[:3] for p in one._parameters.values() if p is not None)
+        """Parameters of Q, K and V, whose values lie side by side."""
         self.versions: int | None = None
         self.listeners = tuple(hooks for one in linears for hooks in _hooks(one))
         with torch.inference_mode(False), torch.no_grad():

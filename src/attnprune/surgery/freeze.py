@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..families.base import AttentionView
-from ..families.registry import all_views, find_views, plain
+from ..families.registry import find_views, plain
+from ..nn import host_class
 from ..nn.frozen import Frozen
 from ..nn.kept import ordinary
 from ..nn.projection import side_by_side
@@ -78,19 +79,20 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
     Returns:
         The names of what was frozen.
     """
-    views = [view for view in all_views(plain(model)) if _frozen(view) is not None]
-    own = [[[part.detach().clone() for part in parts] for parts in _parts(view)] for view in views]
-    for view, values in zip(views, own, strict=True):
-        found = _frozen(view)
-        assert found is not None
-        if found.apart:
-            for parts, some in zip(_parts(view), values, strict=True):
-                for part, value in zip(parts, some, strict=True):
-                    part.data = value
-        del view.module.__dict__["attnprune_frozen"]
-        if found.recast:
-            view.recast()
-    return tuple(view.name for view in views)
+    found: list[tuple[str, nn.Module, Frozen]] = [
+        (name, module, module.__dict__["attnprune_frozen"])
+        for name, module in plain(model).named_modules()
+        if "attnprune_frozen" in module.__dict__
+    ]
+    own = [[part.detach().clone() for part in frozen.laid] if frozen.apart else [] for _, _, frozen in found]
+    for (_, module, frozen), values in zip(found, own, strict=True):
+        for part, value in zip(frozen.laid if frozen.apart else (), values, strict=True):
+            part.data = value
+        del module.__dict__["attnprune_frozen"]
+        if frozen.recast:
+            module.__class__ = host_class(module)
+            del module.__dict__["attnprune_state"]
+    return tuple(name for name, _, _ in found)
 
 
 def _freeze(view: AttentionView) -> None:
