@@ -53,6 +53,8 @@ def close_to_exact(found: Tensor, args: tuple[Any, ...], options: dict[str, Any]
 )  # fmt: skip
 @example([(48, 16, 1)] * 3, 2, 70, 130, torch.float16, True, "added", 0, 0.0, True, 0)  # no powers of two
 @example([(24, 72, 2), (5, 3, 1)], 1, 17, 33, torch.bfloat16, False, "by head", 40, 2.0, True, 1)
+@example([(24, 16, 1)], 1, 70, 130, torch.float16, True, "none", 3, 0.0, False, 2)  # keys left out
+@example([(9, 33, 2)], 1, 70, 130, torch.float32, True, "causal", 40, 0.0, False, 3)
 def test_kernel_computes_attention(
     heads: list[tuple[int, int, int]], batch: int, queries: int, keys: int, dtype: torch.dtype, equal: bool, kind: str,
     window: int, softcap: float, packed: bool, seed: int,
