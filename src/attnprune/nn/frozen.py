@@ -42,12 +42,21 @@ class Frozen:
         layout: of the module's heads.
         recast: whether the module gets its host's class back when it thaws.
         apart: whether each weight gets storage of its own then.
+        inside: the module's name in the attention that it is a part of; empty where it is that itself.
     """
 
     def __init__(
-        self, module: nn.Module, names: Sequence[str], layout: HeadLayout, *, recast: bool, apart: bool
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        layout: HeadLayout,
+        *,
+        recast: bool,
+        apart: bool,
+        inside: str = "",
     ) -> None:
-        self.names, self.layout, self.recast, self.apart = tuple(names), layout, recast, apart
+        self.names, self.layout = tuple(names), layout
+        self.recast, self.apart, self.inside = recast, apart, inside
         self.make(module)
 
     def make(self, module: nn.Module) -> None:

@@ -42,6 +42,7 @@ def freeze(model: nn.Module, *, include: Choices | None = None, exclude: Choices
         NoAttentionError: there is no attention.
         WrappedModelError: (and its kinds) a projection is wrapped, quantised or sharded; nothing has changed then.
 
+    >>> import torch
     >>> from attnprune import prune_attention
     >>> model, x = nn.TransformerEncoderLayer(32, 4, batch_first=True).eval(), torch.randn(2, 5, 32)
     >>> report = prune_attention(model, 0.5, heads="ragged")
@@ -92,7 +93,7 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
         if frozen.recast:
             module.__class__ = host_class(module)
             del module.__dict__["attnprune_state"]
-    return tuple(name for name, _, _ in found)
+    return tuple(name.removesuffix(frozen.inside).rstrip(".") for name, _, frozen in found)
 
 
 def _freeze(view: AttentionView) -> None:
@@ -102,7 +103,9 @@ def _freeze(view: AttentionView) -> None:
     if not view.mixin_runs:
         assert view.mixin is not None, "what cannot run by a forward of ours is left out"
         view.decouple(view.mixin, dense=True)
-    module.__dict__["attnprune_frozen"] = Frozen(module, _names(view), view.spec.layout, recast=recast, apart=apart)
+    inside = next(name for name, one in view.top.named_modules() if one is module)
+    made = Frozen(module, _names(view), view.spec.layout, recast=recast, apart=apart, inside=inside)
+    module.__dict__["attnprune_frozen"] = made
 
 
 def _frozen(view: AttentionView) -> Frozen | None:
