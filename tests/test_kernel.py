@@ -214,7 +214,7 @@ def test_nothing_of_it_is_imported_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 COMPILED = """
-import re, sys, torch, triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from attnprune.nn.kernels.forward import _kernel
@@ -233,7 +233,8 @@ for layout in (HeadLayout((48,) * 2, (40,) * 2), HeadLayout((8, 64), (24, 16))):
     source = ASTSource(fn=_kernel, signature=given, constexprs=fixed, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     assert made.asm["ptx"].count("wgmma.mma_async") and made.metadata.shared < 200_000
-    assert set(re.findall(r"cp.async.c(?:a|g)[^;]*0x([0-9a-f]+), ", made.asm["ptx"])) == {"10"}, layout
+    # of 16 bytes each: copies of fewer are called otherwise
+    assert made.asm["ptx"].count("cp.async.cg") and not made.asm["ptx"].count("cp.async.ca"), layout
 """
 
 
