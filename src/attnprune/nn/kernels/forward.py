@@ -130,7 +130,8 @@ def _kernel(
     """A program for every block of queries of every head of every sequence; the first ``large`` heads are the large.
 
     Loads are vectors, and run ahead of products, only where the compiler knows how dims and addresses are aligned:
-    equal heads have their dims at compile time (``QK``, ``VO``), and all others are multiples of ``ALIGN``.
+    equal heads have their dims at compile time (``QK``, ``VO``), and all others are multiples of ``ALIGN``, by
+    which strides of sequences and tokens are divided (a hint is lost on arguments).
     """
     first = tl.program_id(0) * M
     head, item = tl.program_id(1) // batch, (tl.program_id(1) % batch).to(tl.int64)
@@ -141,12 +142,11 @@ def _kernel(
     else:
         qk_dim = tl.multiple_of(tl.load(row), ALIGN)
         vo_dim = tl.multiple_of(tl.load(row + 1), ALIGN)
-    q += item * tl.multiple_of(q_b, ALIGN) + tl.multiple_of(tl.load(row + 2), ALIGN) * q_c
-    k += item * tl.multiple_of(k_b, ALIGN) + tl.multiple_of(tl.load(row + 3), ALIGN) * k_c
-    v += item * tl.multiple_of(v_b, ALIGN) + tl.multiple_of(tl.load(row + 4), ALIGN) * v_c
-    o += item * tl.multiple_of(o_b, ALIGN) + tl.multiple_of(tl.load(row + 5), ALIGN) * o_c
-    q_t, k_t = tl.multiple_of(q_t, ALIGN), tl.multiple_of(k_t, ALIGN)
-    v_t, o_t = tl.multiple_of(v_t, ALIGN), tl.multiple_of(o_t, ALIGN)
+    q += item * (q_b * ALIGN) + tl.multiple_of(tl.load(row + 2), ALIGN) * q_c
+    k += item * (k_b * ALIGN) + tl.multiple_of(tl.load(row + 3), ALIGN) * k_c
+    v += item * (v_b * ALIGN) + tl.multiple_of(tl.load(row + 4), ALIGN) * v_c
+    o += item * (o_b * ALIGN) + tl.multiple_of(tl.load(row + 5), ALIGN) * o_c
+    q_t, k_t, v_t, o_t = q_t * ALIGN, k_t * ALIGN, v_t * ALIGN, o_t * ALIGN
     if MASK > 0:
         mask += item * mask_b + tl.load(row + 6) * mask_h
     if SMALL_QK1 == 0 or head < large:
@@ -183,12 +183,13 @@ def launch(
         full = mask.expand(batch, table.heads if mask.shape[1] > 1 else 1, queries, keys)
         strides = full.stride() if mask.shape[1] > 1 else (full.stride(0), 0, *full.stride()[2:])
     block_m, block_n, warps, stages = sizes(table, q.dtype)
+    align = gcd(table.align, *(x.stride(at) for x in (q, k, v, out) for at in (0, 1)))
+    places = [x.stride(at) // (1 if at == 2 else align) for x in (q, k, v, out) for at in range(3)]
     exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     _kernel[(triton.cdiv(queries, block_m), table.heads * batch)](
         q, k, v, out, given, table.rows(q.device), batch, table.large, queries, keys, scale, softcap or 1.0, window,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride(), *strides, *table.blocks, *table.even,
-        ALIGN=gcd(table.align, *(x.stride(at) for x in (q, k, v, out) for at in (0, 1))),
+        *places, *strides, *table.blocks, *table.even, ALIGN=align,
         M=block_m, N=block_n, MASK=kind, CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0,
         PRECISION="ieee" if exact else "tf32", WIDEN=q.device.type == "cpu", **options,
     )  # fmt: skip
