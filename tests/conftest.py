@@ -21,6 +21,8 @@ settings.register_profile(
 )
 settings.load_profile("attnprune")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when something imports it
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
 
 

@@ -36,6 +36,7 @@ from attnprune import (
     errors,
     export_stock,
     find_attention,
+    freeze,
     from_pretrained,
     load_pruned,
     make_plan,
@@ -54,6 +55,7 @@ from attnprune.errors import (
     CalibrationError,
     CheckpointError,
     DataError,
+    FrozenError,
     LatencyError,
     MetaTensorError,
     NoAttentionError,
@@ -349,6 +351,11 @@ def _ragged(model: nn.Module) -> nn.Module:
     return copied
 
 
+def _frozen(model: nn.Module) -> nn.Module:
+    freeze(model)
+    return model
+
+
 def wrong(error: type[AttnPruneError], words: str, call: Callable[[Any], object] | None = None, **more: Any) -> Case:
     """A case; ``words`` are parted by ``|``; keywords other than ``build`` are options of ``prune_attention``."""
     build, ratios = more.pop("build", ast), more.pop("ratios", 0.5)
@@ -454,6 +461,7 @@ CASES: dict[str, Case] = {
         target_latency=0.5,
         latency=LatencyTable({}, 1.0, 0.5, (), (), 1, 3),
     ),
+    "frozen": wrong(FrozenError, "attention|frozen|attnprune.thaw(model)", build=lambda: _frozen(ast())),
     "no saved model": wrong(CheckpointError, "/nowhere|a directory|nothing|path", lambda m: load_pruned("/nowhere", m)),
     "device": wrong(
         OptionError, "device|of this machine|'toaster'|cpu", lambda m: load_pruned("/nowhere", m, device="toaster")

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .studies.sensitivity import sensitivity
     from .studies.sweep import sweep
     from .surgery import ParamMap, Surgeon
+    from .surgery.freeze import freeze, thaw
     from .surgery.pack import pack_qkv, unpack_qkv
     from .training.ddp import rewrap
     from .training.pruner import AttentionPruner
@@ -87,6 +88,7 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "studies.sensitivity": "sensitivity",
     "studies.sweep": "sweep",
     "surgery": "ParamMap Surgeon",
+    "surgery.freeze": "freeze thaw",
     "surgery.pack": "pack_qkv unpack_qkv",
     "training.ddp": "rewrap",
     "training.pruner": "AttentionPruner",
@@ -155,6 +157,7 @@ __all__ = [
     "export_onnx",
     "export_stock",
     "find_attention",
+    "freeze",
     "from_pretrained",
     "hidden_loss",
     "latency",
@@ -178,6 +181,7 @@ __all__ = [
     "skipped_attention",
     "sweep",
     "teacher_loss",
+    "thaw",
     "unpack_qkv",
     "unregister_adapter",
 ]

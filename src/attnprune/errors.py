@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "ExportError",
+    "FrozenError",
     "LatencyError",
     "MetaTensorError",
     "NoAttentionError",
@@ -119,6 +120,10 @@ class CheckpointError(AttnPruneError, ValueError):
 
 class ExportError(AttnPruneError, RuntimeError):
     """A model cannot be written in another format, or runs there otherwise."""
+
+
+class FrozenError(AttnPruneError, RuntimeError):
+    """A frozen model is pruned, trained, or given other weights: it has to thaw first (:func:`attnprune.thaw`)."""
 
 
 class LatencyError(AttnPruneError, ValueError):

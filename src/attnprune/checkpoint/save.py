@@ -77,7 +77,7 @@ def save_pruned(
     model = undressed(model)
     limit = parse_size(max_shard_size)
     views = all_views(model)
-    check_views(model, views)
+    check_views(model, views, frozen=True)
     items, tied = items_of(model)
     config, said = config_json(model), None if report is None else report.to_dict()
     sizes = _sizes(model, views, config)

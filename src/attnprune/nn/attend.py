@@ -10,14 +10,21 @@ from torch import Tensor
 
 from ..values.layout import Bucket, HeadLayout, Kind
 from .kept import kept
-from .policy import ALIGNED, Group, arrange, at_run_time
-from .products import Plain, pays, products
+from .kernels import available, heads_attention
+from .policy import ALIGNED, Group, arrange, at_run_time, forced
+from .products import Plain, at_once, pays, products
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Bucket], tuple[Tensor, Tensor | None]]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, kernel: Kernel, plain: Plain | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: HeadLayout,
+    kernel: Kernel,
+    plain: Plain | None = None,
+    quick: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over heads of any dims, in as few calls of ``kernel`` as pay off, or by plain matrix products.
 
@@ -31,6 +38,7 @@ def attend(
             ``(batch, heads, queries, keys)`` or None.
         plain: what ``kernel`` computes, if it is plain scaled dot-product attention without dropout or weights;
             matrix products may then take its place.
+        quick: whether it is known that this is eager inference on a CPU, in float32 or float64.
 
     Returns:
         Context ``(batch, queries, sum of vo_dims)`` in stored order, ready for O; weights in logical order, or None.
@@ -41,6 +49,13 @@ def attend(
     >>> context.shape
     torch.Size([1, 5, 6])
     """
+    if plain is not None and quick and (found := at_once(q, k, v, layout, plain)) is not None:
+        return found, None
+    if plain is not None and ours(q):
+        mask = plain.mask
+        if mask is not None and mask.shape[1] > 1:
+            mask = plain.rows(mask, Bucket(tuple(range(layout.heads)), 0, 0, 0, 0))
+        return heads_attention(q, k, v, layout, scale=plain.scale, mask=mask, causal=plain.causal), None
     if plain is not None and at_run_time(layout, q, k):
         return _operator(q, k, v, layout, plain), None
     if plain is not None and pays(layout, q, k, v):
@@ -64,6 +79,11 @@ def attend(
     order = [head for one in groups for head in one.bucket.heads]
     rows = present[0] if len(present) == 1 else torch.cat(present, dim=1)
     return context, rows if order == sorted(order) else rows[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def ours(q: Tensor) -> bool:
+    """Whether plain attention of these queries is asked to run by our kernel, and can."""
+    return forced() == "kernel" and available(q.device)
 
 
 def _operator(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) -> Tensor:

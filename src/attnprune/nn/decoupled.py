@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import ExportError, StateDictError
+from ..errors import ExportError, FrozenError, StateDictError
 from ..values.layout import Bucket, HeadLayout
 
 
@@ -57,6 +57,8 @@ class Decoupled(nn.Module):
     """
 
     attnprune_state: State
+    attnprune_frozen: Any = None
+    """What :func:`attnprune.freeze` arranged (:class:`attnprune.nn.frozen.Frozen`)."""
 
     @classmethod
     def tells_channels(cls, host: type[Any]) -> bool:
@@ -82,7 +84,18 @@ class Decoupled(nn.Module):
         if prefix[:-1] in metadata:
             metadata[prefix[:-1]][_METADATA] = self.laid_out()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.attnprune_frozen is not None:
+            self.attnprune_frozen.make(self)
+        return found
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if self.attnprune_frozen is not None:
+            raise FrozenError(
+                prefix.rstrip(".") or "the model itself", "a model whose weights may change", "a frozen one",
+                "call attnprune.thaw(model) before you load, and attnprune.freeze(model) after",
+            )  # fmt: skip
         found, own = local_metadata.get(_METADATA), self.laid_out()
         if found is not None and found != own:
             differing = [key for key in own if own[key] != found.get(key)]

@@ -38,7 +38,7 @@ def kept(make: Callable[Args, Made]) -> Callable[Args, Made]:
     def found(*args: Args.args, **kwargs: Args.kwargs) -> Made:
         if torch.compiler.is_compiling():  # first: what comes after cannot be compiled
             return make(*args, **kwargs)
-        return once(*args, **kwargs) if _eager() else make(*args, **kwargs)  # type: ignore[arg-type]
+        return once(*args, **kwargs) if eager() else make(*args, **kwargs)  # type: ignore[arg-type]
 
     return found
 
@@ -83,7 +83,7 @@ def _about(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[nn.Module | 
     return next((one for one in given if isinstance(one, nn.Module)), None), owner
 
 
-def _eager() -> bool:
+def eager() -> bool:
     """Whether operations run as they are: no dispatch mode, no tracing, no function transform."""
     return (
         torch._C._len_torch_dispatch_stack() == 0

@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..values.layout import Bucket, HeadLayout, Kind
+from ..values.layout import PROJECTIONS, Bucket, HeadLayout, Kind
 from .attempt import undone
 from .kept import kept
 
-Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products"]
+Execution = Literal["auto", "separate", "buckets", "groups", "padded", "products", "kernel"]
 """Ways to run heads of any dims.
 
 ``"separate"``: a kernel call per head shape, dims as they are. ``"buckets"``: the same, the smaller of qk, vo padded.
 ``"groups"``: heads of like dims share a padded call. ``"padded"``: all heads in one call. ``"products"``: plain matrix
-products, every head at its own dims (:mod:`attnprune.nn.products`). ``"auto"``: what pays for the shapes.
+products, every head at its own dims (:mod:`attnprune.nn.products`). ``"kernel"``: one launch of our kernel for all
+heads at their own dims (:mod:`attnprune.nn.kernels`), on CUDA with Triton; ``"groups"`` where it does not run.
+``"auto"``: what pays for the shapes; never ``"kernel"``, which was not yet timed on a GPU.
 """
 
 CALL = {"cpu": 3_000_000, "other": 1_000_000_000}
 """Multiply-adds that one more call of an attention kernel is worth: what its overhead takes, by kind of device."""
+SMALL_CALL = 1_000_000
+"""The same for a bucket of heads by plain products on a CPU."""
 TILE = 64
 """Channels that kernels of CUDA work on at once: fewer take as long."""
 BUSY = 1 << 24
@@ -59,8 +63,8 @@ def asked_once(function: Function) -> Function:
 def execution(how: Execution) -> Iterator[None]:
     """Inside the block, decoupled modules run in this layout instead of the one that shapes suggest.
 
-    Every layout computes the same. ``"products"`` is for kernels that are plain scaled dot-product attention; where
-    attention weights are asked for, or a mask of another kind, modules run as with ``"auto"``.
+    Every layout computes the same. ``"products"`` and ``"kernel"`` are for what is plain scaled dot-product attention;
+    where attention weights are asked for, or a mask of another kind, modules run as with ``"auto"``.
 
     >>> from torch import nn
     >>> import attnprune
@@ -168,6 +172,38 @@ def together(layout: HeadLayout, busy: bool, multiple: int, even: bool) -> list[
     return [group(parts, multiple, even) for parts in tiles.values()]
 
 
+class Layouts(NamedTuple):
+    """The layouts that weights of an attention are arranged for, once and for all."""
+
+    few: HeadLayout
+    """Where calls cost more than what padding adds."""
+    many: HeadLayout
+    """Elsewhere."""
+    per_pair: int
+    """Of a call, ``tokens * (length * per_pair + per_token) <= limit`` says that tokens are few."""
+    per_token: int
+    limit: int
+
+
+def layouts_of(layout: HeadLayout, kind: str, dtype: torch.dtype, width: int) -> Layouts:
+    """How heads may be padded by weights that are padded once: on CUDA to what kernels take, on a CPU all alike.
+
+    Args:
+        layout: the module's own.
+        kind: of device.
+        dtype: of the weights.
+        width: channels that Q, K and V read, and O writes.
+    """
+    if kind == "cuda":
+        multiple, even = _multiple(kind, dtype), not takes_unequal(dtype)
+        few, many = (_widened(layout, busy, multiple, even) or layout for busy in (False, True))
+        return Layouts(few, many, 1, 0, BUSY - 1)
+    few = layout if layout.uniform else _widened(layout, False, 1, False) or layout
+    more = [few.channels(p) - layout.channels(p) for p in PROJECTIONS]
+    calls = (len(layout.buckets) - 1) * SMALL_CALL
+    return Layouts(few, layout, more[0] + more[3], width * sum(more), calls)
+
+
 def widened(layout: HeadLayout, x: Tensor) -> HeadLayout | None:
     """The dims that heads of a self-attention of ``x`` are to have by padded weights; None if they keep their own.
 
@@ -203,7 +239,7 @@ def _busy(q: Tensor, k: Tensor) -> bool:
     """Whether there is certainly so much to do that a call costs nothing beside it."""
     if not torch.compiler.is_compiling():
         return q.shape[0] * q.shape[1] * k.shape[1] >= BUSY
-    return _known(q.shape[0] * q.shape[1] * k.shape[1] >= BUSY)
+    return known(q.shape[0] * q.shape[1] * k.shape[1] >= BUSY)
 
 
 @asked_once
@@ -256,10 +292,10 @@ def _compiled_inference(q: Tensor) -> bool:
 
 def _few(q: Tensor, k: Tensor) -> bool:
     """Whether compiled code may rely on few pairs of tokens, whatever sizes come later."""
-    return _known(q.shape[0] * q.shape[1] * k.shape[1] <= NOMINAL)
+    return known(q.shape[0] * q.shape[1] * k.shape[1] <= NOMINAL)
 
 
-def _known(what: bool) -> bool:
+def known(what: bool) -> bool:
     """Whether something about sizes is true whatever sizes come later."""
     return KNOWN and bool(torch.fx.experimental.symbolic_shapes.statically_known_true(what))
 

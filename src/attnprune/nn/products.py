@@ -42,8 +42,8 @@ class Plain(NamedTuple):
 
 
 def possible(q: Tensor) -> bool:
-    """Whether products may be what runs for these queries."""
-    return q.device.type == "cpu" or forced() == "products"
+    """Whether products, or our kernel, may be what runs for these queries."""
+    return q.device.type == "cpu" or forced() in ("products", "kernel")
 
 
 def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -64,9 +64,9 @@ def pays(layout: HeadLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
         or not _in_place(q, k, v)
     ):
         return False
-    first = layout.buckets[0]
-    even = layout.uniform and first.qk_dim == first.vo_dim
-    return not even or q.shape[0] * len(first.heads) * q.shape[1] * k.shape[1] <= EQUAL
+    buckets = layout.buckets
+    even = len(buckets) == 1 and buckets[0].qk_dim == buckets[0].vo_dim
+    return not even or q.shape[0] * len(buckets[0].heads) * q.shape[1] * k.shape[1] <= EQUAL
 
 
 def _in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -79,6 +79,31 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def at_once_runs(x: Tensor) -> bool:
+    """Whether operations on a plain tensor run as they are, on few enough threads for products to be what pays."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch.get_num_threads() > THREADS
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def at_once(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) -> Tensor | None:
+    """What :func:`products` gives, by the shortest way, where heads are alike, tokens few and masks none; else None.
+
+    Only for eager inference on a CPU, in float32 or float64.
+    """
+    buckets = layout.buckets
+    first = buckets[0]
+    heads = len(first.heads)
+    most = EQUAL if first.qk_dim == first.vo_dim else WHOLE
+    if len(buckets) > 1 or plain.mask is not None or q.shape[0] * heads * q.shape[1] * k.shape[1] > most:
+        return None
+    return _whole(q, k, v, heads, plain.scale, None, None, plain.causal, True)
+
+
 def products(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) -> Tensor:
     """Context ``(batch, queries, sum of vo_dims)``, in stored order; arguments as in :func:`attnprune.nn.attend`."""
     dtype = q.dtype
@@ -87,27 +112,32 @@ def products(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) 
             return products(q.float(), k.float(), v.float(), layout, plain).to(dtype)
     mask, dead = _mask(plain.mask)
     pairs = q.shape[0] * q.shape[1] * k.shape[1]
-    in_place = _in_place(q, k, v)
-    most = max(len(bucket.heads) for bucket in layout.buckets)
+    in_place, buckets = _in_place(q, k, v), layout.buckets
+    most = max([len(bucket.heads) for bucket in buckets])
     pieces = in_place and pairs * most > WHOLE
-    qk, vo = ([bucket.width(kind) for bucket in layout.buckets] for kind in KINDS)
-    qs, ks, vs = torch.split(q * plain.scale, qk, -1), torch.split(k, qk, -1), torch.split(v, vo, -1)
+    if len(buckets) == 1 and not pieces:
+        all_heads = buckets[0]
+        rows = None if mask is None else plain.rows(mask, all_heads)
+        gone = None if dead is None else plain.rows(dead, all_heads)
+        return _whole(q, k, v, most, plain.scale, rows, gone, plain.causal, in_place)
+    qk, vo = ([bucket.width(kind) for bucket in buckets] for kind in KINDS)
+    qs, ks, vs = q.split_with_sizes(qk, -1), k.split_with_sizes(qk, -1), v.split_with_sizes(vo, -1)
     context = q.new_empty(*q.shape[:2], v.shape[-1]) if pieces else None
     buffer = q.new_empty(_size(most, q.shape[1], k.shape[1])) if pieces else None
     contexts = []
-    for bucket, q, k, v in zip(layout.buckets, qs, ks, vs, strict=True):
+    for bucket, q, k, v in zip(buckets, qs, ks, vs, strict=True):
         rows = None if mask is None else plain.rows(mask, bucket)
         gone = None if dead is None else plain.rows(dead, bucket)
         if context is None or buffer is None:
-            contexts.append(_whole(q, k, v, len(bucket.heads), rows, gone, plain.causal, in_place))
+            contexts.append(_whole(q, k, v, len(bucket.heads), plain.scale, rows, gone, plain.causal, in_place))
         else:
             out = _split(context[..., bucket.vo_start : bucket.vo_stop], len(bucket.heads))
-            _pieces(q, k, v, rows, plain.causal, buffer, out)
+            _pieces(q * plain.scale, k, v, rows, plain.causal, buffer, out)
             if gone is not None:
                 out.masked_fill_(gone, 0)
     if context is not None:
         return context
-    return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=-1)
+    return torch.cat(contexts, dim=-1)
 
 
 def _mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -126,20 +156,44 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 def _whole(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, gone: Tensor | None, causal: bool, in_place: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    scale: float,
+    mask: Tensor | None,
+    gone: Tensor | None,
+    causal: bool,
+    in_place: bool,
 ) -> Tensor:
-    """Context of a bucket at once."""
+    """Context of a bucket at once, in tensors ``(batch x heads, tokens, channels)``, which cost least to call."""
+    batch, queries, keys = len(q), q.shape[1], k.shape[1]
     later = _later(q, k) if causal else None
-    if heads > 1:
-        q, k, v = (_split(x, heads) for x in (q, k, v))
-    else:  # three dimensions do, and a call less for each tensor
-        mask, gone = (None if x is None else x.squeeze(1) for x in (mask, gone))
-    logits = q @ k.mT
-    _hide(logits, mask, later)
+    q, k, v = (_flat(x, batch, heads) for x in (q, k, v))
+    if in_place:
+        logits = q.new_empty(len(q), queries, keys).baddbmm_(q, k.mT, beta=0, alpha=scale)
+    else:
+        logits = torch.bmm(q * scale, k.mT)
+    if mask is not None or later is not None:
+        _hide(logits.view(batch, heads, queries, keys), mask, later)
     weights = torch.softmax(logits, -1, out=logits) if in_place else logits.softmax(-1)
-    context = weights @ v
-    context = context if gone is None else context.masked_fill(gone, 0)
-    return context.transpose(1, 2).flatten(2) if heads > 1 else context
+    context = torch.bmm(weights, v)
+    if gone is not None:
+        context = context.view(batch, heads, queries, -1).masked_fill(gone, 0).flatten(0, 1)
+    if heads == 1:
+        return context
+    if batch == 1:
+        return context.transpose(0, 1).reshape(1, queries, -1)
+    return context.view(batch, heads, queries, -1).transpose(1, 2).flatten(2)
+
+
+def _flat(x: Tensor, batch: int, heads: int) -> Tensor:
+    """``(batch x heads, tokens, dim)`` of ``(batch, tokens, heads x dim)``; a view where one of the two is 1."""
+    if heads == 1:
+        return x
+    if batch == 1:
+        return x.view(x.shape[1], heads, -1).transpose(0, 1)
+    return _split(x, heads).flatten(0, 1)
 
 
 def _together(heads: int, queries: int, keys: int) -> int:

@@ -30,24 +30,23 @@ class Projected(NamedTuple):
     """Of these; the module's own, or one of wider heads, padded with zeros."""
     own: HeadLayout
     """The module's own."""
+    o: tuple[Tensor, Tensor | None] | None = None
+    """O's weight and bias, its columns as the context's channels are, where that was arranged before
+    (:mod:`attnprune.nn.frozen`)."""
+    quick: bool = False
+    """Whether :func:`.products.at_once` may run: eager inference on a CPU, in float32 or float64."""
 
     def output(self, context: Tensor, linear: nn.Linear | None) -> Tensor:
         """What O makes of a context ``(batch, tokens, sum of vo_dims of the layout)``; without O, the module's own
         channels of it, in stored order."""
+        if self.o is not None:
+            return F.linear(context, *self.o)
         if self.layout is self.own:
             return context if linear is None else linear(context)
         if linear is not None and _plain((linear,)):  # zeros in the context meet any columns of O
-            return F.linear(context, self._spread(linear.weight), linear.bias)
+            return F.linear(context, spread(linear.weight, self.own, self.layout), linear.bias)
         context = self._cut(context)
         return context if linear is None else linear(context)
-
-    def _spread(self, weight: Tensor) -> Tensor:
-        """O's columns, apart as the context's channels are."""
-        if not torch.compiler.is_compiling():
-            return weight.index_select(-1, _places(self.own, self.layout, weight.device)[2])
-        dims = self.layout.sizes("o")
-        spans = [(head, *self.own.span("o", head)) for head in self.layout.order]
-        return torch.cat([F.pad(weight[:, a:b], (0, dims[head] - b + a)) for head, a, b in spans], -1)
 
     def _cut(self, context: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -68,7 +67,7 @@ def project(linears: Sequence[nn.Linear], x: Tensor, state: State, *, widen: boo
     wide = widened(layout, x) if widen else None
     if wide is not None and _plain(linears):
         parts = [[getattr(linear, key) for linear in linears] for key in ("weight", "bias")]
-        weight, bias = (None if rows[0] is None else _padded(rows, layout, wide) for rows in parts)
+        weight, bias = (None if rows[0] is None else padded(rows, layout, wide) for rows in parts)
         assert weight is not None
         q, k, v = F.linear(x, weight, bias).split_with_sizes([wide.channels(p) for p in QKV], -1)
         return Projected(q, k, v, wide, layout)
@@ -101,7 +100,16 @@ def _heard(one: nn.Linear) -> bool:
     return bool(hooks) or "forward" in one.__dict__
 
 
-def _padded(parts: Sequence[Tensor], own: HeadLayout, wide: HeadLayout) -> Tensor:
+def spread(weight: Tensor, own: HeadLayout, wide: HeadLayout) -> Tensor:
+    """O's columns, apart as the channels of a context of wider heads are."""
+    if not torch.compiler.is_compiling():
+        return weight.index_select(-1, _places(own, wide, weight.device)[2])
+    dims = wide.sizes("o")
+    spans = [(head, *own.span("o", head)) for head in wide.order]
+    return torch.cat([F.pad(weight[:, a:b], (0, dims[head] - b + a)) for head, a, b in spans], -1)
+
+
+def padded(parts: Sequence[Tensor], own: HeadLayout, wide: HeadLayout) -> Tensor:
     """Rows of Q, K and V in one, every head padded with zeros."""
     if not torch.compiler.is_compiling():
         zeros = _zeros(parts[0].shape[1:], parts[0].dtype, parts[0].device)

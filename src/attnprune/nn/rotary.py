@@ -55,8 +55,10 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, 
         raise RuntimeError(
             f"The rotary tables have {cos.shape[-1]} channels, but the pruned model's have {pairs.width}."
         )
-    cos, sin = F.pad(cos, (0, 1), value=1.0), F.pad(sin, (0, 1))  # the last angle is that of what is not rotated
-    if layout.uniform and len(set(pairs.turned)) == 1:
+    uniform = layout.uniform and len(set(pairs.turned)) == 1
+    if not (uniform and pairs.turned[0] == layout.qk[0]):
+        cos, sin = F.pad(cos, (0, 1), value=1.0), F.pad(sin, (0, 1))  # the last angle is that of what is not rotated
+    if uniform:
         return _uniform(q, k, cos, sin, layout, pairs)
     return _by_channel(q, "q", cos, sin, layout, pairs), _by_channel(k, "k", cos, sin, layout, pairs)
 

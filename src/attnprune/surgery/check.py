@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import (
     AttnPruneError,
     BusyError,
+    FrozenError,
     MetaTensorError,
     NonFiniteError,
     NotExpressibleError,
@@ -42,7 +43,14 @@ def check_wrappers(model: nn.Module) -> None:
             raise WrappedModelError(name or "model", "a plain module", f"a {type(module).__name__}", remedy)
 
 
-def check_views(model: nn.Module, views: Iterable[AttentionView], *, blank: bool = False, shards: bool = False) -> None:
+def check_views(
+    model: nn.Module,
+    views: Iterable[AttentionView],
+    *,
+    blank: bool = False,
+    shards: bool = False,
+    frozen: bool = False,
+) -> None:
     """Raises a named error if a projection is wrapped, sharded, parametrised, quantised, without data or not finite.
 
     Args:
@@ -50,8 +58,12 @@ def check_views(model: nn.Module, views: Iterable[AttentionView], *, blank: bool
         views: the attention modules to check.
         blank: parameters may lack data, as only their shapes are of interest.
         shards: parameters may be shards, as values are only read.
+        frozen: attention may be frozen, as nothing changes.
     """
     check_wrappers(model)
+    views = list(views)
+    for view in views if not frozen else ():
+        check_thawed(view)
     for view in views:
         if "forward" in view.module.__dict__:
             raise WrappedModelError(
@@ -84,6 +96,17 @@ def check_unmasked(views: Iterable[AttentionView]) -> None:
             raise BusyError(
                 view.name, "a model that is not masked", "one inside attnprune.masked(...)", "leave the block first"
             )
+
+
+def check_thawed(view: AttentionView) -> None:
+    """Raises FrozenError for an attention whose weights are arranged for inference alone."""
+    if getattr(view.module, "attnprune_frozen", None) is not None:
+        raise FrozenError(
+            view.name,
+            "attention whose weights may change",
+            "a frozen one",
+            "call attnprune.thaw(model) first, and attnprune.freeze(model) when all is done",
+        )
 
 
 def _quantized(kind: type) -> bool:

@@ -13,6 +13,7 @@ from ..nn import Decoupled
 from ..nn.kept import ordinary
 from ..values.choices import Choices
 from . import check_views
+from .check import check_thawed
 
 
 @ordinary
@@ -63,8 +64,13 @@ def unpack_qkv(model: nn.Module) -> tuple[str, ...]:
 
     Returns:
         The names of what was packed.
+
+    Raises:
+        FrozenError: the model is frozen (:func:`attnprune.freeze`).
     """
     views = [view for view in all_views(plain(model)) if _packed(view)]
+    for view in views:
+        check_thawed(view)
     for view in views:
         for parts in _parts(view):
             for part in parts:
@@ -90,7 +96,8 @@ def _packed(view: AttentionView) -> bool:
 
 def _can_be_packed(view: AttentionView) -> bool:
     spec, linears = view.spec, view.linears
-    if view.runs_expanded or linears is None or not spec.q_in == spec.k_in == spec.v_in or view.mixin is None:
+    alike = spec.q_in == spec.k_in == spec.v_in and not any(spec.left_out)
+    if view.runs_expanded or linears is None or not alike or view.mixin is None:
         return False
     q, k, v = linears["q"], linears["k"], linears["v"]
     kinds = {(one.weight.dtype, one.weight.device, one.bias is None) for one in (q, k, v)}

@@ -164,15 +164,14 @@ class AttentionPruner:
 
     @property
     def _observed(self) -> tuple[Projection, ...]:
-        """The projections whose features are scored: where one of a pair is to lose more than the other, all."""
+        """The projections whose features are scored: all, where one of a pair is to lose more than the other."""
         return PROJECTIONS if uneven(self.ratios, self.request.rules) else ()
 
     @property
     def _together(self) -> bool:
         """Whether qk and vo share one budget, or units hold both."""
         rules = self.request.rules
-        whole = rules.match_dims or rules.granularity == "head"
-        return rules.split == "auto" or (whole and not self._observed)
+        return rules.split == "auto" or ((rules.match_dims or rules.granularity == "head") and not self._observed)
 
     @property
     def done(self) -> bool:
@@ -352,8 +351,7 @@ class AttentionPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on in another process, beside the model's and the optimizer's own: plain values."""
-        layers = (LayerPlan(one.spec, one.heads, one.qk, one.vo, features=one.features) for one in self._plan)
-        bare = Plan(tuple(layers), self._plan.asked)
+        bare = replace(self._plan, layers=tuple(replace(one, fold=None, refit=None) for one in self._plan))
         return {
             "version": VERSION,
             **self._options,

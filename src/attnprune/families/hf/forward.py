@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...nn.attend import Kernel, attend
 from ...nn.caches import check_cache
 from ...nn.decoupled import Decoupled, forward_of
+from ...nn.frozen import frozen
 from ...nn.products import Plain, possible
 from ...nn.projection import Projected, project
 from ...values.layout import Bucket
@@ -123,6 +124,9 @@ class HFAttention(Decoupled):
         return found
 
     def _project(self, x: Tensor, widen: bool = True) -> Projected:
+        ready = frozen(self, x, widen)
+        if ready is not None:
+            return ready
         parts = self._parts
         linears = [getattr(self, name) for name in (parts.q, parts.k, parts.v)]
         return project(linears, x, self.attnprune_state, widen=widen)
@@ -146,7 +150,7 @@ class HFAttention(Decoupled):
         if (
             dropout == 0
             and implementation == "sdpa"
-            and possible(heads.q)
+            and (heads.quick or possible(heads.q))
             and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
         ):
             plain = self._plain(function, heads.q, mask, kwargs)
@@ -163,9 +167,9 @@ class HFAttention(Decoupled):
         return Plain(self.attnprune_state.scale, mask, bool(causal and mask is None and q.shape[1] > 1), self.head_rows)
 
     def _finish(self, heads: Projected, kernel: Kernel, plain: Plain | None = None) -> tuple[Tensor, Tensor | None]:
-        context, weights = attend(*heads[:4], kernel, plain)
+        context, weights = attend(*heads[:4], kernel, plain, heads.quick)
         o = self._parts.o
-        return heads.output(context, None if o is None else getattr(self, o)), weights
+        return heads.output(context, None if o is None or heads.o is not None else getattr(self, o)), weights
 
 
 class HFSelfAttention(HFAttention):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...nn.attend import Kernel
+from ...nn.attend import Kernel, ours
 from ...nn.caches import check_cache
 from ...nn.decoupled import forward_of
 from ...nn.norms import normed
@@ -192,7 +192,7 @@ class HFStaged(HFAttention):
 
     def _finish(self, heads: Projected, kernel: Kernel, plain: Plain | None = None) -> tuple[Tensor, Tensor | None]:
         layout = heads.layout
-        if not layout.grouped:
+        if not layout.grouped or (plain is not None and ours(heads.q)):
             return super()._finish(heads, kernel, plain)
         qk, vo = layout.qk[0], layout.vo[0]
         wide = max(qk, vo)  # fused kernels want equal dims: zeros change no product
@@ -203,7 +203,7 @@ class HFStaged(HFAttention):
         context, weights = kernel(q, k, v, layout.buckets[0])
         o = self._parts.o
         context = context[..., :vo].transpose(1, 2).flatten(2)
-        return context if o is None else getattr(self, o)(context), weights
+        return heads.output(context, None if o is None or heads.o is not None else getattr(self, o)), weights
 
     def _repeated(self, heads: Projected) -> Projected:
         """Keys and values of every query head, where the attention function cannot share them."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...errors import StateDictError
 from ...nn.attend import attend
 from ...nn.decoupled import Decoupled
+from ...nn.frozen import frozen
 from ...nn.products import Plain
 from ...nn.projection import Projected, project
 from ...values.layout import Bucket
@@ -122,7 +123,10 @@ class DecoupledMultiheadAttention(Decoupled):
 
         if itself:
             extended = self.bias_k is not None or self.add_zero_attn
-            heads = project((self.q_proj, self.k_proj, self.v_proj), query, state, widen=not extended)
+            ready = frozen(self, query, widen=not extended)
+            if ready is None:
+                ready = project((self.q_proj, self.k_proj, self.v_proj), query, state, widen=not extended)
+            heads = ready
         else:
             layout = state.layout
             heads = Projected(self.q_proj(query), self.k_proj(key), self.v_proj(value), layout, layout)
@@ -152,7 +156,7 @@ class DecoupledMultiheadAttention(Decoupled):
             return weights @ v, weights
 
         plain = None if need_weights or dropout else Plain(state.scale, mask, is_causal, self.head_rows)
-        context, weights = attend(*heads[:4], kernel, plain)
+        context, weights = attend(*heads[:4], kernel, plain, heads.quick)
         return heads.output(context, self.out_proj), weights
 
     def _merge(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...nn.attend import attend
 from ...nn.decoupled import Decoupled, forward_of
+from ...nn.frozen import frozen
 from ...nn.products import Plain
 from ...nn.projection import Projected, project
 from ...values.layout import Bucket
@@ -38,8 +39,9 @@ class DecoupledFusedAttention(Decoupled):
             attn_mask: broadcastable to ``(batch, heads, tokens, tokens)``; bool (True attends) or added to the logits.
             is_causal: whether a token attends to itself and those before it only.
         """
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        heads = project(linears, x, self.attnprune_state)
+        heads = frozen(self, x)
+        if heads is None:
+            heads = project((self.q_proj, self.k_proj, self.v_proj), x, self.attnprune_state)
         context = self._attend(heads, attn_mask, is_causal)
         return self._finish(heads.output(context, self.proj))
 
@@ -68,7 +70,7 @@ class DecoupledFusedAttention(Decoupled):
         if not getattr(self, "fused_attn", self._kernel):  # somebody may listen to attn_drop
             return attend(*heads[:4], written_out)[0]
         plain = None if dropout or (causal and mask is not None) else Plain(state.scale, mask, causal, self.head_rows)
-        return attend(*heads[:4], fused, plain)[0]
+        return attend(*heads[:4], fused, plain, heads.quick)[0]
 
     def _finish(self, output: Tensor) -> Tensor:
         drop = getattr(self, "proj_drop", None)
