@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -37,12 +38,11 @@ from attnprune.values.ratios import Ratios
 from attnprune.values.rules import Rules
 
 from .conformance import check_exact, close, family, fresh, inputs
-from .families import FAMILIES
+from .families import FAMILIES, randomised
 from .selection import ALL, telling
 
 CASES = int(os.environ.get("ATTNPRUNE_CASES", "2"))
 MODES = list(itertools.product(("head", "channel", "joint"), ("local", "global"), ("uniform", "ragged")))
-APART = [name for name in FAMILIES if name != "Latent"]  # whose K and V are one Linear
 ratio = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9])
 FOUR = (0.6, 0.3, 0.2, 0.5)
 
@@ -66,7 +66,7 @@ def _unit(spec: Any, p: Any, rules: Rules) -> float:
     return max(whole, channels)
 
 
-@pytest.mark.parametrize("name", telling(APART))
+@pytest.mark.parametrize("name", telling(FAMILIES))
 def test_each_projection_loses_its_own_share(name: str) -> None:
     @settings(max_examples=CASES, deadline=None)
     @given(ratios=st.tuples(ratio, ratio, ratio, ratio), mode=st.sampled_from(MODES), seed=st.integers(0, 999),
@@ -105,6 +105,48 @@ def test_saved_loaded_and_streamed_bit_for_bit(name: str, tmp_path: Path) -> Non
     streamed = apply_to_checkpoint(source, plan, tmp_path / "streamed", model=fresh(name, 0).to("meta"))
     files = [sorted(path.read_bytes() for path in one.glob("*.safetensors")) for one in (folder, streamed)]
     assert files[0] == files[1]
+
+
+SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+JOINT: dict[str, Any] = {
+    "Conv1D": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=32)
+    ),
+    "by head": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, intermediate_size=32)),
+    "a Linear of its own": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_projections_that_lie_in_one_read_features_of_their_own(name: str, tmp_path: Path) -> None:
+    """Hosts without a forward of ours: one Linear then holds several weights."""
+    model = randomised(JOINT[name]()).eval()
+    dense, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(TOKENS).logits.square().mean().backward()
+    optimizer.step()
+    plan = make_plan(model, FOUR, scorer="random", heads="ragged", example_inputs=TOKENS)
+    with torch.no_grad(), masked(model, plan):
+        expected = model(TOKENS).logits
+    report = apply_plan(model, plan, example_inputs=TOKENS, optimizer=optimizer)
+    assert "expanded" in str(report)
+    close(model(TOKENS).logits.detach(), expected, 1e-12, "output")
+    again = make_plan(model, (0.1, 0.3, 0.3, 0.2), scorer="random", heads="ragged", example_inputs=TOKENS)
+    both = plan.then(again)
+    apply_plan(model, again, optimizer=optimizer)
+    whole = copy.deepcopy(dense)
+    apply_plan(whole, both, example_inputs=TOKENS)
+    assert [(key, tuple(p.shape)) for key, p in whole.named_parameters()] == [
+        (key, tuple(p.shape)) for key, p in model.named_parameters()
+    ]
+    loaded = load_pruned(save_pruned(model, tmp_path), dense)
+    close(loaded(TOKENS).logits.detach(), model(TOKENS).logits.detach(), 0, "loaded")
+    before = model(TOKENS).logits.square().mean()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(TOKENS).logits.square().mean().backward()
+        optimizer.step()
+    assert model(TOKENS).logits.square().mean() < before
 
 
 def encoder(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Tensor]]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isclose
 from typing import NamedTuple
 
 from torch import nn
 
-from ..nn.expanded import Expanded, Read, expand
+from ..nn.expanded import Expanded, ExpandedApart, Read, expand, expand_apart, part_name
 from ..values.layout import KINDS, Kind, Projection
 from ..values.spec import AttentionSpec
 from . import linears
 from .base import Adapter, AttentionView
-from .slots import Slot
+from .slots import Slot, reader
 from .states import Numbers
 
 
@@ -43,6 +43,12 @@ class Joint(NamedTuple):
         """The whole parameter."""
         slot = Slot(self.owner, self.name, 0, self.axis)
         return replace(slot, size=slot.parameter.shape[self.axis])
+
+    def apart(self, view: AttentionView, spec: AttentionSpec) -> bool:
+        """Whether what lies in it reads other features than one another, in a shape."""
+        sides = {side for key in self.keys if key.endswith(".weight") for side in [reader(key)] if side is not None}
+        missing = {spec.missing(side) for side in sides}
+        return len(missing) > 1 or (bool(self.rest(view)) and any(missing))
 
     @property
     def columns(self) -> bool:
@@ -79,6 +85,50 @@ def joints(view: AttentionView) -> list[Joint]:
     return result
 
 
+REST = "rest"
+"""What stands for the rows of a parameter that are no projection's."""
+
+
+@dataclass
+class Weights:
+    """The weights of a projection while they are exchanged: of each the dense numbers of its channels, and where there
+    are several, the features that it reads."""
+
+    owner: nn.Module
+    width: int
+    channels: dict[str, list[int]]
+    reads: dict[str, tuple[int, ...]]
+    whole: list[int]
+    """Channels of the one weight that becomes several."""
+
+    @classmethod
+    def of(cls, joint: Joint) -> Weights:
+        """As they are; ``joint`` is one of them."""
+        owner = joint.owner
+        if not isinstance(owner, Expanded):
+            size = joint.slot.size
+            return cls(owner, size, {"weight": list(range(size))}, {}, list(range(size)))
+        channels, reads, start = {"weight": list(owner.attnprune_channels)}, {}, 0
+        if isinstance(owner, ExpandedApart):
+            for number, (size, part) in enumerate(zip(owner.sizes(), owner.attnprune_parts, strict=True)):
+                channels[part_name(number)] = list(owner.attnprune_channels[start : start + size])
+                reads[part_name(number)], start = part, start + size
+        return cls(owner, owner.attnprune_width, channels, reads, list(owner.attnprune_channels))
+
+    def cut(self, name: str, places: Sequence[int], spec: AttentionSpec, side: Projection | None) -> None:
+        """Channels at these places are left of a weight."""
+        self.channels[name] = [self.channels[name][place] for place in places]
+        if self.reads and side is not None:
+            self.reads[name] = spec.present(side)
+
+    def add(self, places: Sequence[int], spec: AttentionSpec, side: Projection | None) -> str:
+        """The name of the next weight that the one becomes; places are of the one."""
+        name = part_name(len(self.reads))
+        self.channels[name] = [self.whole[place] for place in places]
+        self.reads[name] = tuple(range(spec.features("q"))) if side is None else spec.present(side)
+        return name
+
+
 def expand_view(
     view: AttentionView,
     parameters: Mapping[tuple[int, str], nn.Parameter],
@@ -92,31 +142,39 @@ def expand_view(
 
     Args:
         view: the attention as it was.
-        parameters: by the id of the owner and name, what becomes of every parameter of :func:`joints`.
+        parameters: by the id of the owner and name, what becomes of every parameter of :func:`joints`; of one that
+            becomes several (:meth:`Joint.apart`) by the id of the owner and the slot, or :data:`REST`.
         spec: the new shape.
         kept: query heads that stay.
         rows: of each projection, the stored channels that stay, in the order in which they will be stored.
         read: whether the host reads weights, instead of calling projections.
     """
     slots: dict[str, Slot] = {}
+    held = {id(joint.owner): Weights.of(joint) for joint in joints(view) if joint.name == "weight"}
     for joint in joints(view):
-        places = joint.places(view, rows)
-        parameter, start = parameters[id(joint.owner), joint.name], 0
-        owner, flat = joint.owner, [place for part in places.values() for place in part]
+        places, start, owner, own = joint.places(view, rows), 0, joint.owner, held[id(joint.owner)]
+        if joint.name == "weight" and joint.apart(view, spec):
+            for key, part in places.items():
+                if part:
+                    name = own.add(part, spec, reader(key))
+                    linears.put(owner, name, parameters[id(owner), key or REST])
+                    if key in view.slots:
+                        slots[key] = Slot(owner, name, len(part), joint.axis)
+            continue
         for key, part in places.items():
             if key in view.slots:
                 slots[key] = Slot(owner, joint.name, len(part), joint.axis, start)
             start += len(part)
-        if joint.name == "weight":
-            dense: Sequence[int] = range(joint.slot.size)
-            width = joint.slot.size
-            if isinstance(owner, Expanded):
-                dense, width = owner.attnprune_channels, owner.attnprune_width
-            channels = [dense[place] for place in flat]
-            linears.put(owner, joint.name, parameter)
-            expand(owner, channels, width, columns=joint.columns, axis=joint.axis if read else None)
-        else:
-            linears.put(owner, joint.name, parameter)
+        if joint.name in own.channels:
+            own.cut(joint.name, [place for part in places.values() for place in part], spec, reader(joint.keys[0]))
+        linears.put(owner, joint.name, parameters[id(owner), joint.name])
+        if joint.name == "weight" and not own.reads:
+            axis = joint.axis if read else None
+            expand(owner, own.channels["weight"], own.width, columns=joint.columns, axis=axis)
+    for own in held.values():
+        if own.reads:
+            channels = [number for one in own.channels.values() for number in one]
+            expand_apart(own.owner, channels, own.width, list(own.reads.values()))
     state = view.next_state(spec, kept)
     ordered = {key: slots[key] for key in view.slots}
     numbers = numbers_left(view, spec, kept, rows)

@@ -267,7 +267,8 @@ def computes_linear(module: nn.Linear) -> bool:
     if kind.forward is nn.Linear.forward:
         return True
     own = {key for key in module._buffers if not key.startswith("attnprune")}
-    if own or module._modules or not {*module._parameters} <= {"weight", "bias"}:
+    parameters = {key for key in module._parameters if not key.startswith("weight_")}  # of several in one (ours)
+    if own or module._modules or not parameters <= {"weight", "bias"}:
         return False
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=()):
         usual = nn.Linear(3, 2, bias=module.bias is not None, dtype=torch.float64)

@@ -14,6 +14,13 @@ from ..values.layout import SIDES, Projection
 
 FOLLOWS: Mapping[str, Projection] = {**{side: side for side in SIDES}, "g": "o"}
 """By the first word of a slot's name, whose channels it follows; ``g`` gates what O reads."""
+READS: Mapping[str, Projection] = {"q": "q", "x": "q", "g": "q", "k": "k", "v": "v", "o": "o"}
+"""By the same word, whose features it reads (O: writes): what lies beside Q in its Linear reads what Q reads."""
+
+
+def reader(key: str) -> Projection | None:
+    """The projection whose features a slot, by its name, reads or writes; None of what has none."""
+    return READS.get(key.partition(".")[0])
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ class Port:
         """Where the channels are in the last dimension of what the owner hands on; None: all of it."""
         channels = self.slot.places
         if isinstance(self.owner, Expanded):
-            channels = [self.owner.attnprune_channels[place] for place in channels]
+            channels = self.owner.dense_numbers(self.slot.name, channels)
         elif len(channels) == x.shape[-1]:
             return None
         return torch.tensor(channels, dtype=torch.long, device=x.device)

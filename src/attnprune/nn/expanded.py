@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,6 +33,10 @@ class Expanded(Selected):
     def indices(self) -> dict[str, Sequence[int]]:
         """Of channels too."""
         return {**super().indices(), "attnprune_index": self.attnprune_channels}
+
+    def dense_numbers(self, name: str, places: Sequence[int]) -> list[int]:
+        """The dense numbers of channels that lie at places of a parameter."""
+        return [self.attnprune_channels[place] for place in places]
 
     def laid_out(self) -> dict[str, Any]:
         """Which of the dense projection's channels and features are left."""
@@ -76,6 +82,53 @@ class ExpandedColumns(Expanded, SelectedOutputs):
             lambda _, given: (given[0].index_select(-1, one.attnprune_index), *given[1:])
         )
         return [before, *SelectedOutputs.listen(module, one)]
+
+
+class ExpandedApart(Expanded):
+    """Several of Q, K and V in one Linear that read features of their own: a weight for each, one after the other."""
+
+    attnprune_columns = False
+    attnprune_parts: tuple[tuple[int, ...], ...]
+    """Of each weight, the features that it reads, ascending."""
+
+    def indices(self) -> dict[str, Sequence[int]]:
+        """Of what each weight reads too."""
+        taken = {f"attnprune_taken_{i}": part for i, part in enumerate(self.attnprune_parts)}
+        return {**super().indices(), **taken}
+
+    @property
+    def attnprune_weights(self) -> list[Any]:
+        """The weights."""
+        return [self._parameters[part_name(i)] for i in range(len(self.attnprune_parts))]
+
+    def sizes(self) -> list[int]:
+        """How many channels each weight has."""
+        return [weight.shape[1 if "nf" in self.__dict__ else 0] for weight in self.attnprune_weights]
+
+    def dense_numbers(self, name: str, places: Sequence[int]) -> list[int]:
+        """Places of a weight count its own channels, those of the bias all of them."""
+        names = [part_name(i) for i in range(len(self.attnprune_parts))]
+        start = sum(self.sizes()[: names.index(name)]) if name in names else 0
+        return super().dense_numbers(name, [start + place for place in places])
+
+    def laid_out(self) -> dict[str, Any]:
+        """Which features each weight reads, too."""
+        return {**super().laid_out(), "parts": self.attnprune_parts}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As in the host class: ``(..., in)`` to ``(..., dense channels)``."""
+        compact = []
+        for i, weight in enumerate(self.attnprune_weights):
+            own = x.index_select(-1, getattr(self, f"attnprune_taken_{i}"))
+            compact.append(own @ weight if "nf" in self.__dict__ else F.linear(own, weight))
+        out, bias = torch.cat(compact, -1), self._parameters["bias"]
+        out = out if bias is None else out + bias.to(out.dtype)
+        return spread(out, self.attnprune_index, self.attnprune_width)
+
+
+def part_name(number: int) -> str:
+    """The name of one of several weights."""
+    return f"weight_{number}" if number else "weight"
 
 
 class _Dense:
@@ -140,4 +193,18 @@ def expand(owner: nn.Module, channels: Sequence[int], width: int, *, columns: bo
         kind = Read
     object.__setattr__(owner, "__class__", decoupled_class(kind, host_class(owner)))
     assert isinstance(owner, Expanded)
+    owner.index()
+
+
+def expand_apart(owner: nn.Module, channels: Sequence[int], width: int, parts: Sequence[Sequence[int]]) -> None:
+    """The same for an owner of several weights (:func:`part_name`) that each read features of their own.
+
+    Args:
+        owner, channels, width: as for :func:`expand`; channels of all weights, one after the other.
+        parts: of each weight, the features that it reads.
+    """
+    known = {"attnprune_channels": tuple(channels), "attnprune_width": width}
+    owner.__dict__.update(known, attnprune_parts=tuple(map(tuple, parts)))
+    object.__setattr__(owner, "__class__", decoupled_class(ExpandedApart, host_class(owner)))
+    assert isinstance(owner, ExpandedApart)
     owner.index()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..families.base import AttentionView
 from ..families.expansion import Joint
-from ..families.slots import Slot, channels_of, gathered
+from ..families.slots import Slot, channels_of, gathered, reader
 from ..values.layer_plan import LayerPlan
-from .maps import ChannelMap, FeatureChange, logical_channels, reader
+from .maps import ChannelMap, FeatureChange, logical_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def gain_of(weight: Tensor, layer: LayerPlan) -> Tensor:
 def bias_gain(view: AttentionView, key: str, layer: LayerPlan) -> Gain | None:
     """What a slot that is a bias of Q, K or V gains; None where nothing."""
     side, _, part = key.partition(".")
-    projection = reader(side)
+    projection = reader(key)
     if layer.refit is None or part != "bias" or projection is None or projection not in layer.refit.shifts:
         return None
     shift = layer.refit.shifts[projection]

@@ -28,7 +28,6 @@ from ..families.registry import attention_names
 from ..families.slots import Slot, gathered
 from ..values.layer_plan import LayerPlan, difference
 from ..values.plan import Plan
-from .maps import reader
 
 _WRAPPERS = {"DistributedDataParallel": "prune model.module, then wrap it again", "FullyShardedDataParallel": (
     "prune before wrapping; a plan made elsewhere can be applied on every rank")}  # fmt: skip
@@ -206,16 +205,14 @@ def check_expressible(views: Sequence[AttentionView], plan: Plan) -> None:
 
 
 def _check_joints(view: AttentionView, layer: LayerPlan) -> None:
-    """Raises if projections that lie in one parameter are to read other features than one another."""
-    for joint in joints(view):
-        sides = [p for key in joint.keys if key.endswith(".weight") for p in [reader(key.partition(".")[0])] if p]
-        if len({layer.after.missing(p) for p in sides}) > 1:
-            raise NotExpressibleError(
-                f"{view.name}: {', '.join(dict.fromkeys(sides))}",
-                "one selection of features for projections that lie in one Linear, whose host has no forward of ours",
-                layer.after.describe(),
-                "give q, k and v one ratio, or exclude= this layer",
-            )
+    """Raises if a host is to read, out of one weight, projections that read other features than one another."""
+    if view.read and any(joint.name == "weight" and joint.apart(view, layer.after) for joint in joints(view)):
+        raise NotExpressibleError(
+            view.name,
+            "one selection of features for Q, K and V, whose host reads their one weight",
+            layer.after.describe(),
+            "give q, k and v one ratio, or exclude= this layer",
+        )
 
 
 def check_fit(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -> None:

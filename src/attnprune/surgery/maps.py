@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..families.base import AttentionView
 from ..families.expansion import Joint
-from ..families.slots import channels_of
+from ..families.slots import channels_of, reader
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, SIDES, HeadLayout, Projection
 
@@ -120,18 +120,11 @@ def feature_changes(view: AttentionView, layer: LayerPlan) -> dict[str, FeatureC
     """For every slot that is a weight whose features change, how."""
     found = {}
     for key in view.slots:
-        side, _, part = key.partition(".")
-        projection = reader(side)
-        if part == "weight" and projection is not None and layer.features[PROJECTIONS.index(projection)]:
+        projection = reader(key)
+        if key.endswith(".weight") and projection is not None and layer.features[PROJECTIONS.index(projection)]:
             matrix = None if layer.refit is None else layer.refit.reads.get(projection)
             found[key] = FeatureChange(layer.left(projection), matrix)
     return found
-
-
-def reader(side: str) -> Projection | None:
-    """The projection whose features a slot reads or writes, by the first word of its name: what lies beside Q in its
-    Linear (more channels, gates) reads what Q reads."""
-    return {"q": "q", "x": "q", "g": "q", "k": "k", "v": "v", "o": "o"}.get(side)  # type: ignore[return-value]
 
 
 def _mix(blocks: Sequence[tuple[int, int, Tensor]], channels: Tensor) -> Tensor:

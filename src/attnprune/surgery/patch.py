@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
-from ..families.expansion import expand_view, joints, numbers_left
+from ..families.expansion import REST, expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
 from ..families.slots import Slot
 from ..families.ways import Way
 from ..nn.attempt import Snapshot
+from ..nn.expanded import ExpandedApart
 from ..nn.selected import select
 from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, SIDES
@@ -157,7 +158,14 @@ class Operation(NamedTuple):
         view, after, kept = self.view, self.layer.after, self.layer.kept_heads
         if self.way == "expanded":
             rows = {p: kept_channels(view, self.layer, p) for p in SIDES}
-            parameters = {(id(joint.owner), joint.name): self.tensors[joint.keys[0]] for joint in joints(view)}
+            parameters = {}
+            for joint in joints(view):
+                owner = id(joint.owner)
+                parameters[owner, joint.name] = self.tensors[joint.keys[0]]
+                if joint.name == "weight" and joint.apart(view, after):
+                    parameters |= {(owner, key): self.tensors[key] for key in joint.keys}
+                    if joint.rest(view):
+                        parameters[owner, REST] = self.tensors[f"{joint.keys[0]} {REST}"]
             expand_view(view, parameters, after, kept, rows, read=view.read)
         else:
             view.commit(self.tensors, after)
@@ -178,9 +186,11 @@ class Operation(NamedTuple):
         holders = {id(p): one for one in self.view.top.modules() for p in one._parameters.values() if p is not None}
         holders |= {id(one._parameters["weight"]): one for one in self.view.modules if "weight" in one._parameters}
         for projection, gone in zip(PROJECTIONS, self.layer.features, strict=True):
-            if gone:
-                owner, after = holders[id(self.tensors[f"{projection}.weight"])], self.layer.after
-                select(owner, after.present(projection), after.features(projection), outputs=projection == "o")
+            expanded, after = self.way == "expanded", self.layer.after
+            if not gone or (expanded and isinstance(self.view.owner(projection), ExpandedApart)):
+                continue
+            owner = self.view.owner(projection) if expanded else holders[id(self.tensors[f"{projection}.weight"])]
+            select(owner, after.present(projection), after.features(projection), outputs=projection == "o")
 
 
 def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
@@ -190,13 +200,20 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operat
         maps, features, way = channel_maps(view, layer), feature_changes(view, layer), view.way(layer.after)
         assert way is not None, "check_expressible found one"
         if way == "expanded":
-            new = {
-                joint.keys[0]: tensors.cut(
-                    f"{view.name}: {joint.keys[0]}", joint.slot, joined(view, joint, maps),
+            new = {}
+            for joint in joints(view):
+                where = f"{view.name}: {joint.keys[0]}"
+                if joint.name == "weight" and joint.apart(view, layer.after):
+                    for key in joint.keys:
+                        new[key] = tensors.cut(where, view.slots[key], maps[key], features=features.get(key))
+                    if rest := joint.rest(view):
+                        slot = replace(joint.slot, size=len(rest), apart=tuple(rest))
+                        new[f"{joint.keys[0]} {REST}"] = tensors.cut(where, slot, Pick(tuple(range(len(rest)))))
+                    continue
+                new[joint.keys[0]] = tensors.cut(
+                    where, joint.slot, joined(view, joint, maps),
                     features=features.get(joint.keys[0]), gained=joint_gain(view, joint, layer),
-                )
-                for joint in joints(view)
-            }  # fmt: skip
+                )  # fmt: skip
         else:
             gain = view.query_gain(layer.after) if way == "stock" else 1.0  # forwards of ours know the scale
             new = {
