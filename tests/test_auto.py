@@ -17,6 +17,7 @@ from attnprune.integrations.auto import AttnPruneConfig
 
 from .conformance import close, family, fresh, inputs
 from .families import FAMILIES, HFFamily
+from .selection import telling
 from .test_checkpoint import PIXELS, clip, logits, pruned, same, vit
 
 HUGGING_FACE = [name for name, cls in FAMILIES.items() if issubclass(cls, HFFamily)]  # type: ignore[arg-type]
@@ -35,7 +36,7 @@ def unmarked(model: nn.Module) -> bool:
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("way", ["decoupled", "ragged", "heads", "compensated"])
-@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize("name", telling(HUGGING_FACE))
 def test_it_is_the_model_that_our_own_loader_gives(name: str, way: str, tmp_path: Path) -> None:
     model: Any = pruned(name, 0, way, torch.float64)
     model.save_pretrained(tmp_path)

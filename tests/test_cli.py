@@ -286,6 +286,7 @@ def test_bench_runs_in_turns_and_leaves_warm_up_out(monkeypatch: pytest.MonkeyPa
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.long
 def test_export(run: Run, place: Path, tmp_path: Path) -> None:
     assert told(run, "export", "pruned", "--stock", tmp_path / "stock") == {"stock": str(tmp_path / "stock")}
     stock = transformers.ViTForImageClassification.from_pretrained(tmp_path / "stock").eval()

@@ -148,6 +148,7 @@ def test_exported_programs_need_nothing_of_this_library(strict: bool) -> None:
     [pytest.param(*one.values, id=one.id, marks=pytest.mark.long) for one in CASES]
     + [pytest.param("BERT", "ragged", id="BERT-ragged")],
 )
+@pytest.mark.long
 def test_onnx_at_other_sizes_than_exported(name: str, plan: str, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -232,7 +233,7 @@ def test_compiled_heads_run_by_themselves_or_are_arranged_at_run_time() -> None:
 
 @few
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("threads", [1, 9])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.long), 9])
 def test_what_is_arranged_at_run_time_is_exact(backend: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of masks with a row, or one per head, present or dense; causal; by products and, on many threads, by kernels."""
     layer, x = ragged_attention(), torch.randn(2, 520, 32)
@@ -284,7 +285,7 @@ def test_compile_more_layers_of_other_shapes_than_the_limit() -> None:
         assert counter.frame_count == number
 
 
-@pytest.mark.parametrize("name", ["AST", "TransformerEncoder"])
+@pytest.mark.parametrize("name", [pytest.param("AST", marks=pytest.mark.long), "TransformerEncoder"])
 def test_compile_forward_and_backward(name: str) -> None:
     model, inputs, _ = pruned(name, "ragged")
     key = next(iter(inputs))

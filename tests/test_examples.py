@@ -41,6 +41,7 @@ def test_trainer(capsys: Any, name: str) -> None:
     assert final < first
 
 
+@pytest.mark.long
 def test_sweep_of_keywords(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--ways", "1", "--samples", "32", "--clips", "20", "--seconds", "0", "--plot", f"{tmp_path}/a.png"]
     monkeypatch.setattr("sys.argv", ["sweep_keywords.py", *words])

@@ -202,6 +202,7 @@ def test_large_heads_come_first_and_small_ones_work_on_less() -> None:
     assert table_of(HeadLayout((24, 24), (40, 40)))[2:] == ((32, 0, 32, 16, 0, 0, 0, 0), (24, 40), 8)
 
 
+@pytest.mark.long
 def test_nothing_of_it_is_imported_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code = (

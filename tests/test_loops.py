@@ -182,6 +182,7 @@ def test_a_compiled_model_trains_on_after_every_step() -> None:
 
 
 @pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.long), {"heads": "ragged", "split": "auto"}])
+@pytest.mark.long
 def test_what_was_compiled_before_is_not_run_after(options: Any) -> None:
     model = build().eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -192,6 +193,7 @@ def test_what_was_compiled_before_is_not_run_after(options: Any) -> None:
     assert not torch.allclose(after, before, rtol=0, atol=1e-3)
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     whole = Run().train(14)

@@ -107,7 +107,12 @@ def test_models_of_sound_are_pruned_completely_and_exactly(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"heads": "ragged"}, {"granularity": "head"}, {"basis": "rotated", "split": "auto"}]
+    "options",
+    [
+        pytest.param({"heads": "ragged"}, marks=pytest.mark.long),
+        pytest.param({"granularity": "head"}, marks=pytest.mark.long),
+        {"basis": "rotated", "split": "auto"},
+    ],
 )
 def test_whisper_generates_as_the_masked_model(options: dict[str, Any], tmp_path: Path) -> None:
     """With and without a cache, with a static one, by beams and with timestamps; and so it does after a round trip."""

@@ -133,6 +133,7 @@ def test_training_goes_on_and_files_come_back(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
+@pytest.mark.long
 def test_packed_compiled_and_exported() -> None:
     model, x = vit(), image()
     prune_attention(model, {"qk": 0.5}, scorer="random", heads="ragged", progress=False)

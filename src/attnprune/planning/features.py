@@ -46,7 +46,7 @@ def thin(plan: Plan, scores: Mapping[str, FeatureScores], ratios: Ratios, rules:
     Returns:
         A plan in which each of these projections loses what was asked to within one unit: ``round_to`` features.
 
-    >>> from ..values.layer_plan import LayerPlan
+    >>> import torch
     >>> spec = AttentionSpec.of("attention", heads=2, head_dim=2, d_model=4)
     >>> scores = {"attention": {"q": torch.tensor([3.0, 1.0, 2.0, 4.0])}}
     >>> thin(Plan((LayerPlan(spec),)), scores, Ratios(q=0.5), Rules())["attention"].features
