@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 Four = tuple[float, float, float, float]
 STEPS = (-0.2, -0.1, 0.1, 0.2)
+AXES = ("Q from K", "V from O", "QK from VO")
 
 
 class Task(NamedTuple):
@@ -105,10 +106,12 @@ def main() -> None:
                 tried[ratios] = lost(pruned(task, ratios), "validation")
             return tried[ratios]
 
-        best = [
-            min((0.0, *STEPS), key=lambda step, i=i: loss(*(step if j == i else 0.0 for j in range(3))))
-            for i in range(3)
-        ]
+        best: list[float] = []
+        for axis, name in enumerate(AXES):
+            moves = [[step if i == axis else 0.0 for i in range(3)] for step in (0.0, *STEPS)]
+            best.append(min(moves, key=lambda move: loss(*move))[axis])
+            found = (f"{move[axis]:+.1f} {loss(*move) / loss(0.0, 0.0, 0.0):.2f}" for move in moves)
+            print(f"  {name}: loss over that of equal ratios {', '.join(found)}", flush=True)
         loss(*best)
         chosen = min(tried, key=tried.__getitem__)
         print(f"{args.task}, {ratio:.0%} of attention removed, {len(tried)} candidates, chosen on the validation split")

@@ -35,7 +35,7 @@ from attnprune import AttentionView, Scorer, Scores
 from attnprune.cost.counting import count_macs
 from attnprune.nn import execution
 
-LIMITS = {"uniform": 1.03, "heads": 1.03, "decoupled": 1.06, "ragged": 1.10}
+LIMITS = {"uniform": 1.03, "heads": 1.03, "decoupled": 1.06, "ragged": 1.10, "four": 1.10}
 """On a CPU: latency over dense that a plan may have, over its ratio of multiply-adds."""
 GPU_LIMITS = {
     (32, "eager"): 0.82,
@@ -45,7 +45,7 @@ GPU_LIMITS = {
     (1, "graphs"): 0.92,
 }
 """On a GPU of the H200 class, AST-base at 1,214 tokens in bfloat16, by batch and mode: latency over dense."""
-GPU_MORE = {"uniform": 0.0, "heads": 0.0, "decoupled": 0.05, "ragged": 0.05}
+GPU_MORE = {"uniform": 0.0, "heads": 0.0, "decoupled": 0.05, "ragged": 0.05, "four": 0.05}
 """What the plans may have above that."""
 MODES = ("eager", "compiled", "graphs")
 
@@ -70,6 +70,7 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heads": (0.5, {"scope": "local", "granularity": "head", "scorer": "magnitude"}),
     "decoupled": ({"qk": 0.75, "vo": 0.25}, {"scope": "local", "scorer": "magnitude"}),
     "ragged": (0.5, {"heads": "ragged", "scorer": Varied()}),
+    "four": ((0.6, 0.3, 0.4, 0.7), {"scope": "local", "scorer": "magnitude"}),
 }
 NAIVE = ("decoupled", "ragged")
 PEER = "Torch-Pruning"

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-ORDER = ("uniform", "heads", "decoupled", "ragged", "decoupled, naive", "ragged, naive", "Torch-Pruning")
+ORDER = ("uniform", "heads", "decoupled", "ragged", "four", "decoupled, naive", "ragged, naive", "Torch-Pruning")
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 STYLE = {"naive": ("#bcbcbc", "////"), "Torch-Pruning": ("#ffffff", "....")}
 
