@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs checked pictures matrix test-all test-exact fuzz bench bench-streaming
+.PHONY: help demo test lint types unit docs pictures matrix test-all test-exact fuzz bench bench-streaming
 .PHONY: test-compat test-latest test-oldest test-wheel clean
 
 help:
@@ -34,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(MAKE) -j 2 unit types checked  # types, then documentation, beside the tests
+	$(MAKE) -j 2 unit types docs  # types, then documentation, beside the tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,9 +48,6 @@ unit: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
-
-checked: $(STAMP)  # all pages, references and docstrings, but no HTML
-	$(BIN)/sphinx-build -q -W --keep-going -b dummy docs docs/_build/checked
 
 pictures: $(STAMP)
 	$(BIN)/python examples/pictures.py

@@ -273,7 +273,7 @@ def allocate(
     scorer: str = "scores",
 ) -> Plan:
     """Decides which channels and heads go: what projections lose together. Where Q is to lose more than K, or V than
-    O, :func:`attnprune.planning.features.thin` takes the rest from features.
+    O, :func:`attnprune.make_plan` takes the rest from features.
 
     Args:
         specs: the attention modules, in model order.
