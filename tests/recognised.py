@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -146,9 +146,9 @@ def ways(model: nn.Module) -> dict[str, str]:
     return {name: "; ".join(sorted(found[name])) for name in sorted(found)}
 
 
-def recognised() -> dict[str, dict[str, str]]:
+def recognised(kinds: Iterable[str] = tuple(KINDS)) -> dict[str, dict[str, str]]:
     """What is recognised in the installed transformers."""
-    models = {kind: build(kind) for kind in KINDS}
+    models = {kind: build(kind) for kind in kinds}
     return {kind: ways(model) for kind, model in models.items() if model is not None}
 
 

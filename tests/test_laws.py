@@ -198,6 +198,7 @@ def commit_with_fault(surgeon: Surgeon, at: int) -> bool:
     return False
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("mapped", [False, True], ids=["cut", "mapped"])
 @every_family
 def test_all_or_nothing(name: str, mapped: bool) -> None:
