@@ -143,10 +143,11 @@ def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], w
 
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model takes this: a trial, after which the first error is raised, as it is or as the cause."""
     try:
         with torch.no_grad():
             model(*args, **kwargs)
-    except Exception:
+    except Exception:  # whatever a model raises; that it does is the answer
         return False
     return True
 

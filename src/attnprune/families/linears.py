@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, DataError, WrappedModelError
 from ..nn.decoupled import State, host_class
+from ..nn.expanded import ExpandedApart
 from ..nn.rotary import Pairs
 from ..nn.selected import features_of
 from ..values.layout import PROJECTIONS, HeadLayout
@@ -267,8 +268,8 @@ def computes_linear(module: nn.Linear) -> bool:
     if kind.forward is nn.Linear.forward:
         return True
     own = {key for key in module._buffers if not key.startswith("attnprune")}
-    parameters = {key for key in module._parameters if not key.startswith("weight_")}  # of several in one (ours)
-    if own or module._modules or not parameters <= {"weight", "bias"}:
+    ours = isinstance(module, ExpandedApart)  # holds several weights
+    if own or module._modules or not (ours or {*module._parameters} <= {"weight", "bias"}):
         return False
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=()):
         usual = nn.Linear(3, 2, bias=module.bias is not None, dtype=torch.float64)

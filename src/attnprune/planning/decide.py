@@ -130,20 +130,31 @@ def _scores(
     evidence: Evidence,
 ) -> tuple[str, dict[str, Scores]]:
     """The scorer's name and its scores, in the coordinates of these bases."""
-    learned: Learned = {"data": evidence.data, "loss_fn": evidence.loss_fn, "progress": evidence.progress}
-    if evidence.output_fn is not None:
-        learned["output_fn"] = evidence.output_fn
     if not method.named and method.needs_maps and evidence.data is None:
         return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
     if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
-        found = chosen.score(model, views, **learned)
+        found = chosen.score(model, views, **_learned(evidence))
         return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
-    chosen = resolve(method.scorer, has_data=evidence.data is not None, seed=method.seed)
-    if not method.named and evidence.loss_fn is None:
-        learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
+    chosen, learned = _scorer(method, evidence)
     with in_bases(model, views, bases) if method.rotated else nullcontext():
         return chosen.name, chosen.score(model, views, **learned)
+
+
+def _learned(evidence: Evidence) -> Learned:
+    """What a scorer may learn from."""
+    learned: Learned = {"data": evidence.data, "loss_fn": evidence.loss_fn, "progress": evidence.progress}
+    if evidence.output_fn is not None:
+        learned["output_fn"] = evidence.output_fn
+    return learned
+
+
+def _scorer(method: Method, evidence: Evidence) -> tuple[Scorer, Learned]:
+    """The scorer of a method that scores channels as they stand, or that the user names; what it may learn from."""
+    scorer, learned = resolve(method.scorer, has_data=evidence.data is not None, seed=method.seed), _learned(evidence)
+    if not method.named and evidence.loss_fn is None:
+        learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
+    return scorer, learned
 
 
 def _feature_scores(
@@ -162,13 +173,8 @@ def _feature_scores(
     say how much that is beside other layers. Else the scorer's own.
     """
     method, rules = request.decided, request.rules
-    learned: Learned = {"data": evidence.data, "loss_fn": evidence.loss_fn, "progress": evidence.progress}
-    if evidence.output_fn is not None:
-        learned["output_fn"] = evidence.output_fn
     if method.named or not method.needs_maps:
-        scorer = resolve(method.scorer, has_data=evidence.data is not None, seed=method.seed)
-        if not method.named and evidence.loss_fn is None:
-            learned["loss_fn"] = loss_with_or_without_labels(method.seed, evidence.output_fn)
+        scorer, learned = _scorer(method, evidence)
         return scorer.score_features(model, views, which, **learned)
     done = _with_maps(plan, views, bases, moments, method.refits)
     losses = {
@@ -176,7 +182,7 @@ def _feature_scores(
     }
     if rules.scope == "local" or evidence.data is None:
         return losses
-    gates = Gate(SAMPLES, seed=method.seed).score_features(model, views, which, **learned)
+    gates = Gate(SAMPLES, seed=method.seed).score_features(model, views, which, **_learned(evidence))
     return {name: scaled(loss, gates[name]) for name, loss in losses.items()}
 
 
