@@ -186,7 +186,10 @@ def test_compile_without_a_graph_break(name: str, plan: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [pytest.param(how, marks=() if how in ("auto", "products") else pytest.mark.long) for how in get_args(Execution)],
+    [
+        pytest.param(how, marks=() if how in ("auto", "kernel", "products") else pytest.mark.long)
+        for how in get_args(Execution)
+    ],
 )
 @pytest.mark.parametrize(
     "name", ["attention", *(pytest.param(name, marks=pytest.mark.long) for name in ("AST", "TransformerEncoder"))]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import OptionError
 from ...values.layout import HeadLayout
 from ..kept import eager, kept
+from ..policy import asked_once
 from .table import table_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,6 +28,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@asked_once
 def available(device: torch.device) -> bool:
     """Whether our kernel runs there: on CUDA with Triton, or on a CPU by its interpreter (``TRITON_INTERPRET=1``)."""
     if device.type not in ("cuda", "cpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
