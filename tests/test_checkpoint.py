@@ -591,3 +591,21 @@ def test_data_parallel_is_saved_as_the_module_inside(tmp_path: Path) -> None:
         same(model.module, inner)
         expected = family("ViT").run(model.module, given)
         torch.testing.assert_close(family("ViT").run(inner, given), expected, rtol=0, atol=0)
+
+
+def test_a_save_that_fails_removes_no_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may have written to the directory that this one made."""
+    where = tmp_path / "model"
+
+    def failing(*_: Any) -> str:
+        (where / "other.txt").write_text("theirs")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("attnprune.checkpoint.save.write_tensors", failing)
+    with pytest.raises(OSError, match="disk full"):
+        save_pruned(nn.MultiheadAttention(16, 4), where)
+    assert [path.name for path in where.iterdir()] == ["other.txt"]
+    monkeypatch.setattr("attnprune.checkpoint.save.write_tensors", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_pruned(nn.MultiheadAttention(16, 4), tmp_path / "another")
+    assert not (tmp_path / "another").exists()

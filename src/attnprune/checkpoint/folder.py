@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -73,7 +73,7 @@ class Folder:
         if where.exists() and not where.is_dir():
             refuse(str(path), "a directory", "a file", "give another path")
         if not where.exists():
-            undoing_with(partial(shutil.rmtree, where, ignore_errors=True))
+            undoing_with(partial(_forget, where))
             where.mkdir(parents=True, exist_ok=True)
         return cls(where)
 
@@ -196,6 +196,12 @@ class Folder:
                 os.replace(here, kept)
             if name in new:
                 os.replace(drafts / name, here)
+
+
+def _forget(where: Path) -> None:
+    """A directory that was made goes, once what was put into it is gone; files of others in it stay."""
+    with suppress(OSError):
+        where.rmdir()
 
 
 def _close(handles: list[int]) -> None:
