@@ -13,7 +13,7 @@ help:
 	@echo "make test         lint, types, tests, doctests, documentation; of long products of cases a covering part"
 	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
-	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/matrix.rst"
+	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/reference/matrix.rst"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
 	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"
