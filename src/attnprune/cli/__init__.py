@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bars import logged
 from ..errors import AttnPruneError
 from ..report.rows import SIZES
 from ..values.method import BASES, SCORERS
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        with commands.quiet():
+        with commands.quiet(), logged():
             done = args.run(args)
         print(json.dumps(done.facts, indent=1) if args.json else done.text, flush=True)
         return 0
