@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in (args.directory, getattr(args, "against", None)):
             if one is not None and not one.is_dir():
                 raise CheckpointError.no_directory(one)
+        from ..bars import logged
         from . import commands, trying
 
-        with commands.quiet():
+        with commands.quiet(), logged():
             done = trying.sweep_command(args) if args.run == "sweep" else getattr(commands, args.run)(args)
         print(json.dumps(done.facts, indent=1) if args.json else done.text, flush=True)
         return 0
