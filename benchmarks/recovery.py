@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 from typing import Any
 
@@ -40,12 +41,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the calibration sample (default: 0, 1 and 2)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--ragged", action="store_true", help='with split="auto", heads="ragged"')
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task = TASKS[args.task](args.split)
     options: dict[str, Any] = {"split": "auto", "heads": "ragged"} if args.ragged else {}
     print(f"{args.task}, {args.split} split, {args.seeds} seeds; dense: {_shown(task, task.measure(task.model))}")
+    figures: dict[str, Any] = {"seeds": list(range(args.seeds)), "dense": task.measure(task.model)}
     for ratio in args.ratios:
         before, after, runs = [], [], []
         for seed in range(args.seeds):
@@ -63,6 +66,16 @@ def main() -> None:
         print(f"{ratio:.0%} removed, closed form: {_medians(task, before)}")
         print(f"{ratio:.0%} removed, {runs[0][1].steps} steps: {_medians(task, after)}; held-out loss x", end=" ")
         print(f"{statistics.median(ratios):.3f}; {seconds:.0f} s, said {said:.0f} s", flush=True)
+        own = {"steps": runs[0][1].steps, "held out": statistics.median(ratios), "seconds": seconds}
+        figures[f"{ratio:.0%}"] = {**own, "before": _spreads(before), "after": _spreads(after)}
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _spreads(found: list[tuple[float, ...]]) -> list[dict[str, float]]:
+    """For each unit the median, the least and the greatest over seeds."""
+    units = zip(*found, strict=True)
+    return [{"median": statistics.median(each), "least": min(each), "most": max(each)} for each in units]
 
 
 def _shown(task: Task, values: tuple[float, ...]) -> str:
