@@ -29,7 +29,7 @@ from attnprune.values.layout import KINDS, Kind, Projection
 Batches = Sequence[Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 RIDGE = 1e-3
-"""Of CORP's regressions, times the mean variance; the best of 1e-4, 1e-3 and 1e-2 on the keywords' validation split."""
+"""Of CORP's regressions, times the mean variance; 1e-5 to 1e-2 hardly differ on the keywords' validation split."""
 
 
 def seen(model: nn.Module, data: Batches) -> attnprune.Calibration:
