@@ -88,7 +88,8 @@ def every(found: dict[str, Any]) -> Figure:
     """All ways on all models, a dot for a share."""
     names = [name for name in TITLES if name in found["dense"]]
     figure = Figure(figsize=(4.2 * len(names) + 2, 6.4), dpi=130, layout="constrained")
-    for place, (name, axes) in enumerate(zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0])):
+    rows = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for place, (name, axes) in enumerate(zip(names, rows, strict=True)):
         lines = curves(found, name)
         ways = [way for way in WAYS if way in lines][::-1]
         for row, way in enumerate(ways):

@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
