@@ -14,7 +14,7 @@ help:
 	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
 	@echo "make figures      measures accuracies anew that are out of date, and writes them into README and documentation"
-	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/matrix.rst"
+	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/reference/matrix.rst"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
 	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"

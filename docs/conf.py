@@ -12,14 +12,20 @@ author = "The attnprune authors"
 copyright = "the attnprune authors"
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
 exclude_patterns = ["_build"]
 root_doc = "index"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 100
+python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 add_module_names = True
@@ -28,19 +34,17 @@ add_module_names = True
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!attnprune).*")]
 
-html_theme = "alabaster"
+html_theme = "furo"
+html_title = f"attnprune {version}"
 html_static_path = ["_static"]
-html_theme_options = {
-    "description": "Structural pruning of attention: heads and channels of Q, K, V and O",
-    "fixed_sidebar": True,
-    "page_width": "1200px",
-    "body_max_width": "930px",
-    "sidebar_width": "230px",
-    "code_font_size": "13px",
-}
+html_css_files = ["custom.css"]
 html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
+
+# Copied are the lines that one types, without prompts, and not what they print.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 
 def setup(app):

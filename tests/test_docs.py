@@ -41,8 +41,8 @@ def _exists(path):
 
 @pytest.mark.parametrize("pair", NAMES, ids=_id)
 def test_public_name_is_in_the_reference(pair):
-    text = (DOCS / "api.rst").read_text()
-    assert re.search(rf"\b{re.escape(_id(pair))}\b", text), f"docs/api.rst lacks {_id(pair)}"
+    text = (DOCS / "reference" / "api.rst").read_text()
+    assert re.search(rf"\b{re.escape(_id(pair))}\b", text), f"docs/reference/api.rst lacks {_id(pair)}"
 
 
 @pytest.mark.parametrize("pair", NAMES, ids=_id)
@@ -53,27 +53,27 @@ def test_public_name_has_a_docstring(pair):
         assert (found.__dict__.get("__doc__") or "").strip() if inspect.isclass(found) else found.__doc__.strip()
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.rst")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.rst")), ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_references_exist(page):
     paths = {path for path in ROLE.findall(page.read_text()) if path.split(".")[0] == "attnprune"}
     assert not {path for path in paths if not _exists(path)}
 
 
 def test_errors_that_are_documented_exist():
-    text = "\n".join(page.read_text() for page in DOCS.glob("*.rst"))
+    text = "\n".join(page.read_text() for page in DOCS.rglob("*.rst"))
     named = set(re.findall(r"attnprune\.errors\.(\w+)", text))
     assert named
     assert named <= set(vars(attnprune.errors))
 
 
 def test_every_error_is_in_the_table_of_what_is_refused():
-    text = (DOCS / "laws.rst").read_text()
+    text = (DOCS / "explanation" / "laws.rst").read_text()
     missing = [name for name in attnprune.errors.__all__ if f"attnprune.errors.{name}`" not in text]
     assert not missing
 
 
 def test_the_table_of_errors_names_their_built_in_bases():
-    text = (DOCS / "laws.rst").read_text()
+    text = (DOCS / "explanation" / "laws.rst").read_text()
     rows = re.findall(r"\* - :class:`~attnprune\.errors\.(\w+)`\n     - ``(\w+)``", text)
     assert len(rows) == len(attnprune.errors.__all__) - 1  # all but the base of all
     for name, base in rows:
@@ -85,7 +85,7 @@ def test_the_drawing_of_the_house_shows_the_code_as_it_is():
 
 
 def test_files_that_the_documentation_names_exist():
-    table = (DOCS / "concepts.rst").read_text().partition("Where is it?")[2].partition("Three ways")[0]
+    table = (DOCS / "explanation" / "concepts.rst").read_text().partition("Where is it?")[2].partition("Three ways")[0]
     files = re.findall(r"``([\w/]+(?:\.py|/))``", table)
     assert len(files) > 20
     assert not [file for file in files if not (Path(attnprune.__file__).parent / file).exists()]

@@ -1,4 +1,4 @@
-"""Writes ``docs/matrix.rst`` from the results: ``python -m benchmarks.matrix.page``."""
+"""Writes ``docs/reference/matrix.rst`` from the results: ``python -m benchmarks.matrix.page``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnprune.families import looks
 from .cells import CELLS, NOTHING, PASSED
 from .run import RESULTS, ROOT, Row, read
 
-PAGE = ROOT / "docs" / "matrix.rst"
+PAGE = ROOT / "docs" / "reference" / "matrix.rst"
 GROUPS: Mapping[str, str] = {
     "Wrong": "What is left computes something else than the dense model with rows and columns at zero.",
     "Passed over silently": "Attention of which nothing is said, neither as found nor as skipped.",

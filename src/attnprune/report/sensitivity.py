@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..values import fields
-from .text import aligned, html_table
+from ..values.tables import aligned, html_table
 
 FORMAT, VERSION = "attnprune.sensitivity", 1
 

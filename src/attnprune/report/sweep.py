@@ -10,8 +10,8 @@ from warnings import warn
 
 from ..errors import AttnPruneWarning, OptionError
 from ..values import fields
+from ..values.tables import aligned, html_table
 from .rows import SIZES, Row, Size, read_row
-from .text import aligned, html_table
 
 FORMAT, VERSION = "attnprune.sweep", 1
 COLUMNS = ("way", "ratio", "removed", "score", "change", "parameters", "multiply-adds", "latency", "memory")

@@ -96,7 +96,7 @@ class PrunerOptions(_Scoring, total=False):
     """Plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as many
     heads and channels as every other, and as many qk as vo. Implies ``scope="local"`` and ``match_dims``."""
     scorer: Any
-    """``"auto"`` (the default): the best for what was given (see :doc:`closed_form`). ``"magnitude"``,
+    """``"auto"`` (the default): the best for what was given (see :doc:`/explanation/closed_form`). ``"magnitude"``,
     ``"magnitude-l1"``, ``"taylor"``, ``"fisher"``, ``"gate"``, ``"random"``, a :class:`attnprune.Scorer`, or an
     importance of Torch-Pruning: a scorer that you name keeps channels as they stand and refits nothing, unless
     ``basis`` or ``compensate`` say so."""
@@ -116,7 +116,7 @@ class PrunerOptions(_Scoring, total=False):
     target_latency: float | str | None
     """In place of ``qkvo_ratios``: the forward pass over ``example_inputs`` is to take this share of what it takes now,
     in (0, 1), or at most so long (``"20ms"``); what each shape takes is measured first, or given (see
-    :doc:`latency`)."""
+    :doc:`/how_to/latency`)."""
     target_macs: float | None
     """In place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``, or, above 1,
     how many there may be (``4e9``)."""
