@@ -30,6 +30,7 @@ from attnprune import (
 from attnprune.checkpoint import tensors
 from attnprune.checkpoint.manifest import Manifest
 from attnprune.checkpoint.skeleton import places
+from attnprune.checkpoint.source import Source
 from attnprune.checkpoint.tensors import DTYPES, Weights
 from attnprune.errors import CheckpointError, OptionError, StateDictError, WrappedModelError
 
@@ -698,3 +699,18 @@ def test_a_save_that_fails_removes_no_file_of_others(tmp_path: Path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         save_pruned(nn.MultiheadAttention(16, 4), tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+def test_a_model_that_is_saved_anew_while_it_is_read(tmp_path: Path) -> None:
+    """What was said first no longer holds when the weights are opened; then what is said by now does."""
+    first, second = (nn.MultiheadAttention(16, 4) for _ in range(2))
+    prune_attention(second, 0.5)
+    source = Source.at(save_pruned(first, tmp_path))
+    save_pruned(second, tmp_path)
+    with source.opened(verify=True) as (found, weights):
+        assert found.manifest == Source.at(tmp_path).manifest
+        assert weights.entries["q_proj.weight"].shape == (8, 16)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="safetensors"), Source.at(tmp_path).opened():
+        pass  # nothing new is said
