@@ -58,6 +58,7 @@ ELSEWHERE = {
     "paper_table": "hours",
     "recovery_minilm": "says how long it takes",
     "sweep_keywords": "chooses by latency",
+    "quality": "hours; makes its own pictures",
     **dict.fromkeys(
         ("demo_latency", "frozen", "latency_budget", "pruning_cost", "scoring_cost", "closed_form_cost", "large_llama",
          "scoring_memory", "speed", "speed_compiled", "speed_encoder_again", "speed_four_ratios", "ragged_by_width"),
@@ -69,6 +70,7 @@ ELSEWHERE = {
 """By name of the results, why ``make figures`` does not run it."""
 COMMANDS = {
     "paper_table": "make paper-table",
+    "quality": "benchmarks/quality.py keywords llama minilm whisper",
     "paper_table_h200": "benchmarks/paper_table.py --device cuda --jobs 14 --seeds 0",
     "speed": "benchmarks/speed.py --json FILE",
     "speed_compiled": "benchmarks/speed.py --modes compiled --json FILE",
