@@ -1,5 +1,6 @@
 """Configuration of the documentation: ``sphinx-build -W --keep-going -b html docs docs/_build/html``."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
+autodoc_type_aliases = {  # names stay names, and link to reference/types.rst
+    path.rpartition(".")[2]: path
+    for path in re.findall(
+        r"^\.\. py:type:: (\S+)", (Path(__file__).parent / "reference" / "types.rst").read_text(), re.MULTILINE
+    )
+}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 add_module_names = True
