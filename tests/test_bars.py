@@ -130,11 +130,11 @@ def test_the_command_line_writes_the_lines_to_stderr() -> None:
 
 
 def test_every_command_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from attnprune import cli
+    from attnprune.cli import commands, main
 
     monkeypatch.setattr(bars.LOGGER, "propagate", False)  # else pytest's handlers are there
-    monkeypatch.setattr(cli.commands, "inspect", lambda args: bars.LOGGER.info("inside") or cli.commands.Done({}, ""))
-    assert cli.main(["inspect", "somewhere"]) == 0
+    monkeypatch.setattr(commands, "inspect", lambda args: bars.LOGGER.info("inside") or commands.Done({}, ""))
+    assert main(["inspect", "."]) == 0
     assert capsys.readouterr().err == "attnprune: inside\n"
 
 

@@ -173,7 +173,7 @@ def _options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int, help="of random scores and projections")
     _inputs(one, batch=8)
     one.add_argument("--samples", type=_count, metavar="N", help="use the first N samples of the data only")
-    one.add_argument("--quiet", action="store_true", help="no progress bars")
+    one.add_argument("--quiet", action="store_true", help="no word of progress")
 
 
 def _sweep(one: argparse.ArgumentParser) -> None:
@@ -193,7 +193,7 @@ def _sweep(one: argparse.ArgumentParser) -> None:
     one.add_argument("--include", nargs="+", metavar="GLOB", help="only attention modules of these names")
     one.add_argument("--exclude", nargs="+", metavar="GLOB", help="no attention modules of these names")
     one.add_argument("--seed", type=int, help="where random numbers start")
-    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    one.add_argument("--quiet", action="store_true", help="no word of progress")
     one.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there, as JSON")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
 
