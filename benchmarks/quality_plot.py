@@ -1,6 +1,6 @@
 """Pictures of what ``quality.py`` measured: the curves of the README, and all ways on all models.
 
-python benchmarks/quality_plot.py    # writes docs/_static/hero.png and docs/_static/quality.png
+python benchmarks/quality_plot.py    # writes hero.png and quality.png in docs/_static
 """
 
 from __future__ import annotations
