@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.attempt import MACHINE
 from ..nn.nested import tensors_in
 from ..nn.outputs import OutputFn, outputs_of
 from ..nn.unfused import Unfused
@@ -94,6 +95,8 @@ class Sample:
         """Runs the model, whatever it raises about the inputs: that is said where they are needed."""
         try:
             return self.run(model) if self.given else None
+        except MACHINE:
+            raise
         except Exception:  # the result is verified with the same inputs, and the report says why it could not be
             return None
 

@@ -18,6 +18,8 @@ from ..calibration.quiet import restored
 from ..errors import DataError, OptionError, TiedWeightsError
 from ..families.registry import find_views, plain
 from ..nn import host_class
+from ..nn.attempt import undoing_with, undone
+from ..nn.kept import ordinary
 from ..nn.selected import Selected, SelectedOutputs
 from ..nn.unfused import Unfused
 from ..recovery.blocks import find_blocks
@@ -62,6 +64,7 @@ def lora_targets(
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
+@ordinary
 def lora_recover(
     model: nn.Module,
     data: Iterable[Any],
@@ -152,15 +155,21 @@ def lora_recover(
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()  # the updates; PEFT's layers cast their inputs
         _train(whole, data, validation, loss_fn, lr, epochs, warmup, DECAYS[decay], checks, never_worse, progress)
-        weights = [(p, p.detach().clone()) for name in targets for p in whole.get_submodule(name).parameters()]
-        try:
-            tuner.merge_and_unload()
-        except BaseException:
-            with torch.no_grad():
-                for parameter, value in weights:
-                    parameter.copy_(value)
-            raise
+        undoing_with(_values(p for name in targets for p in whole.get_submodule(name).parameters()))
+        tuner.merge_and_unload()
     return model
+
+
+def _values(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Puts back what parameters hold now."""
+    saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def back() -> None:
+        for parameter, value in saved:
+            parameter.copy_(value)
+
+    return back
 
 
 class _Bare(nn.Module):
@@ -205,21 +214,28 @@ def _compact(model: nn.Module, targets: Sequence[str]) -> Iterator[Callable[[], 
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Modules, modes, flags and random state come back after the block; merged values stay, unless it fails."""
     saved = [(module, dict(module._parameters), dict(module._modules)) for module in model.modules()]
-    try:
-        with restored(model), Unfused():  # fused paths read weights past their updates
-            yield
-        with torch.no_grad():
-            for module, parameters, _ in saved:
-                for key, parameter in parameters.items():
-                    now = module._parameters.get(key)
-                    if parameter is not None and now is not None and now is not parameter:
-                        parameter.copy_(now)  # PEFT makes new parameters for packed attention
-    finally:
+
+    def back() -> None:
         for module, parameters, children in saved:
             for key in parameters:
                 module.__dict__.pop(key, None)
             module._parameters, module._modules = parameters, children
         model.__dict__.pop("peft_config", None)
+
+    with undone() as undo:
+        undo.append(back)
+        with restored(model), Unfused():  # fused paths read weights past their updates
+            yield
+        made = [
+            (parameter, now)  # PEFT makes new parameters for packed attention
+            for module, parameters, _ in saved
+            for key, parameter in parameters.items()
+            if parameter is not None and (now := module._parameters.get(key)) is not None and now is not parameter
+        ]
+        undoing_with(_values(parameter for parameter, _ in made))
+        with torch.no_grad():
+            for parameter, now in made:
+                parameter.copy_(now)
 
 
 def _train(

@@ -24,6 +24,8 @@ _TURN: dict[str, int] = {}
 _RUNNING = threading.local()
 """Of every thread, the innermost attempt."""
 os.register_at_fork(after_in_child=_TURN.clear)
+MACHINE = MemoryError, OSError, torch.cuda.OutOfMemoryError
+"""What fails for reasons of the machine, and so says nothing about a model that was tried: it is passed on."""
 PATIENCE = 60.0
 """Seconds to wait for a forward pass of another thread to end."""
 
