@@ -13,11 +13,12 @@ from attnprune import make_plan, prune_attention
 from attnprune.errors import TiedWeightsError
 from attnprune.families import find_views
 from attnprune.families.slots import Slot
-from attnprune.surgery import ParamChange, Surgeon
+from attnprune.surgery import OptimizerPatch, ParamChange, Surgeon
 from attnprune.surgery.maps import FeatureChange, Mix, Pick
 from attnprune.surgery.patch import Operation, _Tensors, successor
 
 from .test_interrupts import of_model
+from .test_optimizers import layer, train
 
 
 def slot(owner: nn.Module, size: int = 4, start: int = 0, axis: int = 0) -> Slot:
@@ -176,3 +177,45 @@ def test_a_surgeon_that_is_interrupted_leaves_all_as_it_was(monkeypatch: pytest.
         surgeon.commit()
     assert len(ran) == 2
     assert of_model(model) == before
+
+
+def prepared(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Surgeon, OptimizerPatch]:
+    surgeon = Surgeon.prepare(model, find_views(model), make_plan(model, 0.5))
+    return surgeon, OptimizerPatch(optimizer, surgeon.changes, model)
+
+
+def test_a_patch_is_of_what_the_model_has_and_is_undone_whole() -> None:
+    model = layer()
+    named = list(model.named_parameters())
+    groups = [[pair for pair in named if "bias" in pair[0]][::-1], [pair for pair in named if "bias" not in pair[0]]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups])
+    train(model, optimizer)
+    before = [(group["params"][:], group["param_names"][:]) for group in optimizer.param_groups]
+    states = dict(optimizer.state)
+    surgeon, patch = prepared(model, optimizer)
+    patch.undo()  # which did nothing so far
+    for _ in range(2):
+        surgeon.commit()
+        patch.commit()
+        assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}, "nothing of what went stays"
+        first, second = (group["param_names"] for group in optimizer.param_groups)
+        names = [name for name, _ in model.named_parameters()]
+        assert second == [name for name in names if "bias" not in name], "a group in the model's order stays so"
+        assert [name.split(".")[0] for name in first][:2] == ["norm2", "norm1"], "one in another order, too"
+        patch.undo()
+        surgeon.undo()
+        assert [(group["params"], group["param_names"]) for group in optimizer.param_groups] == before
+        assert [*optimizer.state] == [*states]
+        assert all(optimizer.state[parameter] is state for parameter, state in states.items())
+
+
+def test_what_lbfgs_counted_is_forgotten_and_comes_back() -> None:
+    model = layer()
+    optimizer: Any = torch.optim.LBFGS(model.parameters())
+    count = optimizer._numel()
+    surgeon, patch = prepared(model, optimizer)
+    surgeon.commit()
+    patch.commit()
+    assert optimizer._numel() < count
+    patch.undo()
+    assert optimizer._numel_cache == count
