@@ -566,6 +566,39 @@ def test_costs_are_of_one_unit() -> None:
     assert [layer.after.heads for layer in plan] == [5, 4]
 
 
+def test_a_unit_of_grouped_heads_costs_what_its_heads_cost_together() -> None:
+    spec = AttentionSpec.of("a", heads=4, head_dim=2, d_model=8, kv_heads=2)
+    (layer,) = allocate([spec], {"a": scored(spec, [1.0, 4.0, 3.0, 3.0])}, Ratios.parse(0.5), Rules("head"))
+    assert layer.heads == (0, 1)
+
+
+def test_a_head_whose_keys_stay_for_others_costs_its_share_of_them() -> None:
+    """Four query heads of one key head: each frees half of what one with keys of its own frees, and costs a quarter."""
+    several = AttentionSpec.of("s", heads=4, head_dim=4, d_model=8, kv_heads=1)
+    own = AttentionSpec.of("o", heads=4, head_dim=4, d_model=8)
+    scores = {"s": scored(several, [1.0] * 4), "o": scored(own, [1.0] * 4)}
+    rules = Rules("joint", scope="global", heads="ragged", split="auto", min_channels=4)
+    plan = allocate([several, own], scores, Ratios.parse(0.1), rules)
+    assert [layer.heads for layer in plan] == [(0,), ()]
+
+
+def test_floors_may_be_reached() -> None:
+    spec = AttentionSpec.of("a", heads=4, head_dim=4, d_model=8)
+    for rules in (Rules(min_channels=2), Rules("head", min_heads=2)):
+        (layer,) = allocate([spec], {"a": scored(spec, [1.0] * 4)}, Ratios.parse(0.5), rules)
+        assert layer.fraction("q") == 0.5
+    small = AttentionSpec.of("a", heads=2, head_dim=4, d_model=8)
+    with pytest.raises(errors.AllocationError, match="round_to=8"):  # no channel can go, and more than a head should
+        allocate([small], {"a": scored(small, [1.0] * 2)}, Ratios.parse(0.75), Rules(heads="ragged", round_to=8))
+
+
+def test_what_stays_of_rotary_pairs_is_a_multiple_of_both() -> None:
+    spec = AttentionSpec.of("a", heads=2, head_dim=12, d_model=8, rotary="half", rotary_dims=(12, 12))
+    (layer,) = allocate([spec], {"a": scored(spec, [1.0] * 2)}, Ratios.parse(0.25), Rules(round_to=3))
+    assert layer.after.qk_dims == (6, 6)
+    assert layer.after.vo_dims == (9, 9)
+
+
 def test_ties_go_by_model_order_kind_and_head() -> None:
     """The first layer, qk before vo before whole heads, the first head."""
     specs = [AttentionSpec.of(name, heads=4, head_dim=4, d_model=8) for name in ("z", "a")]
