@@ -145,6 +145,7 @@ def test_names_of_parameters_follow(prefix: str) -> None:
         for group in optimizer.param_groups:
             assert len(group["params"]) == len(group["param_names"])
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                assert name.startswith(prefix)
                 assert now[name.removeprefix(prefix)] is parameter
     assert "param_names" not in other.param_groups[0]
     again = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
@@ -344,14 +345,16 @@ def test_a_gain_of_queries_is_one_of_their_average_and_their_steps() -> None:
         one = copy.deepcopy(model)
         optimizer = kind(one.parameters(), 1e-2)
         query = one.layers[0].attention.q_proj
+        nn.init.normal_(query.bias)
         one(torch.randn(2, 3, 16, 16)).last_hidden_state.square().mean().backward()
         optimizer.step()
-        old = query.weight
+        old, old_bias = query.weight, query.bias
         plan = make_plan(one, 0.5, scope="local", heads="uniform")
         before = optimizer.state[old][key].clone()
         apply_plan(one, plan, optimizer=optimizer)
         rows = [8 * head + channel for head, kept in plan.layers[0].stays("q") for channel in kept]
         gain = (query.weight.detach() / old.detach()[rows]).mean()
+        torch.testing.assert_close(query.bias, old_bias[rows] * gain)
         torch.testing.assert_close(optimizer.state[query.weight][key], before[rows] * gain)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 import transformers
 from torch import nn
 
-from attnprune import make_plan, prune_attention
+from attnprune import AttentionSpec, LayerPlan, make_plan, prune_attention
 from attnprune.errors import TiedWeightsError
 from attnprune.families import find_views
+from attnprune.families.expansion import joints
 from attnprune.families.slots import Slot
 from attnprune.surgery import OptimizerPatch, ParamChange, Surgeon
-from attnprune.surgery.maps import FeatureChange, Mix, Pick
+from attnprune.surgery.changes import gain_of, gains, joint_gain
+from attnprune.surgery.maps import FeatureChange, Mix, Pick, logical_channels
 from attnprune.surgery.patch import Operation, _Tensors, successor
+from attnprune.values.feature_maps import FeatureMaps
 
 from .test_interrupts import of_model
 from .test_optimizers import layer, train
@@ -152,6 +156,39 @@ def test_mixed_channels_carry_gradients_by_the_dual_map() -> None:
     assert torch.equal(one.carry(given), dual @ given)
     assert torch.equal(one.carry(given, squared=True), dual.square() @ given)
     assert torch.equal(one.average(given), dual.square() @ given / dual.square().sum()), "a mean, positive as they are"
+
+
+# what biases gain
+
+
+def test_what_o_s_bias_gains_where_heads_are_not_stored_in_order() -> None:
+    """Shifts and means count channels head by head; heads of like dims are stored side by side."""
+    spec = AttentionSpec("a", 2, (1, 2, 1), (1, 2, 1), 1.0, 2, 2, 2)
+    assert spec.layout.stored("o") != [0, 1, 2]
+    places = logical_channels(spec.layout, "o")
+    weight, shift = torch.randn(4, 2, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)
+    expected = torch.stack([shift[place] * row for place, row in zip(places, weight, strict=True)]).sum(0)
+    maps = LayerPlan(spec).maps
+    moved = LayerPlan(spec, fold=replace(maps, shift=shift))
+    torch.testing.assert_close(gain_of(weight, moved), expected)
+    left = LayerPlan(spec, features=((), (), (), (1,)), refit=FeatureMaps(means=(((1,), shift),)))
+    torch.testing.assert_close(gain_of(weight, left), expected * torch.tensor([0.0, 1.0]))
+    assert gains(left)
+    assert not gains(LayerPlan(spec, fold=maps))
+
+
+def test_what_a_bias_of_several_projections_gains() -> None:
+    """GPT-2 holds Q, K and V in one: what K gains stands where K stands."""
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    (view,) = find_views(transformers.GPT2Model(config))
+    kept = [feature for feature in range(8) if feature != 3]
+    reads, shift = torch.eye(8)[:, kept], torch.arange(8.0)
+    layer = LayerPlan(view.spec, features=((), (3,), (), ()), refit=FeatureMaps({"k": reads}, {"k": shift}))
+    (joint,) = (one for one in joints(view) if one.name == "bias" and len(one.keys) == 3)
+    gain = joint_gain(view, joint, layer)
+    assert gain is not None
+    weight = view.slots["k.weight"].cut(view.slots["k.weight"].values)
+    torch.testing.assert_close(gain(), torch.cat([torch.zeros(8), weight @ shift, torch.zeros(8)]).double())
 
 
 # what is put back
