@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from attnprune import calibrate, prune_channels
 from attnprune.calibration.bases import best_basis, head_bases, root, white_moments
 from attnprune.families import find_views
 
@@ -65,3 +66,28 @@ def test_energy_is_a_mean_square() -> None:
     """Of x and y with L = diag(9, 1) and R = diag(1, 4), the products have mean squares of 9 and 4."""
     left, right = (torch.diag(torch.tensor(one, dtype=torch.float64)) for one in ([9.0, 1.0], [1.0, 4.0]))
     torch.testing.assert_close(best_basis(left, right).energy, torch.tensor([9.0, 4.0], dtype=torch.float64))
+
+
+def test_rotary_channels_stand_and_cost_more_where_nothing_makes_up_for_them() -> None:
+    model = llama()
+    calibration = calibrate(model, [torch.arange(12).view(2, 6)], progress=False)
+    (view,) = find_views(model)
+    moments, eye = calibration[view.name], torch.eye(4, dtype=torch.float64)
+    assert moments.relative
+    plain, refitted = (head_bases(view, moments, refits=refits) for refits in (False, True))
+    for bases in (plain, refitted):
+        assert bases.fixed == {"qk"}
+        assert all(torch.equal(basis.first, eye) for basis in bases.by_kind["qk"])
+        assert not any(torch.equal(basis.first, eye) for basis in bases.by_kind["vo"])
+    assert not plain.alone
+    assert torch.equal(refitted.alone["qk"][0], plain.by_kind["qk"][0].energy)
+    assert bool((refitted.by_kind["qk"][0].energy < plain.by_kind["qk"][0].energy).any())
+
+
+def test_heads_of_unlike_dims_have_bases_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2)
+    prune_channels(model, {0: {"qk": [[0], []], "vo": [[], [1, 2]]}})
+    (view,) = find_views(model)
+    found = head_bases(view, white_moments(view)).by_kind
+    assert [[len(basis.energy) for basis in found[kind]] for kind in ("qk", "vo")] == [[3, 4], [4, 2]]
