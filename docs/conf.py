@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 from attnprune import __version__
 
 project = "attnprune"
@@ -52,6 +54,10 @@ html_copy_source = False
 # Copied are the lines that one types, without prompts, and not what they print.
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+
+
+# Inside a union Sphinx shows such a name as the object that stands for it.
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name
 
 
 def setup(app):

@@ -214,7 +214,7 @@ def energy(
     rows = ceil(len(curves) / columns)
     figure = Figure((max(0.8 + 2.1 * columns, 5.0), 1.2 + 1.7 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    styles = {"qk": {"color": DARK}, "vo": {"color": MIDDLE, "linestyle": (0, (4, 1.2))}}
+    styles: dict[Kind, dict[str, Any]] = {"qk": {"color": DARK}, "vo": {"color": MIDDLE, "linestyle": (0, (4, 1.2))}}
     for panel, label, by_kind in zip(grid, labels, curves.values(), strict=False):
         for kind in KINDS:
             _curves(panel, by_kind[kind], styles[kind])
@@ -229,7 +229,7 @@ def energy(
             panel.set_xlabel("directions kept", fontsize=MEDIUM)
         if place % columns == 0:
             panel.set_ylabel("energy lost", fontsize=MEDIUM)
-    told = {"qk": "of the logits, when qk loses directions", "vo": "of the output, when vo does"}
+    told: dict[Kind, str] = {"qk": "of the logits, when qk loses directions", "vo": "of the output, when vo does"}
     shown = [Line2D([], [], label=told[kind], **styles[kind]) for kind in KINDS]
     if target_error is not None:
         shown.append(Line2D([], [], color="0.35", linestyle=":", label=f"target_error={target_error:g}"))
