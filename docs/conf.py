@@ -1,6 +1,7 @@
 """Configuration of the documentation: ``sphinx-build -W --keep-going -b html docs docs/_build/html``."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from sphinx.util.inspect import TypeAliasForwardRef
 
 from attnprune import __version__
+
+HERE = Path(__file__).resolve().parent
+for notebook in (HERE.parent / "examples" / "notebooks").glob("*.ipynb"):  # pages, with the outputs stored in them
+    shutil.copy(notebook, HERE / "tutorials")
 
 project = "attnprune"
 author = "The attnprune authors"
@@ -21,8 +26,9 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "myst_nb",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "README.md"]
 root_doc = "index"
 
 autodoc_member_order = "bysource"
@@ -50,6 +56,8 @@ html_css_files = ["custom.css"]
 html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
+
+nb_execution_mode = "off"  # make notebooks executes them
 
 # Copied are the lines that one types, without prompts, and not what they print.
 copybutton_prompt_text = r">>> |\.\.\. "

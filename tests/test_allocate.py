@@ -546,6 +546,46 @@ def test_half_a_unit_goes(heads: int) -> None:
     assert layer.after.qk_dims == layer.after.vo_dims == (8,) * heads
 
 
+# costs and ties, by hand
+
+
+def scored(spec: AttentionSpec, head: Sequence[float], value: float = 1.0) -> Scores:
+    qk, vo = (torch.full((spec.kv_heads, dim), value) for dim in (spec.qk_dim, spec.vo_dim))
+    return Scores(qk, vo, torch.tensor(head))
+
+
+def test_costs_are_of_one_unit() -> None:
+    """A move of one channel, or head, that costs 3 comes before one of four that cost 2 each."""
+    narrow, wide = (AttentionSpec.of(name, heads=2, head_dim=dim, d_model=8) for name, dim in (("n", 5), ("w", 8)))
+    scores = {"n": scored(narrow, [1, 1], 3.0), "w": scored(wide, [1, 1], 2.0)}
+    plan = allocate([narrow, wide], scores, Ratios.parse(0.3), Rules(scope="global", round_to=4))
+    assert [layer.after.qk_dims for layer in plan] == [(5, 5), (4, 4)]
+    five, eight = (AttentionSpec.of(name, heads=heads, head_dim=1, d_model=8) for name, heads in (("f", 5), ("e", 8)))
+    scores = {"f": scored(five, [3.0] * 5), "e": scored(eight, [2.0] * 8)}
+    plan = allocate([five, eight], scores, Ratios.parse(0.3), Rules("head", scope="global", round_to=4))
+    assert [layer.after.heads for layer in plan] == [5, 4]
+
+
+def test_ties_go_by_model_order_kind_and_head() -> None:
+    """The first layer, qk before vo before whole heads, the first head."""
+    specs = [AttentionSpec.of(name, heads=4, head_dim=4, d_model=8) for name in ("z", "a")]
+    scores = {spec.name: scored(spec, [1.0] * 4) for spec in specs}
+
+    def gone(share: float, **options: Any) -> list[Any]:
+        found = allocate(specs, scores, Ratios.parse(share), Rules(scope="global", **options))
+        return [(layer.heads, layer.qk, layer.vo) for layer in found]
+
+    none: tuple[Any, ...] = ((),) * 4
+    first = (((0,), (), (), ()),)
+    assert gone(1 / 32, heads="ragged") == [((), *first, *first), ((), none, none)]
+    assert gone(1 / 64, heads="ragged", split="auto") == [((), *first, none), ((), none, none)]
+    assert gone(1 / 8, granularity="head") == [((0,), none, none), ((), none, none)]
+    assert gone(1 / 64, granularity="joint", heads="ragged", split="auto") == [((), *first, none), ((), none, none)]
+    assert gone(3 / 8, granularity="head")[0][0] == (0, 1, 2)
+    most = ((0, 1, 2), (0, 1, 2), (0, 1), ())
+    assert gone(1 / 8, granularity="joint", heads="ragged", split="auto") == [((), most, none), ((), none, none)]
+
+
 # names
 
 

@@ -45,9 +45,10 @@ def kept(plan: Plan, *, path: _Path = None) -> Any:
         OptionError: a plan of no attention.
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
+
+    from .picture import Picture
 
     if not plan.layers:
         raise OptionError("plan", "a plan for at least one attention", "none", "make one with make_plan")
@@ -56,7 +57,7 @@ def kept(plan: Plan, *, path: _Path = None) -> Any:
     wide, high = _cell(heads, 4.0, 0.2, 0.42), _cell(len(plan), 4.0, 0.17, 0.42)
     side = max(wide * heads, 1.5)
     tall = max(high * len(plan), 1.0)
-    figure = Figure((2 * side + 3.9 + _margin(labels), tall + 2.0), layout="constrained")
+    figure = Picture((2 * side + 3.9 + _margin(labels), tall + 2.0), layout="constrained")
     *maps, bars = figure.subplots(1, 3, sharey=True, width_ratios=[side, side, 2.2])
     most = max(dim for layer in plan for kind in KINDS for dim in layer.spec.dims(kind))
     gone = any(layer.heads for layer in plan)
@@ -118,7 +119,7 @@ def scores(by_name: Mapping[str, Scores], *, path: _Path = None) -> Any:
         OptionError: no scores.
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    from .picture import Picture
 
     if not by_name:
         raise OptionError("scores", "scores of at least one attention", "none", "pass what score_attention gave")
@@ -126,7 +127,7 @@ def scores(by_name: Mapping[str, Scores], *, path: _Path = None) -> Any:
     heads = max(len(one.head) for one in by_name.values())
     wide, high = _cell(heads, 3.2, 0.2, 0.42), _cell(len(by_name), 4.0, 0.17, 0.42)
     side = max(wide * heads, 1.7)
-    figure = Figure((3 * side + 1.1 + _margin(labels), max(high * len(by_name), 1.0) + 1.9), layout="constrained")
+    figure = Picture((3 * side + 1.1 + _margin(labels), max(high * len(by_name), 1.0) + 1.9), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     rows: dict[str, _Cells] = {
         f"{kind} channels, mean": [[_mean(row) for row in one.of(kind).tolist()] for one in by_name.values()]
@@ -162,14 +163,14 @@ def channels(scores: Scores, *, name: str = "", path: _Path = None) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    from .picture import Picture
 
     keys = len(scores.qk)
     labels = [str(key) for key in range(keys)]
     wholes = scores.head.view(keys, -1).sum(1) if len(scores.head) % keys == 0 else scores.head[:0]
     sides = [max(_cell(scores.of(kind).shape[1], 3.6, 0.05, 0.42) * scores.of(kind).shape[1], 1.7) for kind in KINDS]
     high = _cell(len(labels), 3.2, 0.17, 0.42)
-    figure = Figure((sum(sides) + 2.6, max(high * len(labels), 1.0) + 1.9), layout="constrained")
+    figure = Picture((sum(sides) + 2.6, max(high * len(labels), 1.0) + 1.9), layout="constrained")
     *maps, bars = figure.subplots(1, 3, sharey=True, width_ratios=[*sides, 1.4])
     cells = {kind: scores.of(kind).tolist() for kind in KINDS}
     norm = _norm([*cells["qk"], *cells["vo"]])
@@ -204,15 +205,16 @@ def energy(
         OptionError: no curves.
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+    from .picture import Picture
 
     if not curves:
         raise OptionError("curves", "curves of at least one attention", "none", "pass what energy_curves gave")
     labels, where = _labels(list(curves))
     columns = ACROSS[1] if len(curves) > 12 else 3 if len(curves) in (3, 5, 6, 9) else min(len(curves), ACROSS[0])
     rows = ceil(len(curves) / columns)
-    figure = Figure((max(0.8 + 2.1 * columns, 5.0), 1.2 + 1.7 * rows), layout="constrained")
+    figure = Picture((max(0.8 + 2.1 * columns, 5.0), 1.2 + 1.7 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     styles: dict[Kind, dict[str, Any]] = {"qk": {"color": DARK}, "vo": {"color": MIDDLE, "linestyle": (0, (4, 1.2))}}
     for panel, label, by_kind in zip(grid, labels, curves.values(), strict=False):

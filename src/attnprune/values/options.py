@@ -59,7 +59,8 @@ class _Scoring(TypedDict, total=False):
     seed: int
     """For ``scorer="random"`` and projections of the output; 0 by default."""
     progress: bool
-    """Whether to show a progress bar over ``data``; True by default."""
+    """Whether to show how far it has come: a bar in a terminal or a notebook; elsewhere, where it takes more than 10 s,
+    lines of the logger ``attnprune`` at level INFO. True by default."""
 
 
 class ScoreOptions(_Scoring, total=False):
