@@ -596,7 +596,7 @@ def test_a_save_that_ends_anywhere_leaves_the_old_model_or_the_new(
         ends.append(found.vit.layers[0].attention.q_proj.out_features == 12)  # type: ignore[union-attr, index]
         same(new if ends[-1] else old, found)
         save_pruned(old, folder)
-        assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors"]
+        assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".md", ".safetensors"]
         if done:
             break
     assert done
