@@ -30,6 +30,7 @@ from attnprune import (
 from attnprune.checkpoint import tensors
 from attnprune.checkpoint.manifest import Manifest
 from attnprune.checkpoint.skeleton import places
+from attnprune.checkpoint.source import Source
 from attnprune.checkpoint.tensors import DTYPES, Weights
 from attnprune.errors import CheckpointError, OptionError, StateDictError, WrappedModelError
 
@@ -321,7 +322,9 @@ def test_device_and_dtype(tmp_path: Path) -> None:
     model = vit()
     prune_attention(model, 0.5)
     save_pruned(model.half(), tmp_path)
-    assert next(from_pretrained(tmp_path).parameters()).dtype == torch.float16
+    again = from_pretrained(tmp_path)
+    assert next(again.parameters()).dtype == torch.float16
+    assert not any(module.training for module in again.modules())
     wide = from_pretrained(tmp_path, dtype=torch.float64, device="cpu")
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     assert all(torch.equal(p, wide.state_dict()[key].half()) for key, p in model.state_dict().items())
@@ -408,15 +411,6 @@ def test_composite_models_keep_their_parts_configs_together(tmp_path: Path) -> N
         assert torch.equal(model(**x).logits_per_image, again(**x).logits_per_image)  # buffers that no file holds too
 
 
-def test_plain_transformers_refuses_a_pruned_directory(tmp_path: Path) -> None:
-    """It cannot take a pruned model for a dense one."""
-    model = vit()
-    prune_attention(model, 0.5, scope="local")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="mismatched"):
-        transformers.ViTForImageClassification.from_pretrained(tmp_path)
-
-
 def test_a_dense_directory_gives_the_dense_model(tmp_path: Path) -> None:
     model = vit().half()
     model.save_pretrained(tmp_path, max_shard_size="5KB")
@@ -448,6 +442,10 @@ def test_dense_models_that_generate_merge_tensors_or_come_with_more_than_they_ne
     )  # fmt: skip
     experts.save_pretrained(tmp_path / "experts")  # each expert by itself; the model holds them in one tensor
     same(experts, from_pretrained(tmp_path / "experts"))
+    config = tmp_path / "experts/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 1 << 18}))
+    with pytest.raises(CheckpointError, match="a model of about"):
+        from_pretrained(tmp_path / "experts")
     model = vit()
     model.save_pretrained(tmp_path / "more")
     file = tmp_path / "more/model.safetensors"
@@ -698,3 +696,18 @@ def test_a_save_that_fails_removes_no_file_of_others(tmp_path: Path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         save_pruned(nn.MultiheadAttention(16, 4), tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+def test_a_model_that_is_saved_anew_while_it_is_read(tmp_path: Path) -> None:
+    """What was said first no longer holds when the weights are opened; then what is said by now does."""
+    first, second = (nn.MultiheadAttention(16, 4) for _ in range(2))
+    prune_attention(second, 0.5)
+    source = Source.at(save_pruned(first, tmp_path))
+    save_pruned(second, tmp_path)
+    with source.opened(verify=True) as (found, weights):
+        assert found.manifest == Source.at(tmp_path).manifest
+        assert weights.entries["q_proj.weight"].shape == (8, 16)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="safetensors"), Source.at(tmp_path).opened():
+        pass  # nothing new is said

@@ -12,6 +12,7 @@ import attnprune
 ROOT = Path(attnprune.__file__).parent
 ROOMS = (
     "errors",
+    "bars",
     "checks",
     "values",
     "nn",

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from . import hf
-from .folder import Folder, foreign, refuse
+from .folder import Folder, refuse
 from .manifest import MANIFEST, Manifest, Sizes
 from .record import Record, in_config
 from .skeleton import blank
@@ -148,8 +148,7 @@ class Source:
 
     def skeleton(self, entries: Mapping[str, Entry], *, buffers: bool = False) -> nn.Module:
         """The dense model of the config, for weights of these entries; arguments as for :func:`.skeleton.blank`."""
-        with foreign(hf.CONFIG, "a config of the model"):
-            return blank(hf.maker(self.config, entries), entries, buffers)
+        return blank(hf.maker(self.config, entries), entries, buffers)
 
     def names(self, model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
         """For every tensor of the weights, its name in the model."""

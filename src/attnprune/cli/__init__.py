@@ -47,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in (getattr(args, name) for name in models):
             if not path.is_dir() and not HUB_NAME.fullmatch(str(path)):
                 raise CheckpointError.no_directory(path)
+        from ..bars import logged
         from . import commands, trying
 
         for name in models:
             setattr(args, name, commands.here(getattr(args, name)))
-        with commands.quiet():
+        with commands.quiet(), logged():
             done = trying.sweep_command(args) if args.run == "sweep" else getattr(commands, args.run)(args)
         print(json.dumps(done.facts, indent=1) if args.json else done.text, flush=True)
         return 0
@@ -187,7 +188,7 @@ def _options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int, help="of random scores and projections")
     _inputs(one, batch=8)
     one.add_argument("--samples", type=_count, metavar="N", help="use the first N samples of the data only")
-    one.add_argument("--quiet", action="store_true", help="no progress bars")
+    one.add_argument("--quiet", action="store_true", help="no word of progress")
 
 
 def _sweep(one: argparse.ArgumentParser) -> None:
@@ -207,7 +208,7 @@ def _sweep(one: argparse.ArgumentParser) -> None:
     one.add_argument("--include", nargs="+", metavar="GLOB", help="only attention modules of these names")
     one.add_argument("--exclude", nargs="+", metavar="GLOB", help="no attention modules of these names")
     one.add_argument("--seed", type=int, help="where random numbers start")
-    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    one.add_argument("--quiet", action="store_true", help="no word of progress")
     one.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there, as JSON")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
 
