@@ -17,7 +17,7 @@ _NAMES = ("training", "layer_idx")
 """Attributes of modules that have a place of their own."""
 _OF_CONFIGS = (
     "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures", "dtype", "torch_dtype",
-    "id2label", "label2id", "attnprune",
+    "id2label", "label2id", "attnprune", "attn_implementation",
 )  # fmt: skip
 """Attributes of configs that say where something is from or goes, or what of it was pruned."""
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
