@@ -11,23 +11,16 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.vit import modeling_vit
 
+from attnprune.families.proof.removal import Removal
 from attnprune.families.proof.runs import Result
 from attnprune.families.proof.stand_in import StandIn
 from attnprune.families.proof.trial import Trial
 from attnprune.families.registry import Survey
+from attnprune.families.ways import Verdict
 
 from .test_proof import CHANGES, host_of
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8}
-
-
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-def test_a_host_that_rounds_is_run_exactly(kernel: str) -> None:
-    """LLaMA's softmax is one of float32; in float64 from end to end a forward of ours computes what it does."""
-    config = transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, attn_implementation=kernel, **SMALL)
-    verdict = Survey(transformers.LlamaModel(config)).views[0].verdict
-    assert verdict is not None
-    assert verdict.decoupled is not None
 
 
 def test_heads_do_not_go_where_zeros_are_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,18 +37,21 @@ class Asking(modeling_vit.ViTAttention):
         return super().forward(hidden_states)
 
 
-Asking.__name__ = "ViTAttention"
+def verdict_of(kind: type[Any] | None) -> Verdict:
+    """Of a ViT's attention, whose class is this one."""
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL), add_pooling_layer=False)
+    if kind is not None:
+        kind.__name__ = "ViTAttention"
+        model.layers[0].attention.__class__ = kind
+    found = Survey(model).views[0].verdict
+    assert found is not None
+    return found
 
 
 def test_an_argument_that_nobody_knows_keeps_the_forward() -> None:
-    model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL), add_pooling_layer=False)
-    plain = Survey(model).views[0].verdict
-    assert plain is not None
+    plain, verdict = verdict_of(None), verdict_of(Asking)
     assert plain.stock
     assert plain.decoupled is not None
-    model.layers[0].attention.__class__ = Asking
-    verdict = Survey(model).views[0].verdict
-    assert verdict is not None
     assert (verdict.stock, verdict.decoupled, verdict.expanded) == (False, None, True)
     assert verdict.reasons["stock"] == verdict.reasons["decoupled"] == "nobody knows what its argument magic does"
 
@@ -63,12 +59,37 @@ def test_an_argument_that_nobody_knows_keeps_the_forward() -> None:
 # comparisons
 
 
-@pytest.fixture(scope="module")
-def trial() -> Trial:
-    view = Survey(host_of([])()).views[0]
+def trial_of(host: type[nn.Module]) -> Trial:
+    view = Survey(host()).views[0]
     again = partial(StandIn, view, torch.float64, True)
     stand_in = again()
     return Trial(again, stand_in, list(view.adapter.calls(stand_in.view)), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    return trial_of(host_of([]))
+
+
+def test_a_host_that_rounds_is_run_exactly(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHANGES, "single precision", ("logits", "logits = logits.float().double()"))
+    assert all(call.exactly for call in trial_of(host_of(["single precision"])).calls)
+    assert not any(call.exactly for call in trial.calls)
+
+
+def test_every_call_is_compared(trial: Trial) -> None:
+    """One that differs where there is a mask alone is another."""
+    other, removal = trial._committed(None)[0], Removal(trial.view.spec, False, False, channels=False)
+    assert trial._same("stock", other, removal)
+    forward = other.host.forward
+
+    def masked(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        out, weights = forward(hidden_states, attention_mask, **kwargs)
+        return out if attention_mask is None else 2 * out, weights
+
+    other.host.forward = masked
+    assert not trial._same("stock", other, removal)
+    assert "mask" in trial.reasons.pop("stock")
 
 
 def result(*outputs: Any, weights: Any = (), grads: Any = (), shape: Any = ("tensor",)) -> Result:
