@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 from transformers.models.vit import modeling_vit
 
 from attnprune.families.proof.removal import Removal
@@ -54,6 +55,13 @@ def test_an_argument_that_nobody_knows_keeps_the_forward() -> None:
     assert plain.decoupled is not None
     assert (verdict.stock, verdict.decoupled, verdict.expanded) == (False, None, True)
     assert verdict.reasons["stock"] == verdict.reasons["decoupled"] == "nobody knows what its argument magic does"
+
+
+def test_a_layer_without_a_place_in_a_cache_takes_none() -> None:
+    config = transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, attn_implementation="sdpa", **SMALL)
+    verdict = Survey(modeling_llama.LlamaAttention(config, layer_idx=None)).views[0].verdict
+    assert verdict is not None
+    assert verdict.decoupled is not None
 
 
 # comparisons
