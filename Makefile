@@ -5,15 +5,17 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures matrix test-all test-exact fuzz mutations bench bench-streaming
-.PHONY: test-compat test-latest test-oldest test-wheel clean
+.PHONY: help demo test lint types unit docs pictures figures notebooks matrix test-all test-exact fuzz
+.PHONY: mutations bench bench-streaming test-compat test-latest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, about four minutes)"
 	@echo "make test         lint, types, tests, doctests, documentation; of long products of cases a covering part"
 	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
-	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/matrix.rst"
+	@echo "make figures      measures accuracies anew that are out of date, and writes them into README and documentation"
+	@echo "make notebooks    executes examples/notebooks anew and keeps the outputs, which the documentation shows (minutes)"
+	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/reference/matrix.rst"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
 	@echo "make mutations    faults put into the library one at a time; says which no test sees"
@@ -53,6 +55,20 @@ docs: $(STAMP)
 pictures: $(STAMP)
 	$(BIN)/python examples/pictures.py
 	$(BIN)/python docs/house.py
+
+# Goes on where it was stopped; names what takes a machine of its own, and leaves it as it was measured.
+figures: $(STAMP)
+	$(BIN)/python -m benchmarks.figures
+
+# In an environment of its own: where torchao is installed, transformers imports it.
+notebooks: .venv-notebooks/.installed
+	.venv-notebooks/bin/python examples/notebooks/execute.py
+	$(MAKE) docs
+
+.venv-notebooks/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/pip install -q -c constraints.txt -e ".[hf,plot,export,notebooks]"
+	@touch $@
 
 # Families of packages that nothing else here needs, each in a process of its own; goes on where it was stopped.
 matrix: .venv-matrix/.installed

@@ -18,12 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attnprune
-from attnprune import find_attention, from_pretrained, load_pruned, prune_attention, prune_heads, save_pruned
+from attnprune import (
+    export_stock,
+    find_attention,
+    from_pretrained,
+    load_pruned,
+    prune_attention,
+    prune_heads,
+    save_pruned,
+)
 from attnprune.checkpoint import tensors
 from attnprune.checkpoint.manifest import Manifest
 from attnprune.checkpoint.skeleton import places
 from attnprune.checkpoint.source import Source
-from attnprune.checkpoint.tensors import DTYPES
+from attnprune.checkpoint.tensors import DTYPES, Weights
 from attnprune.errors import CheckpointError, OptionError, StateDictError, WrappedModelError
 
 from .conformance import close, family, fresh, inputs
@@ -181,6 +189,87 @@ def test_directories_of_version_1_load() -> None:
         assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     said = json.loads((DATA / "vit/attnprune.json").read_text())["attention"]
     assert [list(spec.qk_dims) for spec in find_attention(model)] == [one["spec"]["qk_dims"] for one in said]
+
+
+def test_directories_of_version_2_load_and_are_saved_by_the_names_of_today(tmp_path: Path) -> None:
+    """Up to version 3 files of weights were named by their digests."""
+    folder = tmp_path / "old"
+    shutil.copytree(DATA.parent / "model_v2", folder)
+    old = Manifest.read(folder)
+    assert [one.name for one in old.shards] == [one.fresh for one in old.shards]
+    model = from_pretrained(folder)
+    expected = load_file(folder / old.shards[0].name)
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    save_pruned(model, folder)
+    same(model, from_pretrained(folder))
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+
+
+def test_files_have_the_names_that_others_look_for(tmp_path: Path) -> None:
+    """One file, or numbered ones and their index; what an earlier save left goes."""
+    model = vit()
+    prune_attention(model, 0.5)
+    save_pruned(model, tmp_path, max_shard_size="4KB")
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    count = len(names)
+    assert count > 2
+    assert names == [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {key: name for name in names for key in load_file(tmp_path / name)}
+    assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    save_pruned(model, tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    export_stock(vit(), tmp_path)  # in place of it
+    assert not (tmp_path / "attnprune.json").exists()
+    same(vit(), from_pretrained(tmp_path))
+
+
+def test_a_model_that_is_saved_anew_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the manifest says and what is in the files belong together, digests unread: file names tell nothing."""
+    models = [vit(), vit()]
+    for model, share in zip(models, (0.25, 0.5), strict=True):
+        prune_attention(model, share, scope="local")
+    for when in ("before", "after"):
+        save_pruned(models[0], tmp_path)
+        opened, left = Weights.__init__, [1]
+
+        def init(self: Any, folder: Any, names: Any, opened: Any = opened, left: Any = left, when: str = when) -> None:
+            if left and when == "before":
+                left.clear()
+                save_pruned(models[1], tmp_path)
+            opened(self, folder, names)
+            if left:
+                left.clear()
+                save_pruned(models[1], tmp_path)
+
+        monkeypatch.setattr(Weights, "__init__", init)
+        same(models[1], from_pretrained(tmp_path, verify=False))
+        assert not left
+        monkeypatch.undo()
+
+
+def test_a_save_that_was_killed_before_files_had_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [vit(), vit()]
+    for model, share in zip(models, (0.25, 0.5), strict=True):
+        prune_attention(model, share, scope="local")
+    save_pruned(models[0], tmp_path, max_shard_size="6KB")
+    with monkeypatch.context() as patched:
+        patched.setattr("attnprune.checkpoint.save.ending_with", lambda end: None)
+        save_pruned(models[1], tmp_path, max_shard_size="6KB")
+    same(models[1], from_pretrained(tmp_path))
+    save_pruned(models[0], tmp_path)
+    same(models[0], from_pretrained(tmp_path))
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_weights_that_transformers_wrote_over_ours_are_named(tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5)
+    save_pruned(model, tmp_path)
+    vit().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="if save_pretrained wrote it since, remove attnprune"):
+        from_pretrained(tmp_path)
 
 
 def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:

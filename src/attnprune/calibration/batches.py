@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..bars import bar
 from ..errors import AttnPruneError, DataError, OptionError
+from ..nn.attempt import MACHINE
 from ..nn.nested import tensors_in
 
 
@@ -37,6 +37,8 @@ class Call(NamedTuple):
                 return called(model, self.args, self.kwargs)
         try:
             return model(*self.args, **self.kwargs)
+        except MACHINE:
+            raise
         except Exception as error:  # whatever a model raises that does not take a mapping
             raise unfit(model, batch) from error
 
@@ -129,7 +131,7 @@ def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], w
     """
     try:
         return model(*args, **kwargs)
-    except (AttnPruneError, torch.cuda.OutOfMemoryError):
+    except (AttnPruneError, *MACHINE):
         raise
     except Exception as error:  # whatever a model raises where a dimension is missing
         if next(tensors_in([args, kwargs]), None) is None:
@@ -147,6 +149,8 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     try:
         with torch.no_grad():
             model(*args, **kwargs)
+    except MACHINE:
+        raise
     except Exception:  # whatever a model raises; that it does is the answer
         return False
     return True
@@ -218,7 +222,7 @@ def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, wh
     if isinstance(data, (Tensor, Mapping)):
         raise DataError("data", "an iterable of batches", "a single batch", "put it in a list: data=[batch]")
     count = 0
-    for batch in tqdm(data, desc=f"attnprune: {what}", disable=not progress or not sys.stderr.isatty(), leave=False):
+    for batch in bar(data, what=what, shown=progress):
         count += 1
         yield to_device(batch, device)
     if count == 0:

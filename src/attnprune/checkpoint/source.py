@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ class Source:
     @classmethod
     def _ours(cls, folder: Folder) -> Source:
         manifest = Manifest.read(folder)
-        return cls(folder, tuple(one.name for one in manifest.shards), manifest.record, manifest, manifest.config)
+        files = tuple(one.fresh if folder.has(one.fresh) else one.name for one in manifest.shards)
+        return cls(folder, files, manifest.record, manifest, manifest.config)
 
     @property
     def described(self) -> bool:
@@ -117,18 +118,33 @@ class Source:
         Args:
             verify: whether to compare digests, where there are any; that reads the files once more.
         """
-        source = self
-        try:
-            weights = Weights(self.folder, self.files)
-        except CheckpointError:
-            if self.manifest is None or self == (source := Source._ours(self.folder)):
-                raise
-            weights = Weights(source.folder, source.files)
+        source, weights = self._now()
         with weights:
-            for one in source.manifest.shards if verify and source.manifest is not None else ():
-                if (digest := weights.digest(one.name)) != one.sha256:
-                    refuse(one.name, f"SHA-256 {one.sha256[:12]}", digest[:12])
+            shards = source.manifest.shards if verify and source.manifest is not None else ()
+            for file, shard in zip(source.files, shards, strict=bool(shards)):
+                if (digest := weights.digest(file)) != shard.sha256:
+                    remedy = "save it anew with save_pruned; if save_pretrained wrote it since, remove attnprune.json"
+                    refuse(file, f"SHA-256 {shard.sha256[:12]}", digest[:12], remedy)
             yield source, weights
+
+    def _now(self) -> tuple[Source, Weights]:
+        """The weights, opened, and what the manifest said of them while that was done."""
+        source = self
+        while True:
+            try:
+                weights = Weights(source.folder, source.files)
+            except CheckpointError:
+                if self.manifest is None or source == (now := Source._ours(self.folder)):
+                    raise
+                source = now
+                continue
+            with ExitStack() as failing:
+                failing.callback(weights.close)
+                now = source if self.manifest is None else Source._ours(self.folder)
+                if now.manifest == source.manifest:
+                    failing.pop_all()
+                    return source, weights
+                source = now
 
     def skeleton(self, entries: Mapping[str, Entry], *, buffers: bool = False) -> nn.Module:
         """The dense model of the config, for weights of these entries; arguments as for :func:`.skeleton.blank`."""

@@ -19,6 +19,7 @@ from ..calibration.quiet import evaluated, undisturbed
 from ..errors import OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
+from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
 from ..nn.outputs import OutputFn
 from ..surgery import check_views
@@ -109,11 +110,12 @@ def estimate_recovery(
     exclude: Choices | None = None,
     loss_fn: LossFn | None = None,
     output_fn: OutputFn | None = None,
+    progress: bool = True,
     **options: Unpack[RecoveryOptions],
 ) -> Estimate:
     """Says how long :func:`recover` will take, and how much memory, from a few steps that are undone.
 
-    Takes the same arguments, but ``progress``.
+    Takes the same arguments; ``progress`` shows how many of these steps are over.
 
     >>> import copy, attnprune
     >>> model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
@@ -125,7 +127,7 @@ def estimate_recovery(
     recovery = Recovery.parse(steps, **options)
     model, dense = _inner("model", model), _inner("dense", dense)
     views = find_views(model, include, exclude)
-    with prepared(model, dense, data, views, recovery, loss_fn, output_fn, False) as tuner:
+    with prepared(model, dense, data, views, recovery, loss_fn, output_fn, progress) as tuner:
         return estimated(tuner)
 
 
@@ -218,6 +220,8 @@ def dense_beside(model: nn.Module, views: Sequence[AttentionView], norms: bool) 
     memo: dict[int, Any] = {id(one): one for one in model.parameters() if id(one) not in own}
     try:
         dense = copy.deepcopy(model, memo)
+    except MACHINE:
+        raise
     except Exception as error:  # whatever a module raises that cannot be copied
         found = f"{type(error).__name__}: {str(error)[:80]}"
         remedy = "prune without recover=, then call attnprune.recover with a dense model of your own"

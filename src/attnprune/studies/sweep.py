@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -11,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
-from warnings import catch_warnings, simplefilter
 
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..api import decided_by, prepare_plan
+from ..bars import bar
 from ..calibration.batches import call_of, device_of, to_device
 from ..calibration.moments import Calibration
+from ..calibration.quiet import silenced
 from ..calibration.sample import Sample, first_of
 from ..calibration.taps import calibrate
 from ..cost.counting import count_macs, count_parameters
@@ -132,10 +131,9 @@ def sweep(
     key = "" if resume is None else given.key()
     tasks: list[tuple[Way, float]] = [(Way(DENSE, {}), 0.0), *((way, ratio) for way in found for ratio in asked)]
     rows: list[Row] = []
-    hidden = not known.get("progress", True) or not sys.stderr.isatty()
-    with tqdm(tasks, desc="attnprune: sweep", disable=hidden, leave=False) as bar:
-        for way, ratio in bar:
-            bar.set_postfix_str(f"{way.name}, {ratio:g}" if rows else way.name)
+    with bar(tasks, what="sweep", shown=bool(known.get("progress", True))) as shown:
+        for way, ratio in shown:
+            shown.set_postfix_str(f"{way.name}, {ratio:g}" if rows else way.name)
             own = "" if resume is None else digest(key, way.options, ratio)
             row = finished.get(own) if own else None
             if row is None:
@@ -231,8 +229,7 @@ class _Given:
     def row(self, way: Way, ratio: float) -> Row:
         """One way at one ratio; what it raises is in the row."""
         try:
-            with catch_warnings(), repeatable(self.model, self.seed):
-                simplefilter("ignore", AttnPruneWarning)  # said once for all rows
+            with silenced(AttnPruneWarning), repeatable(self.model, self.seed):  # said once for all rows
                 return self._pruned(way, ratio)
         except Exception as error:  # whatever it is: the other ways go on
             text = " ".join(str(error).split())[:500]
