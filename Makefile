@@ -5,17 +5,20 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures matrix test-all test-exact fuzz bench bench-streaming
-.PHONY: test-compat test-latest test-oldest test-wheel clean
+.PHONY: help demo test lint types unit docs pictures figures notebooks matrix test-all test-exact fuzz
+.PHONY: mutations bench bench-streaming test-compat test-latest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, about four minutes)"
 	@echo "make test         lint, types, tests, doctests, documentation; of long products of cases a covering part"
 	@echo "make test-all     all tests: every family in every way, tests that take long"
 	@echo "make pictures     draws the pictures of the documentation anew"
-	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/matrix.rst"
+	@echo "make figures      measures accuracies anew that are out of date, and writes them into README and documentation"
+	@echo "make notebooks    executes examples/notebooks anew and keeps the outputs, which the documentation shows (minutes)"
+	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/reference/matrix.rst"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
+	@echo "make mutations    faults put into the library one at a time; says which no test sees"
 	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"
 	@echo "make bench-streaming  memory of pruning a checkpoint of 4 GB on the disk; needs 9 GB there"
 	@echo "make test-compat  the Hugging Face adapters under transformers 4.48 to 5, Lightning 2.4 and 2.5"
@@ -53,6 +56,20 @@ pictures: $(STAMP)
 	$(BIN)/python examples/pictures.py
 	$(BIN)/python docs/house.py
 
+# Goes on where it was stopped; names what takes a machine of its own, and leaves it as it was measured.
+figures: $(STAMP)
+	$(BIN)/python -m benchmarks.figures
+
+# In an environment of its own: where torchao is installed, transformers imports it.
+notebooks: .venv-notebooks/.installed
+	.venv-notebooks/bin/python examples/notebooks/execute.py
+	$(MAKE) docs
+
+.venv-notebooks/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/pip install -q -c constraints.txt -e ".[hf,plot,export,notebooks]"
+	@touch $@
+
 # Families of packages that nothing else here needs, each in a process of its own; goes on where it was stopped.
 matrix: .venv-matrix/.installed
 	.venv-matrix/bin/python -m benchmarks.matrix.run
@@ -73,6 +90,9 @@ test-exact: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_files
+
+mutations: $(STAMP)
+	JOBS=$(JOBS) $(BIN)/python -m tests.mutations
 
 bench-streaming: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=0, help="clips (512) or pieces of text (256) to calibrate with")
     parser.add_argument("--workdir", type=Path, default=None, help="holds byte_lm.safetensors")
     parser.add_argument("--only", default="", help="only the ways whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
     task = TASKS[args.task](args.split, args.count, args.workdir)
@@ -110,10 +112,11 @@ def main() -> None:
     print("(where another share of attention's weights went than was asked, it stands behind the change)")
     head = f"{'way':<42}" + "".join(f"{f'{ratio:.0%} removed':>16}" for ratio in task.ratios) + f"{'seconds':>10}"
     print(head, "-" * len(head), sep="\n")
+    figures: dict[str, Any] = {"dense": dense, "seeds": list(range(args.seeds)), "ways": {}}
     for name, options in WAYS:
         if args.only not in name:
             continue
-        start, cells = time.perf_counter(), []
+        start, cells, own = time.perf_counter(), [], figures["ways"].setdefault(name, {})
         for ratio in task.ratios:
             if "EH" in name and ratio > 1 - 1 / attnprune.find_attention(task.model)[0].heads:
                 cells.append(f"{'-':>16}")  # one head of every layer has to stay
@@ -122,7 +125,10 @@ def main() -> None:
             found, shares = zip(*(change(task, dense, data, ratio, options) for data in used), strict=True)
             other = f" {shares[0]:.1%}" if abs(shares[0] - ratio) > 0.005 else ""
             cells.append(f"{f'{statistics.median(found):+.3f}{other}':>16}")
+            own[f"{ratio:.0%}"] = {"change": statistics.median(found), "removed": shares[0], "each": found}
         print(f"{name:<42}{''.join(cells)}{time.perf_counter() - start:>10.0f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--ratios", type=float, nargs="+", default=(0.5, 0.75))
     parser.add_argument("--count", type=int, default=0, help="samples to calibrate with (256)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
     task = TASKS[args.task](args.count)
@@ -95,7 +97,9 @@ def main() -> None:
     def lost(model: nn.Module, split: str) -> float:
         return float((task.outputs(model, split) - dense[split]).square().sum(-1).mean())
 
+    figures: dict[str, Any] = {"seeds": [0]}
     for ratio in args.ratios:
+        own: dict[str, Any] = figures.setdefault(f"{ratio:.0%}", {})
         tried: dict[Four, float] = {}
 
         def loss(*moves: float, ratio: float = ratio, tried: dict[Four, float] = tried) -> float:
@@ -111,6 +115,7 @@ def main() -> None:
             moves = [[step if i == axis else 0.0 for i in range(3)] for step in (0.0, *STEPS)]
             best.append(min(moves, key=lambda move: loss(*move))[axis])
             found = (f"{move[axis]:+.1f} {loss(*move) / loss(0.0, 0.0, 0.0):.2f}" for move in moves)
+            own[name] = {f"{move[axis]:+.1f}": loss(*move) / loss(0.0, 0.0, 0.0) for move in moves}
             print(f"  {name}: loss over that of equal ratios {', '.join(found)}", flush=True)
         loss(*best)
         chosen = min(tried, key=tried.__getitem__)
@@ -119,12 +124,18 @@ def main() -> None:
             model = pruned(task, ratios)
             plan = attnprune.make_plan(task.model, ratios, data=task.data, progress=False)
             share = sum(plan.fraction(p) for p in "qkvo") / 4  # type: ignore[arg-type]
-            accuracy = "" if task.accuracy is None else f", accuracy {task.accuracy(model):.2f} %"
+            correct = None if task.accuracy is None else task.accuracy(model)
+            accuracy = "" if correct is None else f", accuracy {correct:.2f} %"
+            tested = lost(model, "test")
+            own[name] = {"ratios": ratios, "removed": share, "validation": tried[ratios], "test": tested}
+            own[name] |= {} if correct is None else {"accuracy": correct}
             print(
                 f"  {name:<10} q k v o = {', '.join(f'{one:.2f}' for one in ratios)}; removed {share:.1%}; loss "
-                f"{tried[ratios]:.4g} (validation), {lost(model, 'test'):.4g} (test){accuracy}",
+                f"{tried[ratios]:.4g} (validation), {tested:.4g} (test){accuracy}",
                 flush=True,
             )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from pathlib import Path
@@ -62,8 +63,8 @@ def pruned(dense: LlamaForCausalLM, ratio: float, data: Any, options: dict[str, 
     return model
 
 
-def compare(dense: LlamaForCausalLM, split: str, seeds: int, only: str) -> None:
-    """The table of bits per byte."""
+def compare(dense: LlamaForCausalLM, split: str, seeds: int, only: str) -> dict[str, Any]:
+    """The table of bits per byte, and its figures."""
     text = byte_llama.text()
     measured = windows(text[split], MEASURED, 1_000)
 
@@ -75,10 +76,11 @@ def compare(dense: LlamaForCausalLM, split: str, seeds: int, only: str) -> None:
     print(f"{split} split: dense {base:.3f} bits per byte; {seeds} calibration samples")
     head = f"{'way':<34}" + "".join(f"{f'{ratio:.0%} removed':>26}" for ratio in RATIOS) + f"{'seconds':>9}"
     print(head, "-" * len(head), sep="\n")
+    figures: dict[str, Any] = {"dense": base, "seeds": list(range(seeds)), "ways": {}}
     for name, options in WAYS.items():
         if only not in name:
             continue
-        start, cells = time.perf_counter(), []
+        start, cells, own = time.perf_counter(), [], figures["ways"].setdefault(name, {})
         for ratio in RATIOS:
             used = samples[:1] if "MAG" in options.get("preset", "") else samples
             try:
@@ -89,7 +91,9 @@ def compare(dense: LlamaForCausalLM, split: str, seeds: int, only: str) -> None:
             added = [quality(model) - base for model in models]
             removed = statistics.mean(1 - attention_weights(model) / size for model in models)
             cells.append(f"{statistics.median(added):>+10.3f} ({max(added):+.3f}) {removed:>6.1%}")
+            own[f"{ratio:.0%}"] = {"added": statistics.median(added), "removed": removed, "each": added}
         print(f"{name:<34}{''.join(cells)}{time.perf_counter() - start:>9.0f}", flush=True)
+    return figures
 
 
 def cache_size(cache: DynamicCache) -> int:
@@ -98,8 +102,9 @@ def cache_size(cache: DynamicCache) -> int:
 
 
 @torch.no_grad()
-def generate(dense: LlamaForCausalLM) -> None:
+def generate(dense: LlamaForCausalLM) -> dict[str, Any]:
     """Text from pruned models, and the sizes of their caches."""
+    figures: dict[str, Any] = {"seeds": [0]}
     data = batches(byte_llama.text()["train"], 0)
     prompt = torch.tensor([list(PROMPT)])
     for ratio in (0.0, *RATIOS):
@@ -116,6 +121,8 @@ def generate(dense: LlamaForCausalLM) -> None:
             f"{bytes_ / tokens:,.0f} bytes of cache a token"
         )
         print(bytes(cached.sequences[0].tolist()).decode(errors="replace"))
+        figures[f"{ratio:.0%}"] = {"agree": "yes" if agree == "equals" else "no", "bytes": bytes_ / tokens}
+    return figures
 
 
 def main() -> None:
@@ -125,14 +132,14 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("test", "validation"))
     parser.add_argument("--seeds", type=int, default=3, help="calibration samples per way (3)")
     parser.add_argument("--only", default="", help="only the ways whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dense = byte_llama.load(args.model)
-    if args.generate:
-        generate(dense)
-    else:
-        compare(dense, args.split, args.seeds, args.only)
+    figures = generate(dense) if args.generate else compare(dense, args.split, args.seeds, args.only)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

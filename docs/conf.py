@@ -1,25 +1,46 @@
 """Configuration of the documentation: ``sphinx-build -W --keep-going -b html docs docs/_build/html``."""
 
+import re
+import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 from attnprune import __version__
+
+HERE = Path(__file__).resolve().parent
+for notebook in (HERE.parent / "examples" / "notebooks").glob("*.ipynb"):  # pages, with the outputs stored in them
+    shutil.copy(notebook, HERE / "tutorials")
 
 project = "attnprune"
 author = "The attnprune authors"
 copyright = "the attnprune authors"
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "myst_nb",
+]
+exclude_patterns = ["_build", "README.md"]
 root_doc = "index"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 100
+python_maximum_signature_line_length = 80
+autodoc_type_aliases = {  # names stay names, and link to reference/types.rst
+    path.rpartition(".")[2]: path
+    for path in re.findall(
+        r"^\.\. py:type:: (\S+)", (Path(__file__).parent / "reference" / "types.rst").read_text(), re.MULTILINE
+    )
+}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 add_module_names = True
@@ -28,19 +49,23 @@ add_module_names = True
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!attnprune).*")]
 
-html_theme = "alabaster"
+html_theme = "furo"
+html_title = f"attnprune {version}"
 html_static_path = ["_static"]
-html_theme_options = {
-    "description": "Structural pruning of attention: heads and channels of Q, K, V and O",
-    "fixed_sidebar": True,
-    "page_width": "1200px",
-    "body_max_width": "930px",
-    "sidebar_width": "230px",
-    "code_font_size": "13px",
-}
+html_css_files = ["custom.css"]
 html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
+
+nb_execution_mode = "off"  # make notebooks executes them
+
+# Copied are the lines that one types, without prompts, and not what they print.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+
+# Inside a union Sphinx shows such a name as the object that stands for it.
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name
 
 
 def setup(app):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -60,7 +61,8 @@ def latencies(dense: nn.Module, pruned: nn.Module, clip: Tensor, rounds: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="timed forward passes of each model (40)")
+    parser.add_argument("--rounds", type=int, default=40, help="timed forward passes of each model (40); 0: none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
 
     dense = data.load_model()
@@ -77,9 +79,10 @@ def main() -> None:
     header = f"{'accuracy, and change':<48}" + "".join(f"{f'{ratio:.0%} removed':>22}" for ratio in RATIOS)
     header += f"{'| at 50%: MACs':>16}{'latency':>16}{'ratio':>7}"
     print(header, "-" * len(header), sep="\n")
+    found: dict[str, Any] = {"dense": before, "clips": len(labels), "ways": {}}
     for name, options in WAYS:
         given = None if "MAG" in name or "random" in name else calibration
-        line, cost = f"{name:<48}", ""
+        line, cost, figures = f"{name:<48}", "", found["ways"].setdefault(name, {})
         for ratio in RATIOS:
             if "EH" in name and ratio > 1 - 1 / specs[0].heads:
                 line += f"{'-':>22}"  # one head of every layer has to stay
@@ -92,11 +95,16 @@ def main() -> None:
             share = statistics.mean(report.achieved.values())
             other = f" {share:.1%}" if abs(share - ratio) > 0.005 else ""
             line += f"{f'{after:.2f} ({after - before:+.2f}){other}':>22}"
+            macs = report.macs[1] / report.macs[0] if report.macs else 1.0
+            figures[f"{ratio:.0%}"] = {"accuracy": after, "change": after - before, "removed": share, "macs": macs}
             if ratio == RATIOS[0]:
+                cost = f"{macs:>16.3f}"
+            if ratio == RATIOS[0] and args.rounds:
                 slow, fast = latencies(dense, model, features[:1], args.rounds)
-                macs = report.macs[1] / report.macs[0] if report.macs else 1.0
-                cost = f"{macs:>16.3f}{slow:>7.2f} ->{fast:>5.2f}ms{fast / slow:>7.2f}"
+                cost += f"{slow:>7.2f} ->{fast:>5.2f}ms{fast / slow:>7.2f}"
         print(line + cost, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"seeds": [0], **found}, indent=1) + "\n")
     print(f"\nthe report of the last way, as print(report) shows it:\n\n{report}")
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of ``docs/gallery.rst`` anew, from the keyword recogniser that is shipped beside this file.
+"""Draws the pictures of ``docs/how_to/gallery.rst`` anew, from the keyword recogniser that is shipped beside this file.
 
     python examples/pictures.py [--out docs/_static/gallery]
 

@@ -18,11 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import attnprune
-from attnprune import find_attention, from_pretrained, load_pruned, prune_attention, prune_heads, save_pruned
+from attnprune import (
+    export_stock,
+    find_attention,
+    from_pretrained,
+    load_pruned,
+    prune_attention,
+    prune_heads,
+    save_pruned,
+)
 from attnprune.checkpoint import tensors
 from attnprune.checkpoint.manifest import Manifest
 from attnprune.checkpoint.skeleton import places
-from attnprune.checkpoint.tensors import DTYPES
+from attnprune.checkpoint.source import Source
+from attnprune.checkpoint.tensors import DTYPES, Weights
 from attnprune.errors import CheckpointError, OptionError, StateDictError, WrappedModelError
 
 from .conformance import close, family, fresh, inputs
@@ -182,6 +191,87 @@ def test_directories_of_version_1_load() -> None:
     assert [list(spec.qk_dims) for spec in find_attention(model)] == [one["spec"]["qk_dims"] for one in said]
 
 
+def test_directories_of_version_2_load_and_are_saved_by_the_names_of_today(tmp_path: Path) -> None:
+    """Up to version 3 files of weights were named by their digests."""
+    folder = tmp_path / "old"
+    shutil.copytree(DATA.parent / "model_v2", folder)
+    old = Manifest.read(folder)
+    assert [one.name for one in old.shards] == [one.fresh for one in old.shards]
+    model = from_pretrained(folder)
+    expected = load_file(folder / old.shards[0].name)
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    save_pruned(model, folder)
+    same(model, from_pretrained(folder))
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+
+
+def test_files_have_the_names_that_others_look_for(tmp_path: Path) -> None:
+    """One file, or numbered ones and their index; what an earlier save left goes."""
+    model = vit()
+    prune_attention(model, 0.5)
+    save_pruned(model, tmp_path, max_shard_size="4KB")
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    count = len(names)
+    assert count > 2
+    assert names == [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {key: name for name in names for key in load_file(tmp_path / name)}
+    assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    save_pruned(model, tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    export_stock(vit(), tmp_path)  # in place of it
+    assert not (tmp_path / "attnprune.json").exists()
+    same(vit(), from_pretrained(tmp_path))
+
+
+def test_a_model_that_is_saved_anew_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the manifest says and what is in the files belong together, digests unread: file names tell nothing."""
+    models = [vit(), vit()]
+    for model, share in zip(models, (0.25, 0.5), strict=True):
+        prune_attention(model, share, scope="local")
+    for when in ("before", "after"):
+        save_pruned(models[0], tmp_path)
+        opened, left = Weights.__init__, [1]
+
+        def init(self: Any, folder: Any, names: Any, opened: Any = opened, left: Any = left, when: str = when) -> None:
+            if left and when == "before":
+                left.clear()
+                save_pruned(models[1], tmp_path)
+            opened(self, folder, names)
+            if left:
+                left.clear()
+                save_pruned(models[1], tmp_path)
+
+        monkeypatch.setattr(Weights, "__init__", init)
+        same(models[1], from_pretrained(tmp_path, verify=False))
+        assert not left
+        monkeypatch.undo()
+
+
+def test_a_save_that_was_killed_before_files_had_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [vit(), vit()]
+    for model, share in zip(models, (0.25, 0.5), strict=True):
+        prune_attention(model, share, scope="local")
+    save_pruned(models[0], tmp_path, max_shard_size="6KB")
+    with monkeypatch.context() as patched:
+        patched.setattr("attnprune.checkpoint.save.ending_with", lambda end: None)
+        save_pruned(models[1], tmp_path, max_shard_size="6KB")
+    same(models[1], from_pretrained(tmp_path))
+    save_pruned(models[0], tmp_path)
+    same(models[0], from_pretrained(tmp_path))
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_weights_that_transformers_wrote_over_ours_are_named(tmp_path: Path) -> None:
+    model = vit()
+    prune_attention(model, 0.5)
+    save_pruned(model, tmp_path)
+    vit().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="if save_pretrained wrote it since, remove attnprune"):
+        from_pretrained(tmp_path)
+
+
 def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
     """What we write, it reads, and the other way round, in every dtype."""
     holder = nn.Module()
@@ -232,7 +322,9 @@ def test_device_and_dtype(tmp_path: Path) -> None:
     model = vit()
     prune_attention(model, 0.5)
     save_pruned(model.half(), tmp_path)
-    assert next(from_pretrained(tmp_path).parameters()).dtype == torch.float16
+    again = from_pretrained(tmp_path)
+    assert next(again.parameters()).dtype == torch.float16
+    assert not any(module.training for module in again.modules())
     wide = from_pretrained(tmp_path, dtype=torch.float64, device="cpu")
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     assert all(torch.equal(p, wide.state_dict()[key].half()) for key, p in model.state_dict().items())
@@ -359,6 +451,10 @@ def test_dense_models_that_generate_merge_tensors_or_come_with_more_than_they_ne
     )  # fmt: skip
     experts.save_pretrained(tmp_path / "experts")  # each expert by itself; the model holds them in one tensor
     same(experts, from_pretrained(tmp_path / "experts"))
+    config = tmp_path / "experts/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 1 << 18}))
+    with pytest.raises(CheckpointError, match="a model of about"):
+        from_pretrained(tmp_path / "experts")
     model = vit()
     model.save_pretrained(tmp_path / "more")
     file = tmp_path / "more/model.safetensors"
@@ -609,3 +705,18 @@ def test_a_save_that_fails_removes_no_file_of_others(tmp_path: Path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         save_pruned(nn.MultiheadAttention(16, 4), tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+def test_a_model_that_is_saved_anew_while_it_is_read(tmp_path: Path) -> None:
+    """What was said first no longer holds when the weights are opened; then what is said by now does."""
+    first, second = (nn.MultiheadAttention(16, 4) for _ in range(2))
+    prune_attention(second, 0.5)
+    source = Source.at(save_pruned(first, tmp_path))
+    save_pruned(second, tmp_path)
+    with source.opened(verify=True) as (found, weights):
+        assert found.manifest == Source.at(tmp_path).manifest
+        assert weights.entries["q_proj.weight"].shape == (8, 16)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="safetensors"), Source.at(tmp_path).opened():
+        pass  # nothing new is said

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import attnprune
 from attnprune import LayerPlan, Plan, apply_plan, calibrate, make_plan, masked, prune_attention
 from attnprune.calibration.bases import best_basis, head_bases
-from attnprune.calibration.refit import refit_output, refit_product
+from attnprune.calibration.refit import refit_output, refit_product, with_maps
 from attnprune.errors import NonFiniteError, PlanFormatError, TiedWeightsError
 from attnprune.families import find_views
 from attnprune.planning.decide import in_bases
@@ -287,6 +287,46 @@ def test_refits_are_least_squares(seed: int) -> None:
     best = covariance @ kept.T @ torch.linalg.inv(kept @ covariance @ kept.T)
     assert lost(best) - 1e-9 <= lost(fitted) <= lost(best) * 1.02 + 1e-9
     assert lost(fitted) <= lost(kept.T) + 1e-9
+
+
+def test_of_few_contexts_a_refit_believes_less() -> None:
+    """``level * (1e-3 + channels / tokens)``, against the formula by hand."""
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    kept, given_ = torch.eye(2, dtype=torch.float64)[:1], torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    for tokens in (1e12, 4.0):
+        ridge = 2 * (1e-3 + 2 / tokens)
+        expected = torch.tensor([[2 + ridge], [1.0]], dtype=torch.float64) / (2 + ridge)
+        torch.testing.assert_close(refit_output(covariance, kept, given_, tokens), expected, rtol=1e-12, atol=0)
+
+
+def test_of_a_product_the_better_side_is_refitted() -> None:
+    """Keys that tell one another, then queries that do; of neither the maps stay."""
+    alike = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    apart, kept = torch.eye(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)[:1]
+    for left, right, moved in ((apart, alike, 0), (alike, apart, 1)):
+        maps = refit_product(left, right, kept, kept)
+        assert [torch.equal(one, kept) for one in maps] == [moved == 1, moved == 0]
+        torch.testing.assert_close(maps[moved][0, 1].item(), 0.9, rtol=2e-3, atol=0)
+    # queries matter so much more where keys cannot say: Q's map is the better one
+    left, right = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)) + 0.1, alike
+    first, second = refit_product(left, right, kept, kept)
+    assert not torch.equal(first, kept)
+    assert torch.equal(second, kept)
+
+
+def test_heads_that_lose_nothing_keep_their_channels_as_they_stand() -> None:
+    torch.manual_seed(0)
+    model = Alone(attention(heads=3))
+    calibration = calibrate(model, [torch.randn(4, 6, 12, dtype=torch.float64)], progress=False)
+    view, moments = find_views(model)[0], calibration["inner"]
+    layer = LayerPlan(view.spec, qk=((0,), (), ()), vo=((), (1,), ()))
+    maps = with_maps(layer, head_bases(view, moments), moments, refit=False).fold
+    assert maps is not None
+    eye = torch.eye(4, dtype=torch.float64)
+    assert [torch.equal(a, eye) and torch.equal(b, eye) for a, b in zip(maps.q, maps.k, strict=True)] == [
+        False, True, True,
+    ]  # fmt: skip
+    assert [torch.equal(one, eye) for one in maps.v] == [True, False, True]
 
 
 def output_error(model: nn.Module, x: Tensor, dense: Tensor, **options: Any) -> float:

@@ -6,12 +6,15 @@ import runpy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 
 import attnprune
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+REFERENCE = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.rst")))
 MODULES = {
     "attnprune": attnprune,
     **{f"attnprune.{name}": getattr(attnprune, name) for name in ("adapters", "scorers", "errors", "nn", "surgery")},
@@ -41,8 +44,7 @@ def _exists(path):
 
 @pytest.mark.parametrize("pair", NAMES, ids=_id)
 def test_public_name_is_in_the_reference(pair):
-    text = (DOCS / "api.rst").read_text()
-    assert re.search(rf"\b{re.escape(_id(pair))}\b", text), f"docs/api.rst lacks {_id(pair)}"
+    assert re.search(rf"\b{re.escape(_id(pair))}\b", REFERENCE), f"docs/reference lacks {_id(pair)}"
 
 
 @pytest.mark.parametrize("pair", NAMES, ids=_id)
@@ -53,31 +55,58 @@ def test_public_name_has_a_docstring(pair):
         assert (found.__dict__.get("__doc__") or "").strip() if inspect.isclass(found) else found.__doc__.strip()
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.rst")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.rst")), ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_references_exist(page):
     paths = {path for path in ROLE.findall(page.read_text()) if path.split(".")[0] == "attnprune"}
     assert not {path for path in paths if not _exists(path)}
 
 
 def test_errors_that_are_documented_exist():
-    text = "\n".join(page.read_text() for page in DOCS.glob("*.rst"))
+    text = "\n".join(page.read_text() for page in DOCS.rglob("*.rst"))
     named = set(re.findall(r"attnprune\.errors\.(\w+)", text))
     assert named
     assert named <= set(vars(attnprune.errors))
 
 
-def test_every_error_is_in_the_table_of_what_is_refused():
-    text = (DOCS / "laws.rst").read_text()
-    missing = [name for name in attnprune.errors.__all__ if f"attnprune.errors.{name}`" not in text]
-    assert not missing
-
-
-def test_the_table_of_errors_names_their_built_in_bases():
-    text = (DOCS / "laws.rst").read_text()
-    rows = re.findall(r"\* - :class:`~attnprune\.errors\.(\w+)`\n     - ``(\w+)``", text)
-    assert len(rows) == len(attnprune.errors.__all__) - 1  # all but the base of all
-    for name, base in rows:
+def test_troubleshooting_is_by_the_names_of_all_errors():
+    text = (DOCS / "how_to" / "troubleshooting.rst").read_text()
+    headings = re.findall(r"^(\w+(?:Error|Warning))\n-+$", text, re.MULTILINE)
+    assert headings == [*sorted(set(attnprune.errors.__all__) - {"AttnPruneError"}), "AttnPruneWarning"]
+    bases = re.findall(r"^:class:`~attnprune\.errors\.(\w+)`, an? ``(\w+)``:", text, re.MULTILINE)
+    assert [name for name, _ in bases] == headings
+    for name, base in bases:
         assert issubclass(getattr(attnprune.errors, name), getattr(__import__("builtins"), base)), name
+
+
+def test_types_of_arguments_are_what_the_code_says():
+    text = (DOCS / "reference" / "types.rst").read_text()
+    entries = re.findall(r"^\.\. py:type:: (\S+)\n   :canonical: (.+)$", text, re.MULTILINE)
+    assert len(entries) > 20
+    for path, said in entries:
+        assert _exists(path), path
+        if said.startswith("Literal["):
+            module, _, name = path.rpartition(".")
+            assert get_args(getattr(import_module(module), name)) == get_args(eval(said, {"Literal": Literal})), path
+
+
+NAMING = [
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"),
+    *(f"{folder}/**/*.{ext}" for folder in ("src", "examples", "benchmarks", "docs") for ext in ("py", "rst", "md")),
+]
+
+
+def test_files_of_the_documentation_that_are_named_exist():
+    """In the README, in docstrings, everywhere: what looks like a path below docs is one."""
+    places = [path for pattern in NAMING for path in ROOT.glob(pattern) if "_build" not in path.parts]
+    named = {
+        (str(place.relative_to(ROOT)), path)
+        for place in places
+        for path in re.findall(
+            r"(?<![\w/.-])docs/[\w/]+\.(?:rst|md|py|svg|png|csv|json|ipynb)", place.read_text("utf-8")
+        )
+    }
+    assert len(named) > 20
+    assert not [(place, path) for place, path in sorted(named) if not (ROOT / path).exists()]
 
 
 def test_the_drawing_of_the_house_shows_the_code_as_it_is():
@@ -85,7 +114,7 @@ def test_the_drawing_of_the_house_shows_the_code_as_it_is():
 
 
 def test_files_that_the_documentation_names_exist():
-    table = (DOCS / "concepts.rst").read_text().partition("Where is it?")[2].partition("Three ways")[0]
+    table = (DOCS / "explanation" / "house.rst").read_text().partition("\nWhere is it?\n")[2]
     files = re.findall(r"``([\w/]+(?:\.py|/))``", table)
     assert len(files) > 20
     assert not [file for file in files if not (Path(attnprune.__file__).parent / file).exists()]

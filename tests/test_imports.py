@@ -12,6 +12,7 @@ import attnprune
 ROOT = Path(attnprune.__file__).parent
 ROOMS = (
     "errors",
+    "bars",
     "checks",
     "values",
     "nn",
@@ -135,3 +136,19 @@ def test_nothing_is_loaded_before_it_is_needed() -> None:
         "assert not {'torch._dynamo', 'torch_pruning'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_words_that_need_no_model_import_no_torch() -> None:
+    """Version, help, wrong usage and a directory that is not there; benchmarks/import_cost.py times it."""
+    words = [["--version"], ["prune", "--help"], ["prun"], ["prune", ".", "--qkvo", ".1", ".2", "-o", "x"]]
+    code = (
+        "import sys; from attnprune.cli import main\n"
+        f"for words in {words!r}:\n"
+        "    try: main(words)\n"
+        "    except SystemExit as stop: print(stop.code, file=sys.stderr)\n"
+        "print(main(['inspect', 'no such directory']), file=sys.stderr)\n"
+        "assert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if line.isdecimal()] == ["0", "0", "2", "2", "1"]
+    assert "expected 1 or 4 numbers, found 2" in done.stderr

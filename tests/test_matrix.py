@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.matrix.cells import CELLS, PASSED
 from benchmarks.matrix.hosts import hosts
-from benchmarks.matrix.page import PAGE, group_of, rendered
+from benchmarks.matrix.page import PAGE, SUPPORT, group_of, rendered, support
 from benchmarks.matrix.run import RESULTS, filled, one_row, read
 from benchmarks.matrix.running import Host
 
@@ -21,6 +21,7 @@ HANDFUL = ("transformers:bert", "transformers:llama", "PyTorch:nn.TransformerDec
 
 def test_the_page_is_of_the_results() -> None:
     assert PAGE.read_text("utf-8") == rendered(read(RESULTS)), "python -m benchmarks.matrix.page"
+    assert SUPPORT.read_text("utf-8") == support(read(RESULTS)["rows"]), "python -m benchmarks.matrix.page"
 
 
 def test_every_family_has_a_row() -> None:

@@ -229,6 +229,12 @@ def test_a_layout_is_forced_in_its_own_thread_and_task() -> None:
     assert asyncio.run(both()) == ["padded", "groups"]
 
 
+def test_a_layout_is_no_longer_forced_after_an_error() -> None:
+    with pytest.raises(KeyboardInterrupt), execution("padded"):
+        raise KeyboardInterrupt
+    assert forced() == "auto"
+
+
 def test_compiled_code_follows_what_is_forced() -> None:
     def wide(x: Tensor) -> Tensor:
         return x + 1 if forced() == "padded" else x

@@ -24,7 +24,7 @@ from attnprune import (
     prune_attention,
 )
 from attnprune.errors import DataError, OptionError, TiedWeightsError, WrappedModelError
-from attnprune.integrations.peft import lora_recover, lora_targets
+from attnprune.integrations.peft import AST_PROTOCOL, lora_recover, lora_targets
 
 from .conformance import family, fresh, inputs
 from .families import FAMILIES
@@ -124,6 +124,100 @@ def test_peft_by_hand_gives_the_same_bits(decay: str) -> None:
         layer.merge()
         found, expected = model.get_submodule(name).weight, layer.base_layer.weight
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def recognisers() -> list[Any]:
+    """Two copies of a pruned recogniser with a Linear outside of blocks, and a norm in its classifier."""
+    config = transformers.ASTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_mel_bins=16,
+        max_length=16, patch_size=8, frequency_stride=8, time_stride=8, num_labels=3, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ASTForAudioClassification(config).double().eval()
+    model.pooler = nn.Linear(32, 32).double()
+    model.classifier.register_forward_pre_hook(lambda _, args: (model.pooler(args[0]),))
+    prune_attention(model, 0.5, scorer="magnitude")
+    twin = copy.deepcopy(model)
+    twin.classifier._forward_pre_hooks.clear()
+    twin.classifier.register_forward_pre_hook(lambda _, args: (twin.pooler(args[0]),))
+    return [model, twin]
+
+
+def clips(count: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 4, 16, 16, dtype=torch.float64, generator=generator)
+    return [{"input_values": one, "labels": torch.tensor([0, 1, 2, number % 3])} for number, one in enumerate(x)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_protocol_of_the_papers_public_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle: PEFT as that code calls it, torch's Adam, and the rates of 24 steps written out."""
+    model, oracle = recognisers()
+    data, validation = clips(24), clips(3)
+    seen: list[tuple[float, int]] = []
+    real = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, closure: Any = None) -> Any:
+        seen.append((self.param_groups[0]["lr"], sum(p.numel() for p in self.param_groups[0]["params"])))
+        return real(self, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    assert lora_recover(model, data, validation=validation, progress=False, **AST_PROTOCOL) is model
+    monkeypatch.undo()
+    rates = [5e-5, 1e-4, *(1e-4 * math.cos(math.pi * i / 44) ** 2 for i in range(22))]
+    assert [rate for rate, _ in seen] == pytest.approx(rates, rel=1e-12)
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(oracle, config)
+    trainable = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
+    assert {count for _, count in seen} == {sum(p.numel() for p in trainable.values())}
+    optimizer = torch.optim.Adam(trainable.values(), 1e-4)
+    for rate, batch in zip(rates, data, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        adapted(**batch).loss.backward()
+        optimizer.step()
+    merged = adapted.merge_and_unload().state_dict()
+    found = model.state_dict()
+    assert list(found) == list(merged)  # plain modules again
+    for key, value in found.items():
+        assert torch.allclose(value, merged[key], rtol=0, atol=1e-12), key
+    moved = {
+        key.rpartition(".")[0] for key, value in recognisers()[0].state_dict().items() if (value != found[key]).any()
+    }
+    assert moved == {*lora_targets(model, everywhere=True), "classifier.layernorm"}
+    assert {"pooler", "classifier.dense"} <= moved - set(lora_targets(model))
+    assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
+
+
+def test_what_is_trained_in_full_comes_back_after_a_failure() -> None:
+    model, _ = recognisers()
+    before, steps = snapshot(model), 0
+
+    def fails(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return model(**batch).loss  # type: ignore[no-any-return]
+
+    with pytest.raises(KeyboardInterrupt):
+        lora_recover(model, clips(4), loss_fn=fails, progress=False, **AST_PROTOCOL)
+    assert same(before, snapshot(model))
+    for trained, words in (
+        ("head", "audio_spectrogram_transformer, classifier, pooler"),
+        ("*.layers.1.attention.q_proj", "which is of attention"),
+        ("audio*", "layers.0.attention, which is of attention"),
+        (3, "a glob pattern"),
+    ):
+        options: Any = {**AST_PROTOCOL, "trained": trained}
+        with pytest.raises(OptionError, match=words):
+            lora_recover(model, clips(1), progress=False, **options)
+    with pytest.raises(OptionError, match=r"float32 or float64, found classifier.layernorm.weight of torch.bfloat16"):
+        lora_recover(model.bfloat16(), clips(1), progress=False, **AST_PROTOCOL)
+    with pytest.raises(OptionError, match="everywhere"):
+        lora_recover(model, clips(1), everywhere=True, mlp=False)
 
 
 def test_the_best_by_validation_loss_is_kept() -> None:

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import attnprune
-from attnprune import apply_plan, load_pruned, make_plan, masked, prune_attention, save_pruned, score_attention
+from attnprune import apply_plan, errors, load_pruned, make_plan, masked, prune_attention, save_pruned, score_attention
 from attnprune.errors import DataError
 
 from .families import randomised
@@ -103,6 +103,21 @@ def test_exact(name: str, granularity: str) -> None:
     assert torch.equal(output(copy.deepcopy(model), x), output(model, x))
     if name != "WavLM":  # its parametrised convolution cannot be pickled
         assert torch.equal(output(pickle.loads(pickle.dumps(model)), x), output(model, x))
+
+
+@pytest.mark.parametrize("ratios", [(0.6, 0.3, 0.2, 0.5), (0.5, 0.25, 0.25, 0.25), (0.5, 0.5, 0.5, 0.25)])
+def test_features_that_differ_inside_one_weight_are_refused(ratios: tuple[float, ...]) -> None:
+    """And what the error says to do is done."""
+    model = stack()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for call in (make_plan, prune_attention):
+        with pytest.raises(errors.NotExpressibleError, match=r"^0: expected Q, K and V that read the same features"):
+            call(model, ratios, scorer="magnitude", scope="local", example_inputs=X)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    q, _, v, o = ratios
+    report = prune_attention(model, (q, q, min(v, o), o), scorer="magnitude", scope="local", example_inputs=X)
+    assert report.verified is not None
+    assert model[0].qkv.weight.shape[1] == 24
 
 
 def test_files_and_training(tmp_path: Path) -> None:

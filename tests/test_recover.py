@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -423,6 +424,8 @@ def test_an_estimate_leaves_no_trace() -> None:
     values = sum(one.parameter.nbytes for one in updates_of(model, all_views(model), (), Recovery()))
     assert found.bytes > 5 * values  # gradients, two moments, two copies
     assert "beside both models" in str(found)
+    ours, theirs = ([*inspect.signature(one).parameters.values()] for one in (estimate_recovery, recover))
+    assert ours == theirs
 
 
 # stopped, and faults

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import attnprune
 from attnprune import Sensitivity, Sweep, errors, sensitivity, sweep
 from attnprune.cli import main
+from attnprune.cost.latency.table import Grid, LatencyTable
 from attnprune.cost.memory import peak_bytes
 from attnprune.report.rows import Row
 from attnprune.report.sensitivity import Cost
@@ -281,6 +282,28 @@ def test_a_malformed_table_is_refused(change: dict[str, Any]) -> None:
     raw = json.dumps({**json.loads(TABLE.to_json()), **change})
     with pytest.raises(errors.OptionError, match="sweep: "):
         Sweep.from_json(raw)
+
+
+GRID = Grid((2,), (4, 8), (4, 8), (0.1, 0.2, 0.2, 0.3))
+TABLES: dict[str, tuple[Any, type[errors.AttnPruneError]]] = {
+    "sweep": (TABLE, errors.OptionError),
+    "sensitivity": (Sensitivity((Cost("a", "qk", 0.25, 0.5),), 0.5, "distortion"), errors.OptionError),
+    "latency": (LatencyTable({"device": "cpu"}, 0.01, 0.7, (("a", 0),), (GRID,), 4, 5), errors.LatencyError),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_written_and_read_alike(name: str) -> None:
+    table, error = TABLES[name]
+    whole = json.loads(table.to_json())
+    assert whole == {"format": f"attnprune.{name}", "version": 1, **table.to_dict()}
+    assert type(table).from_json(table.to_json()) == table
+    for change in ({"version": True}, {"version": 2}, {"format": "attnprune.plan"}, {"more": 1}):
+        with pytest.raises(error, match=f"^{name}: "):
+            type(table).from_json(json.dumps({**whole, **change}))
+    for text in ("[]", "{", json.dumps(whole)[:-9]):
+        with pytest.raises(error, match=f"^{name}: "):
+            type(table).from_json(text)
 
 
 def test_the_picture_has_a_line_for_every_way(tmp_path: Path) -> None:

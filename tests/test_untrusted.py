@@ -335,3 +335,32 @@ def test_an_altered_report_is_refused_before_memory_is_taken(tmp_path: Path) -> 
             read_report(tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
         tracemalloc.stop()
+
+
+def test_buffers_that_no_file_holds_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a config asks for beside the weights is looked at before it takes memory."""
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8, vocab_size=10
+    )
+    model = transformers.LlamaModel(config)
+    model.save_pretrained(tmp_path)
+    assert len([*model.buffers()]), "frequencies of the rotary embedding"
+    from_pretrained(tmp_path)
+    monkeypatch.setattr("attnprune.checkpoint.load._ROOM", 8)
+    with pytest.raises(CheckpointError, match="buffers of at most 8 bytes"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["__init__", "state_dict"])
+def test_what_a_class_raises_is_said_of_the_config(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit().save_pretrained(tmp_path)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of theirs")
+
+    monkeypatch.setattr(transformers.ViTForImageClassification, method, broken)
+    with pytest.raises(CheckpointError, match=r"config\.json: expected a config of.*of theirs") as found:
+        from_pretrained(tmp_path)
+    assert isinstance(found.value.__cause__, ZeroDivisionError)

@@ -1,7 +1,12 @@
-"""Writes ``docs/matrix.rst`` from the results: ``python -m benchmarks.matrix.page``."""
+"""Writes ``docs/reference/matrix.rst`` and ``docs/_static/support.csv`` from the results.
+
+python -m benchmarks.matrix.page
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import sys
 from collections import Counter
@@ -14,7 +19,43 @@ from attnprune.families import looks
 from .cells import CELLS, NOTHING, PASSED
 from .run import RESULTS, ROOT, Row, read
 
-PAGE = ROOT / "docs" / "matrix.rst"
+PAGE = ROOT / "docs" / "reference" / "matrix.rst"
+SUPPORT = ROOT / "docs" / "_static" / "support.csv"
+KNOWN: Mapping[str, str] = {
+    "transformers:audio-spectrogram-transformer": "Audio Spectrogram Transformer",
+    "transformers:whisper": "Whisper",
+    "transformers:wav2vec2": "wav2vec 2.0",
+    "transformers:vit": "ViT",
+    "transformers:deit": "DeiT",
+    "transformers:dinov2": "DINOv2",
+    "transformers:swin": "Swin",
+    "timm:ViT": "ViT (timm)",
+    "timm:Swin": "Swin (timm)",
+    "timm:EVA-02": "EVA-02 (timm)",
+    "torchvision:ViT": "ViT (torchvision)",
+    "transformers:clip": "CLIP",
+    "open_clip:CLIP": "CLIP (open_clip)",
+    "transformers:siglip": "SigLIP",
+    "transformers:bert": "BERT",
+    "transformers:roberta": "RoBERTa",
+    "transformers:distilbert": "DistilBERT",
+    "transformers:modernbert": "ModernBERT",
+    "transformers:t5": "T5",
+    "transformers:bart": "BART",
+    "transformers:llama": "Llama",
+    "transformers:mistral": "Mistral",
+    "transformers:qwen3": "Qwen 3",
+    "transformers:gemma3": "Gemma 3",
+    "transformers:phi3": "Phi-3",
+    "transformers:falcon": "Falcon",
+    "transformers:gpt2": "GPT-2",
+    "transformers:gpt_neox": "GPT-NeoX",
+    "transformers:deepseek_v3": "DeepSeek-V3",
+    "PyTorch:nn.MultiheadAttention": "nn.MultiheadAttention",
+    "PyTorch:nn.TransformerDecoder": "nn.TransformerDecoder",
+    "own class:NanoGPT": "nanoGPT's attention",
+}
+"""Families that many know, for the short table."""
 GROUPS: Mapping[str, str] = {
     "Wrong": "What is left computes something else than the dense model with rows and columns at zero.",
     "Passed over silently": "Attention of which nothing is said, neither as found nor as skipped.",
@@ -142,6 +183,25 @@ def by_cell(rows: Sequence[Row]) -> str:
     return table(["cell", "passed", "a reason", "no meaning", "not tried"], body)
 
 
+def support(rows: Mapping[str, Row]) -> str:
+    """The short table of known families, as CSV."""
+    out = io.StringIO()
+    cells = ("channels", "heads", "ragged", "rotated", "cache", "save/load", "compile", "stock export")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "pruned", "runs", *cells])
+    for key, name in KNOWN.items():
+        row = rows[key]
+        runs = "expanded" if "expanded" in row["ways"] else "compact"
+        counts = f"{row['prunable']} of {row['attention']}"
+        writer.writerow([name, counts, runs, *(_word(str(row[cell])) if cell in row else "" for cell in cells)])
+    return out.getvalue()
+
+
+def _word(said: str) -> str:
+    """A cell in a word."""
+    return {MARKS[PASSED]: "vo" if "vo alone" in said else "yes", MARKS[NOTHING]: "n/a"}.get(mark(said), "no")
+
+
 EXPLAINED = (
     "- channels, heads, ragged, qk != vo: the pruned model gives what the dense one gives with rows and columns at",
     "  zero (:func:`attnprune.masked`), to 1e-8 in double precision; to 1e-5 where the host itself rounds to single.",
@@ -206,7 +266,9 @@ def rendered(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(rendered(read(RESULTS)), "utf-8")
+    result = read(RESULTS)
+    PAGE.write_text(rendered(result), "utf-8")
+    SUPPORT.write_text(support(result["rows"]), "utf-8")
     print(PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE)
 
 

@@ -4,6 +4,8 @@ All derive from :class:`AttnPruneError` and from the built-in that callers alrea
 (``ValueError``, ``TypeError``, ``LookupError`` or ``RuntimeError``). The model is then bitwise as it was.
 """
 
+import os
+
 __all__ = [
     "AdapterError",
     "AllocationError",
@@ -116,6 +118,12 @@ class DataError(AttnPruneError, ValueError):
 
 class CheckpointError(AttnPruneError, ValueError):
     """A saved model is missing, malformed, altered, or does not fit the model it is loaded into."""
+
+    @classmethod
+    def no_directory(cls, path: "os.PathLike[str] | str") -> "CheckpointError":
+        """The error of a path that is no directory to read from."""
+        found = "a file" if os.path.exists(path) else "nothing"
+        return cls(str(path), "a directory", found, "check the path")
 
 
 class ExportError(AttnPruneError, RuntimeError):

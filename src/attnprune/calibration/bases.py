@@ -152,7 +152,7 @@ def _gathered(bases: Sequence[Basis]) -> tuple[Basis, ...]:
 def white_moments(view: AttentionView) -> LayerMoments:
     """What the moments would be if inputs were white noise: all that weights alone can tell.
 
-    Keys lose their bias (a constant), contexts are values.
+    Contexts are values. Of keys only covariances count, in which their bias, a constant, has no part.
     """
     spec = view.spec
 
@@ -168,7 +168,6 @@ def white_moments(view: AttentionView) -> LayerMoments:
             spans = [slice(*layout.span(projection, head)) for head in heads]
             weights = torch.stack([weight[span] for span in spans])
             mean = torch.stack([bias[span] for span in spans])
-            mean = 0 * mean if projection == "k" else mean
             moments.append(Moments.full(1.0, mean, weights @ weights.transpose(1, 2)))
         return tuple(moments)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..bars import bar
 from ..errors import AttnPruneError, DataError, OptionError
 from ..nn.attempt import MACHINE
 from ..nn.nested import tensors_in
@@ -223,7 +222,7 @@ def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, wh
     if isinstance(data, (Tensor, Mapping)):
         raise DataError("data", "an iterable of batches", "a single batch", "put it in a list: data=[batch]")
     count = 0
-    for batch in tqdm(data, desc=f"attnprune: {what}", disable=not progress or not sys.stderr.isatty(), leave=False):
+    for batch in bar(data, what=what, shown=progress):
         count += 1
         yield to_device(batch, device)
     if count == 0:

@@ -82,7 +82,7 @@ class Folder:
         """A directory to read from."""
         where = Path(path)
         if not where.is_dir():
-            refuse(str(path), "a directory", "a file" if where.exists() else "nothing", "check the path")
+            raise CheckpointError.no_directory(path)
         return cls(where)
 
     def has(self, name: str) -> bool:

@@ -14,9 +14,12 @@ from ..values import fields
 from .folder import Folder, reading, refuse
 from .record import Record, digest_of
 
-FORMAT, VERSION = "attnprune.model", 3
+FORMAT, VERSION = "attnprune.model", 4
 MANIFEST = "attnprune.json"
-WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""Names of files of weights, as everybody has them."""
+BY_DIGEST = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+"""Names that they had up to version 3, and that they have until the manifest that names them is in place."""
 Sizes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by name."""
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -31,6 +34,17 @@ class Shard(NamedTuple):
     sha256: str
     size: Annotated[int, partial(fields.integer, high=1 << 60)] | None
     """Bytes; None in version 1, which did not say."""
+
+    @classmethod
+    def numbered(cls, number: int, count: int, sha256: str, size: int) -> Shard:
+        """The file of this number, from 1, of so many."""
+        name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        return cls(name, sha256, size)
+
+    @property
+    def fresh(self) -> str:
+        """The name that it has until the manifest that names it is in place."""
+        return f"model-{self.sha256[:16]}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,16 +79,15 @@ class Manifest:
         """JSON text that detects changes to itself."""
         whole: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION if self.sizes else 2,
+            "version": VERSION,
             "class": self.model_class,
             "config": self.config,
             "attention": self.record.to_list(),
             "weights": [one._asdict() for one in self.shards],
             "tied": dict(self.tied or {}),
             "report": self.report,
+            "sizes": {name: list(shape) for name, shape in self.sizes.items()},
         }
-        if self.sizes:
-            whole["sizes"] = {name: list(shape) for name, shape in self.sizes.items()}
         whole["sha256"] = digest_of(whole)
         return json.dumps(whole, sort_keys=True, indent=1, allow_nan=False)
 
@@ -95,23 +108,25 @@ class Manifest:
                 if version > VERSION:
                     remedy = "update attnprune"
                     raise CheckpointError(f"{MANIFEST}: version", f"at most {VERSION}", str(version), remedy)
-                return cls._of_1(found) if version == 1 else cls._of_2(found, version > 2)
+                return cls._of_1(found) if version == 1 else cls._of_2(found, version)
         except RecursionError as error:
             raise CheckpointError(MANIFEST, "JSON of usual depth", "much more", "save the model anew") from error
 
     @classmethod
     def _of_1(cls, found: dict[str, Any]) -> Manifest:
         fields.mapping("manifest", found, {"format", "version", "weights", "sha256", "attention"})
-        shard = _shard("weights", {"name": found["weights"], "sha256": found["sha256"], "size": None})
+        shard = _shard("weights", {"name": found["weights"], "sha256": found["sha256"], "size": None}, BY_DIGEST)
         return cls("", Record.from_list(found["attention"], MANIFEST), (shard,))
 
     @classmethod
-    def _of_2(cls, found: dict[str, Any], sized: bool) -> Manifest:
-        fields.mapping("manifest", found, _KEYS | ({"sizes"} if sized else set()))
+    def _of_2(cls, found: dict[str, Any], version: int) -> Manifest:
+        fields.mapping("manifest", found, _KEYS | ({"sizes"} if version > 2 else set()))
         said = found.pop("sha256")
         if said != digest_of(found):
             refuse(MANIFEST, "a manifest as it was written", "one that was changed")
-        shards = tuple(_shard(f"weights[{i}]", one) for i, one in enumerate(fields.array("weights", found["weights"])))
+        named = WEIGHTS if version > 3 else BY_DIGEST
+        weights = fields.array("weights", found["weights"])
+        shards = tuple(_shard(f"weights[{i}]", one, named) for i, one in enumerate(weights))
         if len({one.name for one in shards}) != len(shards):
             fields.fail("weights", "each file once", [one.name for one in shards])
         tied = found["tied"]
@@ -127,19 +142,19 @@ class Manifest:
             found["config"],
             tied,
             found["report"],
-            _sizes(found["sizes"]) if sized else {},
+            _sizes(found["sizes"]) if version > 2 else {},
         )
 
 
 def _sizes(raw: object) -> dict[str, tuple[int, ...]]:
-    if not isinstance(raw, dict) or not raw:
+    if not isinstance(raw, dict):
         fields.fail("sizes", "a mapping from names to shapes", raw)
     return {name: fields.integers(f"sizes[{name[:80]!r}]", shape) for name, shape in raw.items()}
 
 
-def _shard(where: str, raw: object) -> Shard:
+def _shard(where: str, raw: object, named: re.Pattern[str]) -> Shard:
     shard = fields.read(Shard, raw, where)
-    name, digest = shard.name, shard.sha256
-    if not WEIGHTS.fullmatch(name) or not _HEX.fullmatch(digest) or name[6:22] != digest[:16]:
-        fields.fail(where, "a name of weights in this directory, which their SHA-256 gives", name)
+    told = named is WEIGHTS or shard.name == shard.fresh
+    if not named.fullmatch(shard.name) or not _HEX.fullmatch(shard.sha256) or not told:
+        fields.fail(where, "a name of weights in this directory, and their SHA-256", shard.name)
     return shard

@@ -18,13 +18,13 @@ from ..errors import CheckpointError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, undressed
 from ..nn import host_class
-from ..nn.attempt import undoing_with
+from ..nn.attempt import ending_with, undoing_with
 from ..nn.kept import ordinary
 from ..surgery import check_views
 from ..values import fields
 from .folder import Folder
-from .hf import CONFIG, GENERATION, maker
-from .manifest import MANIFEST, WEIGHTS, Manifest, Shard, Sizes
+from .hf import CONFIG, GENERATION, INDEX, maker
+from .manifest import BY_DIGEST, MANIFEST, WEIGHTS, Manifest, Shard, Sizes
 from .record import ENTRY, Record, is_pretrained
 from .shapes import smaller_than
 from .skeleton import class_name, items_of, places
@@ -47,9 +47,9 @@ def save_pruned(
     """Writes a model, pruned or not, as safetensors weights and a JSON manifest.
 
     The manifest names the shape of every attention, so :func:`load_pruned` needs nothing but a dense model of the same
-    class, and for Hugging Face models (whose config is in it) not even that. The weights are written first, under names
-    that their digests give, and the manifest is then replaced in one step: if the process dies, the directory holds the
-    old model or the new one.
+    class, and for Hugging Face models (whose config is in it) not even that. Files have the names that they have
+    everywhere (``model.safetensors``, or several and their index). If the process dies while they are written, the
+    directory holds the old model or the new one.
 
     Args:
         model: any module; attention of known families may have any shape that pruning gives.
@@ -92,7 +92,10 @@ def write_model(
     limit: int,
     generation: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes weights and then a manifest that names them; what the one before it named is removed.
+    """Writes weights, then a manifest that names them, and then gives them their names; what was there before goes.
+
+    Until then they have names that their digests give (:attr:`.manifest.Shard.fresh`), which reading tries first: so
+    the directory holds the old model or the new one at every moment.
 
     Args:
         folder: where to.
@@ -103,22 +106,30 @@ def write_model(
     """
     json.dumps(manifest.report, allow_nan=False)  # what cannot be written is refused before the weights are
     folder.alone()
-    found = []
-    for run in shards(items, limit):
+    found, home, runs = [], {}, shards(items, limit)
+    for number, run in enumerate(runs, 1):
         with folder.draft() as draft:
-            digest = write_tensors(draft, run)
-            name, size = f"model-{digest[:16]}.safetensors", draft.tell()
-            if not folder.has(name):
-                undoing_with(partial((folder.path / name).unlink, missing_ok=True))
-            folder.put(draft, name)
-        found.append(Shard(name, digest, size))
+            shard = Shard.numbered(number, len(runs), write_tensors(draft, run), draft.tell())
+            if not folder.has(shard.fresh):
+                undoing_with(partial((folder.path / shard.fresh).unlink, missing_ok=True))
+            folder.put(draft, shard.fresh)
+        found.append(shard)
+        home.update({item.name: shard.name for item in run})
     folder.replace(MANIFEST, replace(manifest, shards=tuple(found)).to_json().encode())
-    if manifest.config is not None:  # for tokenizers, processors and people; loading reads the manifest
-        folder.replace(CONFIG, json.dumps(manifest.config, sort_keys=True, indent=2).encode())
-    if generation is not None:
-        folder.replace(GENERATION, json.dumps(generation, sort_keys=True, indent=2).encode())
+    index = {"metadata": {"total_size": sum(item.size for item in items)}, "weight_map": home}
+    for name, content in {  # for others; what reads a manifest needs none of them
+        CONFIG: manifest.config,
+        GENERATION: generation,
+        INDEX: index if len(found) > 1 else None,
+    }.items():
+        if content is not None:
+            folder.replace(name, json.dumps(content, sort_keys=True, indent=2).encode())
+    for shard in found:
+        ending_with(partial(os.replace, folder.path / shard.fresh, folder.path / shard.name))
+    kept = {name for one in found for name in (one.name, one.fresh)} | ({INDEX} if len(found) > 1 else set())
     for path in folder.path.iterdir():
-        if WEIGHTS.fullmatch(path.name) and path.name not in {one.name for one in found}:
+        stale = WEIGHTS.fullmatch(path.name) or BY_DIGEST.fullmatch(path.name) or path.name == INDEX
+        if stale and path.name not in kept:
             folder.remove(path.name)
     return folder.path
 

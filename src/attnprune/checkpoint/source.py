@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from . import hf
-from .folder import Folder, foreign, refuse
+from .folder import Folder, refuse
 from .manifest import MANIFEST, Manifest, Sizes
 from .record import Record, in_config
 from .skeleton import blank
@@ -71,7 +71,8 @@ class Source:
     @classmethod
     def _ours(cls, folder: Folder) -> Source:
         manifest = Manifest.read(folder)
-        return cls(folder, tuple(one.name for one in manifest.shards), manifest.record, manifest, manifest.config)
+        files = tuple(one.fresh if folder.has(one.fresh) else one.name for one in manifest.shards)
+        return cls(folder, files, manifest.record, manifest, manifest.config)
 
     @property
     def described(self) -> bool:
@@ -117,23 +118,37 @@ class Source:
         Args:
             verify: whether to compare digests, where there are any; that reads the files once more.
         """
-        source = self
-        try:
-            weights = Weights(self.folder, self.files)
-        except CheckpointError:
-            if self.manifest is None or self == (source := Source._ours(self.folder)):
-                raise
-            weights = Weights(source.folder, source.files)
+        source, weights = self._now()
         with weights:
-            for one in source.manifest.shards if verify and source.manifest is not None else ():
-                if (digest := weights.digest(one.name)) != one.sha256:
-                    refuse(one.name, f"SHA-256 {one.sha256[:12]}", digest[:12])
+            shards = source.manifest.shards if verify and source.manifest is not None else ()
+            for file, shard in zip(source.files, shards, strict=bool(shards)):
+                if (digest := weights.digest(file)) != shard.sha256:
+                    remedy = "save it anew with save_pruned; if save_pretrained wrote it since, remove attnprune.json"
+                    refuse(file, f"SHA-256 {shard.sha256[:12]}", digest[:12], remedy)
             yield source, weights
+
+    def _now(self) -> tuple[Source, Weights]:
+        """The weights, opened, and what the manifest said of them while that was done."""
+        source = self
+        while True:
+            try:
+                weights = Weights(source.folder, source.files)
+            except CheckpointError:
+                if self.manifest is None or source == (now := Source._ours(self.folder)):
+                    raise
+                source = now
+                continue
+            with ExitStack() as failing:
+                failing.callback(weights.close)
+                now = source if self.manifest is None else Source._ours(self.folder)
+                if now.manifest == source.manifest:
+                    failing.pop_all()
+                    return source, weights
+                source = now
 
     def skeleton(self, entries: Mapping[str, Entry], *, buffers: bool = False) -> nn.Module:
         """The dense model of the config, for weights of these entries; arguments as for :func:`.skeleton.blank`."""
-        with foreign(hf.CONFIG, "a config of the model"):
-            return blank(hf.maker(self.config, entries), entries, buffers)
+        return blank(hf.maker(self.config, entries), entries, buffers)
 
     def names(self, model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
         """For every tensor of the weights, its name in the model."""

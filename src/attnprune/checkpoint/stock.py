@@ -20,10 +20,13 @@ from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
 from ..values.spec import AttentionSpec
 from .folder import Folder
+from .manifest import BY_DIGEST, MANIFEST
 from .record import ENTRY, is_pretrained
 from .shapes import smaller_than
 
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_STALE = re.compile(
+    rf"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|{BY_DIGEST.pattern}|{re.escape(MANIFEST)}"
+)
 _STOCK = "plan with stock=True, or use save_pruned"
 
 
@@ -38,7 +41,7 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Args:
         model: a pruned model of transformers; left as it is.
-        directory: where ``config.json`` and the weights go, by ``save_pretrained``.
+        directory: where ``config.json`` and the weights go, by ``save_pretrained``; in place of a model that is there.
 
     Raises:
         NotExpressibleError: no stock config gives this shape; says which layer stands in the way, and which options
@@ -64,7 +67,7 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     folder.alone()
     drafts = folder.drafts()
     stock.save_pretrained(drafts)
-    folder.receive(drafts, _WEIGHTS)
+    folder.receive(drafts, _STALE)
     return folder.path
 
 

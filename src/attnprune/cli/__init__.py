@@ -1,7 +1,8 @@
 """The command ``attnprune``: inspect, plan, prune, report, sweep, bench and export models in directories.
 
 Exit codes: 0; 1 if a command fails, with a message on stderr and nothing written; 2 for wrong usage; 130 for an
-interrupt.
+interrupt. What a command needs is imported once its words are known to be right: ``--version``, ``--help`` and wrong
+usage import no PyTorch.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import AttnPruneError
+from ..errors import AttnPruneError, CheckpointError
 from ..report.rows import SIZES
 from ..values.method import BASES, SCORERS
 from ..values.presets import PRESETS
 from ..values.rules import OPTIONS
-from . import commands, trying
 
 _MOST_THREADS = 1024
 PICTURES = (".png", ".svg", ".pdf")
@@ -38,9 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: wrong usage (code 2), ``--help`` and ``--version`` (0), as argparse has it.
     """
     args = parser().parse_args(argv)
+    if getattr(args, "qkvo", None) is not None and len(args.qkvo) not in (1, 4):
+        args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
     try:
-        with commands.quiet():
-            done = args.run(args)
+        for one in (args.directory, getattr(args, "against", None)):
+            if one is not None and not one.is_dir():
+                raise CheckpointError.no_directory(one)
+        from ..bars import logged
+        from . import commands, trying
+
+        with commands.quiet(), logged():
+            done = trying.sweep_command(args) if args.run == "sweep" else getattr(commands, args.run)(args)
         print(json.dumps(done.facts, indent=1) if args.json else done.text, flush=True)
         return 0
     except AttnPruneError as error:
@@ -66,19 +74,19 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"attnprune {__version__}")
     kinds = whole.add_subparsers(required=True, metavar="COMMAND")
 
-    one = _command(kinds, "inspect", "attention modules, dims and parameters; reads no weights", commands.inspect)
+    one = _command(kinds, "inspect", "attention modules, dims and parameters; reads no weights")
     one.add_argument(
         "directory", type=Path, metavar="DIR", help="a model: config.json and safetensors, dense or pruned"
     )
 
-    one = _command(kinds, "plan", "decides what would go, and changes nothing", commands.plan)
+    one = _command(kinds, "plan", "decides what would go, and changes nothing")
     _model(one)
     _ratios(one.add_mutually_exclusive_group(required=True))
     _options(one)
     one.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan there, as JSON")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
 
-    one = _command(kinds, "prune", "prunes a model and writes it to another directory", commands.prune)
+    one = _command(kinds, "prune", "prunes a model and writes it to another directory")
     _model(one)
     what = one.add_mutually_exclusive_group(required=True)
     _ratios(what)
@@ -89,15 +97,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw what went (.png, .svg, .pdf)")
 
-    one = _command(kinds, "report", "what a pruned model lost; reads no weights", commands.report)
+    one = _command(kinds, "report", "what a pruned model lost; reads no weights")
     one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
 
-    one = _command(kinds, "sweep", "ways of pruning side by side, judged by a function of yours", trying.sweep_command)
+    one = _command(kinds, "sweep", "ways of pruning side by side, judged by a function of yours")
     _model(one)
     _sweep(one)
 
-    one = _command(kinds, "bench", "latency, parameters and multiply-adds against another model", commands.bench)
+    one = _command(kinds, "bench", "latency, parameters and multiply-adds against another model")
     one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
     one.add_argument("--against", type=Path, metavar="DIR", required=True, help="the dense model")
     _inputs(one, batch=1)
@@ -107,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as saved")
     _device(one)
 
-    one = _command(kinds, "export", "a checkpoint for plain transformers, or an ONNX file", commands.export)
+    one = _command(kinds, "export", "a checkpoint for plain transformers, or an ONNX file")
     one.add_argument("directory", type=Path, metavar="OUT", help="a pruned model")
     where = one.add_mutually_exclusive_group(required=True)
     where.add_argument("--stock", type=Path, metavar="DIR", help="a checkpoint that needs no attnprune")
@@ -117,9 +125,9 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _command(kinds: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+def _command(kinds: Any, name: str, text: str) -> argparse.ArgumentParser:
     found: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    found.set_defaults(run=run, usage_error=found.error)
+    found.set_defaults(run=name, usage_error=found.error)
     found.add_argument("--json", action="store_true", help="print JSON")
     return found
 
@@ -165,7 +173,7 @@ def _options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int, help="of random scores and projections")
     _inputs(one, batch=8)
     one.add_argument("--samples", type=_count, metavar="N", help="use the first N samples of the data only")
-    one.add_argument("--quiet", action="store_true", help="no progress bars")
+    one.add_argument("--quiet", action="store_true", help="no word of progress")
 
 
 def _sweep(one: argparse.ArgumentParser) -> None:
@@ -185,7 +193,7 @@ def _sweep(one: argparse.ArgumentParser) -> None:
     one.add_argument("--include", nargs="+", metavar="GLOB", help="only attention modules of these names")
     one.add_argument("--exclude", nargs="+", metavar="GLOB", help="no attention modules of these names")
     one.add_argument("--seed", type=int, help="where random numbers start")
-    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    one.add_argument("--quiet", action="store_true", help="no word of progress")
     one.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there, as JSON")
     one.add_argument("--plot", type=_picture, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
 

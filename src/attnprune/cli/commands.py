@@ -208,8 +208,6 @@ def export(args: argparse.Namespace) -> Done:
 
 
 def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Decided]:
-    if args.qkvo is not None and len(args.qkvo) not in (1, 4):
-        args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
     model = loaded(args.directory, args.device)
     data = data_file(args, model)
     given = data.first(1) if data is not None else example_inputs(model, 1, args.length)

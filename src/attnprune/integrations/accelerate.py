@@ -38,7 +38,7 @@ class AcceleratedPruner:
 
     Raises:
         OptionError: not an Accelerator or pruner, or a model of another pruner.
-        ShardedError: the Accelerator shards parameters (FSDP, DeepSpeed, Megatron); see :doc:`training`.
+        ShardedError: the Accelerator shards parameters (FSDP, DeepSpeed, Megatron); see :doc:`/how_to/training`.
 
     >>> import torch, attnprune
     >>> from accelerate import Accelerator

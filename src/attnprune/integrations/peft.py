@@ -1,44 +1,74 @@
-"""Low-rank recovery of a pruned model with PEFT: :func:`lora_recover`. Needs ``peft``."""
+"""Low-rank recovery of a pruned model with PEFT: :func:`lora_recover`, :data:`AST_PROTOCOL`. Needs ``peft``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from math import ceil, cos, pi
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft import LoraConfig, LoraModel
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibration.batches import batches, device_of
-from ..calibration.losses import LossFn, loss_of
+from ..calibration.losses import LossFn
 from ..calibration.quiet import restored
-from ..errors import DataError, OptionError, TiedWeightsError
-from ..families.registry import find_views, plain
+from ..errors import OptionError, TiedWeightsError
+from ..families.registry import all_views, find_views, plain
 from ..nn import host_class
 from ..nn.attempt import undoing_with, undone
 from ..nn.kept import ordinary
 from ..nn.selected import Selected, SelectedOutputs
 from ..nn.unfused import Unfused
-from ..recovery.blocks import find_blocks
+from ..recovery.blocks import find_blocks, is_linear
 from ..recovery.distillation import teacher_loss
 from ..surgery import check_views
-from ..values.choices import Choices
+from ..values.choices import Choices, means, read_choices
+from .lora_training import DECAYS, sized, train
 
-DECAYS: dict[str, Callable[[float], float]] = {
-    "linear": lambda left: left,
-    "cosine": lambda left: (1 - cos(pi * left)) / 2,
-    "none": lambda left: 1.0,
+
+class LoraOptions(TypedDict, total=False):
+    """What of :func:`lora_recover` is a recipe: all but the model, the data and the losses."""
+
+    rank: int
+    alpha: float
+    lr: float
+    epochs: int
+    warmup: float
+    decay: str
+    dropout: float
+    mlp: bool
+    everywhere: bool
+    trained: Choices | None
+    checks: int
+    never_worse: bool
+
+
+AST_PROTOCOL: LoraOptions = {
+    "rank": 16,
+    "alpha": 16.0,
+    "lr": 1e-4,
+    "epochs": 1,
+    "warmup": 0.05,
+    "decay": "cosine",
+    "everywhere": True,
+    "trained": "classifier",
+    "never_worse": False,
 }
-"""The learning rate by the fraction of steps that are left after warm-up, as a factor."""
+"""One round's recovery as in the public AST code of the paper's authors (arXiv 2509.26207).
+
+LoRA of rank 16 and alpha 16 on all Linears, the classifier trained in full, Adam with 1e-4 after 5 % of the steps to
+warm up, then a cosine to 0, one epoch, the best by validation loss, whatever it was before, and merged:
+``lora_recover(model, data, validation=validation, **AST_PROTOCOL)``; where the classifier has another name,
+``**{**AST_PROTOCOL, "trained": "score"}``.
+"""
 
 
 def lora_targets(
     model: nn.Module,
     *,
     mlp: bool = True,
+    everywhere: bool = False,
     include: Choices | None = None,
     exclude: Choices | None = None,
 ) -> list[str]:
@@ -47,6 +77,8 @@ def lora_targets(
     Args:
         model: any module with attention of a known family, pruned or not.
         mlp: whether the blocks' other Linears are named too.
+        everywhere: whether Linears outside of blocks are named too (poolers, classifiers), but for the output
+            embeddings of a language model.
         include: as in :func:`attnprune.prune_attention`; only these and their blocks.
         exclude: what to leave out, likewise.
 
@@ -60,8 +92,22 @@ def lora_targets(
     found: dict[str, None] = {}
     for block in find_blocks(model, find_views(model, include, exclude)):
         found.update(dict.fromkeys(block.attention + (block.linears if mlp else ())))
+    if everywhere:
+        found.update(dict.fromkeys(_beside(model)))
     # a packed attention has its own adapter in PEFT, which covers its output projection
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def _beside(model: nn.Module) -> list[str]:
+    """The Linears outside of attention, but for the output embeddings."""
+    told = getattr(model, "get_output_embeddings", None)
+    left_out = {*_in_attention(model), id(told() if callable(told) else None)}
+    return [name for name, module in model.named_modules() if is_linear(module) and id(module) not in left_out]
+
+
+def _in_attention(model: nn.Module) -> set[int]:
+    """Modules of attention and those inside, by id."""
+    return {id(module) for view in all_views(model) for top in view.modules for module in top.modules()}
 
 
 @ordinary
@@ -77,6 +123,8 @@ def lora_recover(
     decay: str = "linear",
     dropout: float = 0.0,
     mlp: bool = True,
+    everywhere: bool = False,
+    trained: Choices | None = None,
     validation: Iterable[Any] | None = None,
     checks: int = 1,
     never_worse: bool = True,
@@ -89,9 +137,10 @@ def lora_recover(
 ) -> nn.Module:
     """Trains low-rank updates of a pruned model's attention and MLP, and merges them: ready for the next round.
 
-    The defaults are the paper's: rank 16, alpha 16, attention and MLP, Adam, 1e-4 with 5 % of the steps to warm up (and
-    then linear decay to 0), one epoch, the best by validation loss. The model keeps its modules, shapes, modes and
-    ``requires_grad`` flags; only weights of the targets change. If anything fails, none has changed.
+    The defaults are what the paper says: rank 16, alpha 16, attention and MLP, Adam, 1e-4 with 5 % of the steps to warm
+    up, one epoch, the best by validation loss; and a linear decay to 0, of which it says nothing. :data:`AST_PROTOCOL`
+    is what its authors' public code does instead. The model keeps its modules, shapes, modes and ``requires_grad``
+    flags; only weights of the targets change, and what is trained in full. If anything fails, none has changed.
 
     Args:
         model: any module with attention of a known family, changed in place.
@@ -103,7 +152,10 @@ def lora_recover(
         warmup: the fraction of all steps in which the rate rises linearly.
         decay: how it falls after that: ``"linear"`` or ``"cosine"`` to 0, or ``"none"``.
         dropout: on the updates' inputs.
-        mlp: whether the other Linears of the blocks are trained too.
+        mlp: whether the other Linears of the blocks have updates too.
+        everywhere: whether all Linears have, also outside of blocks (:func:`lora_targets`).
+        trained: modules beside attention that are trained in full, with no updates of low rank: names, as glob patterns
+            (``"classifier"``), classes, or functions of name and module.
         validation: batches; the updates with the lowest mean loss over them are kept. None: the last ones are kept.
         checks: passes over ``validation`` in an epoch, the last at its end.
         never_worse: whether "no update" is in the running too, so that the loss over ``validation`` never rises.
@@ -120,7 +172,8 @@ def lora_recover(
         The model itself, with plain Linears again.
 
     Raises:
-        OptionError: a number out of range, an unknown ``decay``, or both ``loss_fn`` and ``teacher``.
+        OptionError: a number out of range, an unknown ``decay``, both ``loss_fn`` and ``teacher``, ``everywhere``
+            without ``mlp``, or ``trained`` modules that are not there, hold attention, or are of half precision.
         DataError: no batch, or a loss that is not a finite scalar.
         TiedWeightsError: a target shares its weight with another module, which a merged update would change too.
 
@@ -132,6 +185,8 @@ def lora_recover(
     >>> model = lora_recover(model, data, lr=1e-2, epochs=3, validation=data, progress=False)
     >>> type(model[0].self_attn.q_proj).__name__, model[0].self_attn.q_proj.weight.shape
     ('Linear', torch.Size([16, 32]))
+    >>> protocol = {**AST_PROTOCOL, "trained": "1"}  # its classifier is module 1
+    >>> model = lora_recover(model, data, validation=data, progress=False, **protocol)
     """
     _check(rank=rank, epochs=epochs, checks=checks)
     _check_range(alpha=(alpha, 1e9), lr=(lr, 1e9), warmup=(warmup, 1.0), dropout=(dropout, 1.0))
@@ -139,14 +194,20 @@ def lora_recover(
         raise OptionError("decay", f"one of {', '.join(DECAYS)}", repr(decay), "check it")
     if teacher is not None and loss_fn is not None:
         raise OptionError("teacher", "no loss_fn beside it", "both", "combine them in one loss_fn (teacher_loss)")
+    if everywhere and not mlp:
+        raise OptionError("everywhere", "mlp=True beside it", "mlp=False", "leave one of the two out")
     loss_fn = loss_fn if teacher is None else teacher_loss(teacher)
     whole = plain(model)
     check_views(whole, find_views(whole, include, exclude))
-    targets = lora_targets(whole, mlp=mlp, include=include, exclude=exclude)
-    _check_shared(whole, targets)
-    data, validation = _sized(data), None if validation is None else _sized(validation)
+    in_full = _meant(whole, trained)
+    targets = lora_targets(whole, mlp=mlp, everywhere=everywhere, include=include, exclude=exclude)
+    targets = [name for name in targets if not any(f"{name}.".startswith(f"{top}.") for top in in_full)]
+    _check_shared(whole, [*targets, *in_full])
+    values = [parameter for name in in_full for parameter in whole.get_submodule(name).parameters()]
+    data, validation = sized(data), None if validation is None else sized(validation)
     pattern = "|".join(re.escape(f"model.{name}") for name in targets)  # in full: a list would match by their ends
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
+    undoing_with(_values(values))
     with _as_before(whole), _compact(whole, targets) as hear, torch.enable_grad():
         torch.manual_seed(seed)
         tuner: Any = LoraModel(_Bare(whole), config, "default")
@@ -154,7 +215,9 @@ def lora_recover(
         for parameter in whole.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()  # the updates; PEFT's layers cast their inputs
-        _train(whole, data, validation, loss_fn, lr, epochs, warmup, DECAYS[decay], checks, never_worse, progress)
+        for parameter in values:
+            parameter.requires_grad_(True)
+        train(whole, data, validation, loss_fn, lr, epochs, warmup, DECAYS[decay], checks, never_worse, progress)
         undoing_with(_values(p for name in targets for p in whole.get_submodule(name).parameters()))
         tuner.merge_and_unload()
     return model
@@ -238,78 +301,27 @@ def _as_before(model: nn.Module) -> Iterator[None]:
                 parameter.copy_(now)
 
 
-def _train(
-    model: nn.Module,
-    data: Any,
-    validation: Any,
-    loss_fn: LossFn | None,
-    lr: float,
-    epochs: int,
-    warmup: float,
-    decay: Callable[[float], float],
-    checks: int,
-    never_worse: bool,
-    progress: bool,
-) -> None:
-    """Leaves the best updates in place."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr)
-    total, device = epochs * len(data), device_of(model)
-    rise = ceil(warmup * total)
-
-    def rate(done: int) -> float:
-        return (done + 1) / rise if done < rise else decay((total - done) / max(total - rise, 1))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    at = {ceil(len(data) * (i + 1) / checks) for i in range(checks)}
-    best: tuple[float, list[Tensor]] | None = None
-
-    def look() -> None:
-        nonlocal best
-        if validation is None:
-            return
-        loss = _mean_loss(model, validation, loss_fn)
-        if best is None or loss < best[0]:
-            best = loss, [p.detach().clone() for p in parameters]
-
-    if never_worse:
-        look()
-    for epoch in range(epochs):
-        model.train()
-        for number, batch in enumerate(batches(data, device, progress, f"LoRA, epoch {epoch + 1} of {epochs}"), 1):
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(model, batch, loss_fn)
-            if not loss.requires_grad:
-                raise DataError("data", "a loss that depends on the model", "no gradient", "return it without detach")
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
-            if number in at:
-                look()
-                model.train()
-    if best is not None:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best[1], strict=True):
-                parameter.copy_(value)
-
-
-def _mean_loss(model: nn.Module, data: Any, loss_fn: LossFn | None) -> float:
-    """The mean loss over batches, without dropout."""
-    model.eval()
-    with torch.no_grad():
-        losses = [float(loss_of(model, batch, loss_fn)) for batch in batches(data, device_of(model), False, "loss")]
-    return sum(losses) / len(losses)
-
-
-def _sized(data: Any) -> Any:
-    """Data that can be counted and read again."""
-    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Tensor, Mapping)):
-        if isinstance(data, Iterator) or not isinstance(data, Sized):
-            data = list(data)
-        if not len(data):
-            raise DataError("data", "at least one batch", "none", "check the data set; was the iterator used up before")
-        return data
-    raise DataError("data", "an iterable of batches", f"a {type(data).__name__}", "put a single batch in a list")
+def _meant(model: nn.Module, trained: Choices | None) -> list[str]:
+    """The modules that are trained in full; of one inside another the outer one."""
+    choices = read_choices("trained", trained)
+    if choices is None:
+        return []
+    found = [n for n, module in model.named_modules() if n and any(means(choice, n, module) for choice in choices)]
+    found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if not found:
+        tops = ", ".join(name for name, _ in model.named_children())
+        raise OptionError("trained", f"a module of the model ({tops[:200]}, or inside)", repr(trained)[:80], "check it")
+    attention = _in_attention(model)
+    for name in found:
+        for inner, module in model.get_submodule(name).named_modules(prefix=name):
+            if id(module) in attention:
+                remedy = "attention has updates of low rank: choose other modules"
+                raise OptionError("trained", "modules beside attention", f"{inner}, which is of attention", remedy)
+        for inner, parameter in model.get_submodule(name).named_parameters(prefix=name):
+            if parameter.dtype not in (torch.float32, torch.float64):
+                remedy = "recover in float32 (model.float()), and cast afterwards"
+                raise OptionError("trained", "weights of float32 or float64", f"{inner} of {parameter.dtype}", remedy)
+    return found
 
 
 def _check(**numbers: object) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .tuned import LowRank
 from .tuning import CHECKS, Tuner
@@ -42,16 +44,21 @@ class Estimate(NamedTuple):
 def estimated(tuner: Tuner) -> Estimate:
     """Takes a few steps, measures them, and undoes them."""
     count = len(tuner.data.train)
-    try:
-        opening = _seconds(tuner, tuner.held_loss)  # the dense model tells what it says
-        look = _seconds(tuner, tuner.held_loss)
-        saved = _Saved()
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
-            tuner.step(0.0)
-        new, known = ([_step(tuner, number) for number in numbers] for numbers in (range(1, 1 + TRIES), [0] * TRIES))
-        told = max(one.size for one in tuner.objective.kept.values()) if tuner.objective.kept else 0
-    finally:
-        tuner.write(tuner.first)
+    shown = tuner.progress and sys.stderr.isatty()
+    with tqdm(total=3 + 2 * TRIES, desc="attnprune: estimate", disable=not shown, leave=False) as bar:
+        try:
+            opening = _seconds(tuner, tuner.held_loss, bar)  # the dense model tells what it says
+            look = _seconds(tuner, tuner.held_loss, bar)
+            saved = _Saved()
+            with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+                tuner.step(0.0)
+            bar.update(1)
+            new, known = (
+                [_step(tuner, number, bar) for number in numbers] for numbers in (range(1, 1 + TRIES), [0] * TRIES)
+            )
+            told = max(one.size for one in tuner.objective.kept.values()) if tuner.objective.kept else 0
+        finally:
+            tuner.write(tuner.first)
     first, again = median(new[: max(count - 1, 1)]), median(known)
     looks = opening + CHECKS * look
     if tuner.total is None:
@@ -63,10 +70,10 @@ def estimated(tuner: Tuner) -> Estimate:
     return Estimate(steps, looks + spent, _bytes(tuner, saved.most, told), spent / steps, look)
 
 
-def _step(tuner: Tuner, number: int) -> float:
+def _step(tuner: Tuner, number: int, bar: Any) -> float:
     """Seconds of a step on a batch of the first epoch."""
     tuner.now.steps = number
-    return _seconds(tuner, lambda: tuner.step(0.0))
+    return _seconds(tuner, lambda: tuner.step(0.0), bar)
 
 
 def _bytes(tuner: Tuner, activations: int, told: int) -> int:
@@ -109,11 +116,12 @@ class _Kept:
         self.counts.now -= self.size * (self.counts.users[self.key] == 0)
 
 
-def _seconds(tuner: Tuner, run: Callable[[], object]) -> float:
+def _seconds(tuner: Tuner, run: Callable[[], object], bar: Any) -> float:
     began = time.perf_counter()
     run()
     if tuner.device.type == "cuda":
         torch.cuda.synchronize(tuner.device)
+    bar.update(1)
     return time.perf_counter() - began
 
 

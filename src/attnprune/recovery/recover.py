@@ -110,11 +110,12 @@ def estimate_recovery(
     exclude: Choices | None = None,
     loss_fn: LossFn | None = None,
     output_fn: OutputFn | None = None,
+    progress: bool = True,
     **options: Unpack[RecoveryOptions],
 ) -> Estimate:
     """Says how long :func:`recover` will take, and how much memory, from a few steps that are undone.
 
-    Takes the same arguments, but ``progress``.
+    Takes the same arguments; ``progress`` shows how many of these steps are over.
 
     >>> import copy, attnprune
     >>> model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
@@ -126,7 +127,7 @@ def estimate_recovery(
     recovery = Recovery.parse(steps, **options)
     model, dense = _inner("model", model), _inner("dense", dense)
     views = find_views(model, include, exclude)
-    with prepared(model, dense, data, views, recovery, loss_fn, output_fn, False) as tuner:
+    with prepared(model, dense, data, views, recovery, loss_fn, output_fn, progress) as tuner:
         return estimated(tuner)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -12,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..bars import bar
 from ..calibration.batches import to_device
 from ..calibration.processes import add_up, agree, exchange, pooled, sharing
 from ..calibration.sample import samples_in
@@ -136,17 +135,14 @@ class Tuner:
         return Recovered(self.now.before, self.now.after, self.now.steps, self.seconds)
 
     def _loop(self) -> None:
-        shown = self.progress and sys.stderr.isatty()
-        with tqdm(total=self.total, desc="attnprune: recovery", disable=not shown, leave=False) as bar:
-            bar.update(self.now.steps)
+        with bar(what="recovery", shown=self.progress, total=self.total, initial=self.now.steps) as shown:
             while not self.now.over:
                 began = time.monotonic()
                 loss = self.step(self.share)
                 self.longest = max(self.longest, time.monotonic() - began)
-                bar.update(1)
-                if shown:
-                    losses = f"{self.now.before:.4g} before, {loss:.4g} now, {self.now.after:.4g} held out"
-                    bar.set_postfix_str(losses, refresh=False)
+                losses = f"{self.now.before:.4g} before, {loss:.4g} now, {self.now.after:.4g} held out"
+                shown.set_postfix_str(losses, refresh=False)
+                shown.update()
                 share = self.share
                 alarm = not loss <= CUT * (self.now.before or 0.0) and self.now.alarms < CHECKS
                 self.now.alarms += alarm

@@ -106,7 +106,7 @@ def measured(model: nn.Module, surgeon: Surgeon, plan: Plan, example_inputs: Any
 
 
 SMALL = 512
-"""Width below which, on a CPU, ragged heads were measured to cost more than they save (README, docs/running.rst)."""
+"""Width below which, on a CPU, ragged heads were measured to cost more than they save (docs/benchmarks/speed)."""
 
 
 def slow_shapes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:

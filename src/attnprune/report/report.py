@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import fsum
 from typing import Any
 
 from ..families.looks import Skipped
@@ -16,6 +15,7 @@ from ..values.layer_plan import LayerPlan
 from ..values.layout import PROJECTIONS, Projection
 from ..values.plan import Plan
 from ..values.recovery import Recovered
+from ..values.tables import aligned, html_table
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,7 @@ class Report:
         ``latency``, ``macs`` or ``params`` that may be left; of a ``target_error`` that ``error``.
         """
         asked = self.plan.asked
-        if asked is None:
-            return None
-        if asked.budget is not None:
-            return {asked.budget.resource: asked.budget.share}
-        if asked.target_error is not None:
-            return {"error": asked.target_error}
-        if "auto" not in asked.split.split("+"):
-            return {p: asked.ratios.of(p) for p in PROJECTIONS}
-        sizes = {p: sum(spec.weights(p) for spec in self.plan.specs) for p in PROJECTIONS}
-        return {"qkvo": fsum(asked.ratios.of(p) * size for p, size in sizes.items()) / (sum(sizes.values()) or 1)}
+        return None if asked is None else asked.shares(self.plan.specs)
 
     @property
     def achieved(self) -> dict[Projection, float]:
@@ -161,23 +152,6 @@ class Report:
         seconds = None if found is None else list(found.seconds)
         return {"promised": promised, "measured": measured, "seconds": seconds}
 
-    def _rows(self) -> list[list[str]]:
-        rows = [["attention", "heads", "qk", "vo", *PROJECTIONS]]
-        for layer in self.layers:
-            before, after = layer.spec, layer.after
-            rows.append([
-                before.name or "(model)",
-                _arrow(str(before.heads), str(after.heads)),
-                _arrow(_dims(before.qk_dims), _dims(after.qk_dims)),
-                _arrow(_dims(before.vo_dims), _dims(after.vo_dims)),
-                *(f"-{layer.fraction(p):.1%}" for p in PROJECTIONS),
-            ])  # fmt: skip
-        rows.append(["achieved", "", "", "", *(f"-{share:.1%}" for share in self.achieved.values())])
-        asked = self.asked
-        if asked is not None and asked.keys() == set(PROJECTIONS):
-            rows.append(["asked", "", "", "", *(f"-{share:.1%}" for share in asked.values())])
-        return rows
-
     def _totals(self) -> list[str]:
         totals = {"attention parameters": self.attention_parameters, "model parameters": self.model_parameters}
         if self.macs is not None:
@@ -189,22 +163,8 @@ class Report:
         if self.latency is not None:
             a, b = (seconds * 1000 for seconds in self.latency.seconds)
             lines.append(f"latency, measured: {a:,.1f} ms -> {b:,.1f} ms (x {self.latency.ratio:.3f})")
-        wanted, budget = self.asked or {}, self._promised
-        if "qkvo" in wanted:
-            lines.append(f"asked: -{wanted['qkvo']:.1%} of q, k, v and o together, wherever it costs least")
-        if budget is not None:
-            verb = "predicted" if budget.resource == "latency" else "counted"
-            got = "" if budget.promised is None else f", {verb} x {budget.promised:.3f}"
-            lines.append(f"budget: {_RESOURCES[budget.resource]} x {budget.share:.3f}{got}")
-        asked = self.plan.asked
-        if asked is not None:
-            how = [asked.granularity, asked.scope, f"{asked.heads} heads", asked.scorer, f"{asked.split} split"]
-            how += [f"{asked.basis} basis"] * (asked.basis != "channels") + ["refitted"] * asked.refits
-            how += [f"rounded {asked.rounding}"] * (asked.rounding != "nearest")
-            how += [f"rounded to {asked.round_to}"] * (asked.round_to > 1) + ["matched dims"] * asked.match_dims
-            if asked.target_error is not None:
-                how.append(f"losing at most {asked.target_error:.2%} of energy")
-            lines.append(f"how: {', '.join(how)}")
+        if self.plan.asked is not None:
+            lines += self.plan.asked.lines(self.plan.specs)
         if self.ways:
             counts = Counter(self.ways.values())
             lines.append(f"runs: {', '.join(f'{count} {way}' for way, count in counts.items())}")
@@ -218,34 +178,10 @@ class Report:
         return lines + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        rule = "-" * len(lines[0])
-        cut = 1 + len(self.layers)
-        return "\n".join([lines[0], rule, *lines[1:cut], rule, *lines[cut:], *self._totals()])
+        head, *lines = aligned(self.plan.table("achieved"))
+        rule, count = "-" * len(head), len(self.layers)
+        return "\n".join([head, rule, *lines[:count], rule, *lines[count:], *self._totals()])
 
     def _repr_html_(self) -> str:
-        import html  # costs 2 ms, and only notebooks need it
-
-        header, *body = self._rows()
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-        heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        totals = "<br>".join(html.escape(line) for line in self._totals())
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table><p>{totals}</p>"
-
-
-_RESOURCES = {"latency": "latency", "macs": "multiply-adds", "params": "model parameters"}
-
-
-def _dims(dims: tuple[int, ...]) -> str:
-    return str(dims[0]) if len(set(dims)) == 1 else f"{min(dims)}..{max(dims)}"
-
-
-def _arrow(before: str, after: str) -> str:
-    return before if before == after else f"{before} -> {after}"
+        header, *rows = self.plan.table("achieved")
+        return html_table(header, rows, self._totals())

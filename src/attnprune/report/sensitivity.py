@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from math import nan
 from typing import Any
 
-from ..errors import AttnPruneError, OptionError
+from ..errors import OptionError
 from ..values import fields
-from .text import aligned, html_table
+from ..values.tables import aligned, html_table
 
 FORMAT, VERSION = "attnprune.sensitivity", 1
 
@@ -102,8 +101,7 @@ class Sensitivity:
 
     def to_json(self) -> str:
         """JSON, keys sorted."""
-        whole = {"format": FORMAT, "version": VERSION, **self.to_dict()}
-        return json.dumps(whole, sort_keys=True, allow_nan=False)
+        return fields.document(FORMAT, VERSION, self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Sensitivity:
@@ -112,16 +110,8 @@ class Sensitivity:
         Raises:
             OptionError: malformed.
         """
-        try:
-            raw = fields.load(text)
-            found = dict(raw) if isinstance(raw, dict) else {}
-            said = found.pop("format", None), found.pop("version", None)
-            if said != (FORMAT, VERSION):
-                fields.fail("format", f"{FORMAT} of version {VERSION}", said)
+        with fields.opened(text, FORMAT, VERSION, OptionError, "write it with to_json") as found:
             return fields.read(cls, found)
-        except AttnPruneError as error:
-            where = f"sensitivity: {error.where.removeprefix('plan: ')}"
-            raise OptionError(where, error.expected, error.found, "write it with to_json") from error
 
     def rows(self) -> list[list[float]]:
         """``(attention modules, parts)``: the costs; NaN where there is none."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
 
-from ..errors import AttnPruneError, AttnPruneWarning, OptionError
+from ..errors import AttnPruneWarning, OptionError
 from ..values import fields
+from ..values.tables import aligned, html_table
 from .rows import SIZES, Row, Size, read_row
-from .text import aligned, html_table
 
 FORMAT, VERSION = "attnprune.sweep", 1
 COLUMNS = ("way", "ratio", "removed", "score", "change", "parameters", "multiply-adds", "latency", "memory")
@@ -114,8 +113,7 @@ class Sweep:
 
     def to_json(self) -> str:
         """JSON, keys sorted."""
-        whole = {"format": FORMAT, "version": VERSION, **self.to_dict()}
-        return json.dumps(whole, sort_keys=True, allow_nan=False)
+        return fields.document(FORMAT, VERSION, self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Sweep:
@@ -124,23 +122,16 @@ class Sweep:
         Raises:
             OptionError: malformed.
         """
-        try:
-            keys = {"format", "version", "dense", "rows", "ways", "higher_is_better"}
-            found = fields.mapping("file", fields.load(text), keys)
-            if (found["format"], found["version"]) != (FORMAT, VERSION):
-                fields.fail("format", f"{FORMAT} of version {VERSION}", (found["format"], found["version"]))
-            rows = tuple(read_row(one) for one in fields.array("rows", found["rows"]))
-            ways = fields.mapping(
-                "ways", found["ways"], set(found["ways"]) if isinstance(found["ways"], dict) else {""}
-            )
+        with fields.opened(text, FORMAT, VERSION, OptionError, "write it with to_json") as found:
+            fields.mapping("file", found, {"dense", "rows", "ways", "higher_is_better"})
+            rows, ways = tuple(read_row(one) for one in fields.array("rows", found["rows"])), found["ways"]
+            if not isinstance(ways, dict):
+                fields.fail("ways", "a mapping", ways)
             for name, options in ways.items():
                 if not isinstance(options, dict):
                     fields.fail(f"ways.{name}", "a mapping", options)
             better = fields.boolean("higher_is_better", found["higher_is_better"])
             return cls(read_row(found["dense"]), rows, ways, better)
-        except AttnPruneError as error:
-            where = error.where.removeprefix("plan: ")
-            raise OptionError(f"sweep: {where}", error.expected, error.found, "write tables with to_json") from error
 
     def _cells(self) -> Iterator[list[str]]:
         for row in (self.dense, *self.rows):

@@ -46,7 +46,8 @@ def pareto(
         ImportError: matplotlib is not installed.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
+
+    from .picture import Picture
 
     names = list(dict.fromkeys(row.way for row in rows if row.score is not None))
     if not names:
@@ -54,7 +55,7 @@ def pareto(
     shown = [panel for panel in PANELS if dense.size(panel[0]) is not None][:2]
     columns = max(1, min(4, int(3.6 * len(shown) / (0.09 * max(map(len, names)) + 0.5))))
     lines = -(-(len(names) + 1) // columns)
-    figure = Figure((3.6 * len(shown) + 0.6, 3.5 + 0.17 * lines), layout="constrained")
+    figure = Picture((3.6 * len(shown) + 0.6, 3.5 + 0.17 * lines), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, (by, title) in zip(panels, shown, strict=True):
         base = dense.size(by) or 1.0
@@ -108,13 +109,13 @@ def sensitivity(
         OptionError: no costs.
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    from .picture import Picture
 
     if not rows:
         raise OptionError("sensitivity", "costs of at least one attention", "none", "pass what sensitivity gave")
     labels, where = _labels(list(rows))
     count = len(parts)
-    figure = Figure((5.2 + _margin(labels), 1.5 + max(0.14 * count + 0.08, 0.2) * len(labels)), layout="constrained")
+    figure = Picture((5.2 + _margin(labels), 1.5 + max(0.14 * count + 0.08, 0.2) * len(labels)), layout="constrained")
     panel = figure.subplots()
     styles: tuple[dict[str, Any], ...] = (
         {"facecolor": "0.75"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -10,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..api import masked, plan_for
+from ..bars import bar
 from ..calibration.batches import device_of, forward, to_device
 from ..calibration.losses import token_mask
 from ..calibration.quiet import evaluated
@@ -102,7 +101,7 @@ def sensitivity(
         faults.add(DataError("data", "at least two batches", "one", remedy))
     tried = () if faults else parts
     wanted: dict[str, Any] = {part: {part: ratio} if part != "layer" else ratio for part in tried}
-    seed, hidden = int(known.get("seed", 0)), not known.get("progress", True) or not sys.stderr.isatty()
+    seed, shown = int(known.get("seed", 0)), bool(known.get("progress", True))
 
     def ask(amount: Any, batches: Any) -> Request:
         asked = {**known, "scope": "local", "progress": False, "include": include, "exclude": exclude}
@@ -124,7 +123,7 @@ def sensitivity(
             judge = partial(scored, evaluate=evaluate, seed=seed)
         dense, sign = judge(copy), -1.0 if evaluate is None or not higher_is_better else 1.0
         costs: dict[tuple[str, str], Cost] = {}
-        for part, layer in tqdm(plans, desc="attnprune: sensitivity", disable=hidden, leave=False):
+        for part, layer in bar(plans, what="sensitivity", shown=shown):
             with masked(copy, Plan((layer,))):
                 cost = sign * (dense - judge(copy))
             costs[layer.spec.name, part] = Cost(layer.spec.name, part, _share(layer), cost)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -13,9 +12,9 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..api import decided_by, prepare_plan
+from ..bars import bar
 from ..calibration.batches import call_of, device_of, to_device
 from ..calibration.moments import Calibration
 from ..calibration.quiet import silenced
@@ -132,10 +131,9 @@ def sweep(
     key = "" if resume is None else given.key()
     tasks: list[tuple[Way, float]] = [(Way(DENSE, {}), 0.0), *((way, ratio) for way in found for ratio in asked)]
     rows: list[Row] = []
-    hidden = not known.get("progress", True) or not sys.stderr.isatty()
-    with tqdm(tasks, desc="attnprune: sweep", disable=hidden, leave=False) as bar:
-        for way, ratio in bar:
-            bar.set_postfix_str(f"{way.name}, {ratio:g}" if rows else way.name)
+    with bar(tasks, what="sweep", shown=bool(known.get("progress", True))) as shown:
+        for way, ratio in shown:
+            shown.set_postfix_str(f"{way.name}, {ratio:g}" if rows else way.name)
             own = "" if resume is None else digest(key, way.options, ratio)
             row = finished.get(own) if own else None
             if row is None:

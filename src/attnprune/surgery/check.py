@@ -209,9 +209,9 @@ def _check_joints(view: AttentionView, layer: LayerPlan) -> None:
     if view.read and any(joint.name == "weight" and joint.apart(view, layer.after) for joint in joints(view)):
         raise NotExpressibleError(
             view.name,
-            "one selection of features for Q, K and V, whose host reads their one weight",
+            "Q, K and V that read the same features, as the host reads them out of one weight",
             layer.after.describe(),
-            "give q, k and v one ratio, or exclude= this layer",
+            "give q and k one ratio and v none above that of o, or exclude= this layer",
         )
 
 

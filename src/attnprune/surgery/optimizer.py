@@ -16,7 +16,7 @@ from .optimizer_state import carried
 
 
 class Step(Protocol):
-    """Something that is done after everything is prepared, and can be undone."""
+    """Something that is done after everything is prepared, and can be undone, also before it was done."""
 
     def commit(self) -> Any: ...
 
@@ -24,17 +24,10 @@ class Step(Protocol):
 
 
 def commit_all(steps: Sequence[Step]) -> None:
-    """All steps, or none: if one fails, or the call that they are part of, they are undone and the error goes on."""
-    done: list[Step] = []
-    try:
-        for step in steps:
-            done.append(step)
-            undoing_with(step.undo)
-            step.commit()
-    except BaseException:
-        for step in reversed(done):
-            step.undo()
-        raise
+    """All steps, of a call that undoes them, the latest first, where it fails (:mod:`attnprune.nn.attempt`)."""
+    for step in steps:
+        undoing_with(step.undo)
+        step.commit()
 
 
 class Assignment:
@@ -73,9 +66,7 @@ class OptimizerPatch:
         self._before: tuple[list[tuple[list[nn.Parameter], list[str]]], dict[Any, Any], Any] | None = None
         successors: dict[int, list[ParamChange]] = {}
         for change in changes:
-            known = successors.setdefault(id(change.old), [])
-            if all(change.new is not other.new for other in known):
-                known.append(change)
+            successors.setdefault(id(change.old), []).append(change)
         rank = {id(parameter): i for i, parameter in enumerate(model.parameters())}
         own = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups: list[tuple[list[nn.Parameter], list[tuple[str, str]], bool]] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 from typing import Any
 
 from . import fields
@@ -10,8 +12,10 @@ from .budget import RESOURCES, Budget
 from .layout import PROJECTIONS
 from .method import Method
 from .ratios import Ratios
+from .spec import AttentionSpec
 
 _WORDS = ("granularity", "scope", "heads", "scorer", "split", "basis", "compensate")
+_RESOURCES = {"latency": "latency", "macs": "multiply-adds", "params": "model parameters"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,38 @@ class Asked:
             budget=self.budget.then(other.budget) if self.budget else None,
             **same,
         )
+
+    def shares(self, specs: Sequence[AttentionSpec]) -> dict[str, float]:
+        """What was to go, or to be left; :attr:`attnprune.Report.asked` says which.
+
+        Args:
+            specs: the attention modules that were considered.
+        """
+        if self.budget is not None:
+            return {self.budget.resource: self.budget.share}
+        if self.target_error is not None:
+            return {"error": self.target_error}
+        if not {"auto", "all"} & set(self.split.split("+")):
+            return {p: self.ratios.of(p) for p in PROJECTIONS}
+        sizes = {p: sum(spec.weights(p) for spec in specs) for p in PROJECTIONS}
+        return {"qkvo": fsum(self.ratios.of(p) * size for p, size in sizes.items()) / (sum(sizes.values()) or 1)}
+
+    def lines(self, specs: Sequence[AttentionSpec]) -> list[str]:
+        """Lines of text: what was asked, where no row of :meth:`attnprune.Plan.table` has it, and how."""
+        lines, shares = [], self.shares(specs)
+        if "qkvo" in shares:
+            lines.append(f"asked: -{shares['qkvo']:.1%} of q, k, v and o together, wherever it costs least")
+        if self.budget is not None:
+            verb, promised = "predicted" if self.budget.resource == "latency" else "counted", self.budget.promised
+            got = "" if promised is None else f", {verb} x {promised:.3f}"
+            lines.append(f"budget: {_RESOURCES[self.budget.resource]} x {self.budget.share:.3f}{got}")
+        how = [self.granularity, self.scope, f"{self.heads} heads", self.scorer, f"{self.split} split"]
+        how += [f"{self.basis} basis"] * (self.basis != "channels") + ["refitted"] * self.refits
+        how += [f"rounded {self.rounding}"] * (self.rounding != "nearest")
+        how += [f"rounded to {self.round_to}"] * (self.round_to > 1) + ["matched dims"] * self.match_dims
+        if self.target_error is not None:
+            how.append(f"losing at most {self.target_error:.2%} of energy")
+        return [*lines, f"how: {', '.join(how)}"]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; rounding to the nearest number of units, as usual, is left out."""

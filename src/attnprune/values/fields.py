@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from functools import lru_cache, partial
@@ -22,7 +23,7 @@ from typing import (
     get_type_hints,
 )  # fmt: skip
 
-from ..errors import PlanFormatError
+from ..errors import AttnPruneError, PlanFormatError
 
 MAX_COUNT = 1 << 20  # the largest number of heads, channels or widths that a file may claim
 T = TypeVar("T")
@@ -227,6 +228,33 @@ def _float(text: str) -> float:
 
 def _constant(text: str) -> NoReturn:
     fail("numbers", "finite numbers", text)
+
+
+def document(kind: str, version: int, value: Mapping[str, Any]) -> str:
+    """JSON text of a value that says what it is, keys sorted; :func:`opened` reads it."""
+    return json.dumps({"format": kind, "version": version, **value}, sort_keys=True, allow_nan=False)
+
+
+@contextmanager
+def opened(
+    text: str | bytes, kind: str, version: int, error: type[AttnPruneError], remedy: str
+) -> Iterator[dict[str, Any]]:
+    """What :func:`document` wrote, without what says what it is; a fault that is found inside the block is told as one
+    of the document.
+
+    Raises:
+        AttnPruneError: of the type ``error``: malformed, or of another kind or version.
+    """
+    try:
+        raw = load(text)
+        found = dict(raw) if isinstance(raw, dict) else {}
+        said = found.pop("format", None), found.pop("version", None)
+        if said != (kind, version) or isinstance(said[1], bool):
+            fail("format", f"{kind} of version {version}", said)
+        yield found
+    except AttnPruneError as fault:
+        where = f"{kind.removeprefix('attnprune.')}: {fault.where.removeprefix('plan: ')}"
+        raise error(where, fault.expected, fault.found, remedy) from fault
 
 
 def load(text: str | bytes, most: int = 1 << 23) -> object:

@@ -44,7 +44,9 @@ class Calibrated(Protocol):
 class _Scoring(TypedDict, total=False):
     split: Split
     """``"fixed"`` (the default): every projection loses its own ratio. ``"auto"``: the ratios' total is one budget of
-    attention weights, and the method finds who bears it: qk or vo, which layer, which head."""
+    attention weights, and the method finds who bears it: qk or vo, which layer, which head. ``"all"``: input features
+    of Q, K and V and output features of O bear it too, where they lose much less per weight than channels do; that
+    takes ``data`` and no scorer by name, and may pay where most is to go."""
     basis: Basis
     """``"channels"`` removes channels as they stand. ``"rotated"`` rotates every head into the basis in which the
     fewest directions carry the most, and removes directions; the result is plain Linears all the same. ``"auto"`` (the
@@ -59,7 +61,8 @@ class _Scoring(TypedDict, total=False):
     seed: int
     """For ``scorer="random"`` and projections of the output; 0 by default."""
     progress: bool
-    """Whether to show a progress bar over ``data``; True by default."""
+    """Whether to show how far it has come: a bar in a terminal or a notebook; elsewhere, where it takes more than 10 s,
+    lines of the logger ``attnprune`` at level INFO. True by default."""
 
 
 class ScoreOptions(_Scoring, total=False):
@@ -96,7 +99,7 @@ class PrunerOptions(_Scoring, total=False):
     """Plans whose result :func:`attnprune.export_stock` can write for plain transformers: every layer keeps as many
     heads and channels as every other, and as many qk as vo. Implies ``scope="local"`` and ``match_dims``."""
     scorer: Any
-    """``"auto"`` (the default): the best for what was given (see :doc:`closed_form`). ``"magnitude"``,
+    """``"auto"`` (the default): the best for what was given (see :doc:`/explanation/closed_form`). ``"magnitude"``,
     ``"magnitude-l1"``, ``"taylor"``, ``"fisher"``, ``"gate"``, ``"random"``, a :class:`attnprune.Scorer`, or an
     importance of Torch-Pruning: a scorer that you name keeps channels as they stand and refits nothing, unless
     ``basis`` or ``compensate`` say so."""
@@ -116,7 +119,7 @@ class PrunerOptions(_Scoring, total=False):
     target_latency: float | str | None
     """In place of ``qkvo_ratios``: the forward pass over ``example_inputs`` is to take this share of what it takes now,
     in (0, 1), or at most so long (``"20ms"``); what each shape takes is measured first, or given (see
-    :doc:`latency`)."""
+    :doc:`/how_to/latency`)."""
     target_macs: float | None
     """In place of ``qkvo_ratios``: the share of the whole model's multiply-adds over ``example_inputs``, or, above 1,
     how many there may be (``4e9``)."""

@@ -14,8 +14,9 @@ from ..errors import AttnPruneError, PlanFormatError
 from . import fields
 from .asked import Asked
 from .layer_plan import LayerPlan
-from .layout import PROJECTIONS, Projection
+from .layout import KINDS, PROJECTIONS, Projection
 from .spec import AttentionSpec
+from .tables import arrow, dims, html_table
 
 FORMAT = "attnprune.plan"
 VERSION = 6
@@ -32,6 +33,8 @@ _SINCE_3: dict[str, Any] = {"match_dims": False, "budget": None}
 @dataclass(frozen=True)
 class Plan:
     """What goes, by name, in the coordinates of the model it was made for. Frozen, hashable, JSON.
+
+    Notebooks show a table of it.
 
     >>> spec = AttentionSpec.of("attn", heads=2, head_dim=4, d_model=8)
     >>> plan = Plan((LayerPlan(spec, qk=((0,), (3,))),))
@@ -81,6 +84,27 @@ class Plan:
         """The share of a projection's weights that goes, over all layers of the plan."""
         before, after = (sum(s.weights(projection) for s in specs) for specs in (self.specs, self.after))
         return 1 - after / before if before else 0.0
+
+    def table(self, total: str = "removes") -> list[list[str]]:
+        """Rows of text: a heading, one for every attention, one for all of them, and what was asked where ratios were.
+
+        Args:
+            total: what the row for all of them is called.
+
+        >>> Plan((LayerPlan(AttentionSpec.of("attn", heads=2, head_dim=4, d_model=8), heads=(1,)),)).table()[1]
+        ['attn', '2 -> 1', '4', '4', '-50.0%', '-50.0%', '-50.0%', '-50.0%']
+        """
+        rows = [["attention", "heads", "qk", "vo", *PROJECTIONS]]
+        for layer in self.layers:
+            before, after = layer.spec, layer.after
+            sizes = [arrow(dims(before.dims(kind)), dims(after.dims(kind))) for kind in KINDS]
+            shares = [f"-{layer.fraction(p):.1%}" for p in PROJECTIONS]
+            rows.append([before.name or "(model)", arrow(before.heads, after.heads), *sizes, *shares])
+        rows.append([total, "", "", "", *(f"-{self.fraction(p):.1%}" for p in PROJECTIONS)])
+        asked = {} if self.asked is None else self.asked.shares(self.specs)
+        if asked.keys() == set(PROJECTIONS):
+            rows.append(["asked", "", "", "", *(f"-{share:.1%}" for share in asked.values())])
+        return rows
 
     def then(self, other: Plan) -> Plan:
         """One plan that does what this plan and then ``other`` do.
@@ -161,6 +185,13 @@ class Plan:
         layers = sum(not layer.empty for layer in self.layers)
         share = ", ".join(f"{p} {self.fraction(p):.1%}" for p in PROJECTIONS) if self.layers else "nothing"
         return f"Plan({layers} of {len(self.layers)} attention modules change: {share}; digest {self.digest[:12]})"
+
+    def _repr_html_(self) -> str:
+        header, *rows = self.table()
+        before, after = (sum(spec.parameters for spec in specs) for specs in (self.specs, self.after))
+        share = f" (x {after / before:.3f})" if before else ""
+        told = [f"attention parameters: {before:,} -> {after:,}{share}"]
+        return html_table(header, rows, [*told, *(self.asked.lines(self.specs) if self.asked else ())])
 
 
 def _brief(where: str, error: AttnPruneError) -> PlanFormatError:

@@ -13,19 +13,23 @@ from torch import Tensor
 from ..errors import NonFiniteError, ScorerError
 from .layout import KINDS, Kind
 from .spec import AttentionSpec
+from .tables import html_table
 
 LARGEST = 1e290  # sums of more would overflow
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """Importance of the units of one attention module; the lowest is removed first.
 
-    Kept as float64 on the CPU. Where heads are ragged, places beyond a head's own dim are ignored.
+    Kept as float64 on the CPU. Where heads are ragged, places beyond a head's own dim are ignored. Notebooks show a
+    table of it.
 
     >>> scores = Scores(qk=torch.ones(2, 4), vo=torch.ones(2, 4), head=torch.ones(2))
     >>> scores.qk.shape, scores.head.dtype
     (torch.Size([2, 4]), torch.float64)
+    >>> scores
+    Scores(qk: 2 x 4 from 1 to 1; vo: 2 x 4 from 1 to 1; head: 2 from 1 to 1)
     """
 
     qk: Tensor
@@ -79,6 +83,22 @@ class Scores:
             self._check_finite(spec, kind, self.of(kind)[real])
         self._check_finite(spec, "head", self.head)
 
+    def __repr__(self) -> str:
+        told = ((key, getattr(self, key)) for key in (*KINDS, "head"))
+        return f"Scores({'; '.join(f'{key}: {_size(values)}{_range(values)}' for key, values in told)})"
+
+    def _repr_html_(self) -> str:
+        keys, heads = len(self.qk), len(self.head)
+        shared = heads // keys if keys and heads % keys == 0 else 0  # query heads of a key head
+        rows = []
+        for key in range(keys):
+            wholes = self.head[key * shared : (key + 1) * shared].tolist()
+            middle = [text for kind in KINDS for text in _middle(self.of(kind)[key])]
+            rows.append([str(key), *middle, ", ".join(f"{value:.3g}" for value in wholes)])
+        columns = [f"{kind} channels, {what}" for kind in KINDS for what in ("least", "mean", "most")]
+        first, last = ("head", "whole head") if shared == 1 else ("key head", "its heads")
+        return html_table([first, *columns, last], rows, ["the lowest go first"])
+
     @staticmethod
     def _check_finite(spec: AttentionSpec, key: str, values: Tensor) -> None:
         bad = int((~(values.abs() < LARGEST)).sum())
@@ -95,3 +115,25 @@ def exists(spec: AttentionSpec, kind: Kind) -> Tensor:
     """``(key heads, dim)`` bool: which places of a score matrix are channels of the module (all, unless ragged)."""
     dims = torch.tensor(spec.dims(kind), device="cpu")
     return torch.arange(int(dims.max()), device="cpu") < dims[:, None]
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Places beyond a ragged head's own dim may hold anything."""
+    return values[values.isfinite()]
+
+
+def _middle(values: Tensor) -> list[str]:
+    """The least, the mean and the most."""
+    real = _finite(values)
+    if not real.numel():
+        return ["-"] * 3
+    return [f"{float(value):.3g}" for value in (real.min(), real.mean(), real.max())]
+
+
+def _size(values: Tensor) -> str:
+    return " x ".join(map(str, values.shape))
+
+
+def _range(values: Tensor) -> str:
+    least, _, most = _middle(values)
+    return "" if least == "-" else f" from {least} to {most}"

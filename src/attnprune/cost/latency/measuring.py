@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, product
@@ -13,8 +12,8 @@ from typing import Any
 from warnings import warn
 
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ...bars import bar
 from ...errors import AttnPruneWarning, LatencyError, OptionError
 from ...families.base import AttentionView
 from ...families.registry import find_views, plain
@@ -170,7 +169,7 @@ def _measured(
     passes = max(-(-len(each) // len(group)) for each, group in zip(points, members, strict=True))
     with Stopwatch(model, views, example_inputs) as watch:
         started, rounds = monotonic(), 0
-        bar = tqdm(desc="attnprune: latency", disable=not progress or not sys.stderr.isatty(), leave=False)
+        shown = bar(what="latency", shown=progress)
         while rounds < 3 or (monotonic() - started < seconds and rounds < 100):
             for turn in range(passes):
                 places = {i: (turn * len(group) + j + 5 * rounds) % len(points[g])
@@ -183,8 +182,8 @@ def _measured(
                 for i, place in places.items():
                     shares[layers[i][1]][place].append(parts[i] / dense)
             rounds += 1
-            bar.update()
-        bar.close()
+            shown.update()
+        shown.close()
     found = tuple(Grid(*axes, tuple(median(one) for one in each)) for axes, each in zip(grids, shares, strict=True))
     return LatencyTable(machine, median(totals), median(rests), tuple(layers), found, step, rounds)
 

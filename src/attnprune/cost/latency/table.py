@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
+from typing import Any
 
-from ...errors import AttnPruneError, LatencyError
+from ...errors import LatencyError
 from ...values import fields
 from ...values.layout import Kind
 from ...values.plan import Plan
@@ -126,10 +126,13 @@ class LatencyTable:
         specs = after.after if isinstance(after, Plan) else after
         return 1.0 - fsum(self.grid(spec.name).shares[-1] - self.share(spec) for spec in specs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return fields.to_dict(self)
+
     def to_json(self) -> str:
         """JSON, keys sorted."""
-        whole = {"format": FORMAT, "version": VERSION, **fields.to_dict(self)}
-        return json.dumps(whole, sort_keys=True, allow_nan=False)
+        return fields.document(FORMAT, VERSION, self.to_dict())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> LatencyTable:
@@ -138,27 +141,20 @@ class LatencyTable:
         Raises:
             LatencyError: malformed.
         """
-        try:
-            return cls._read(fields.load(text))
-        except AttnPruneError as error:
-            where = error.where.removeprefix("plan: ")
-            raise LatencyError(f"latency table: {where}", error.expected, error.found, "measure anew") from error
+        with fields.opened(text, FORMAT, VERSION, LatencyError, "measure anew") as found:
+            table = fields.read(cls, found)
+            table._check()
+            return table
 
-    @classmethod
-    def _read(cls, raw: object) -> LatencyTable:
-        found = dict(raw) if isinstance(raw, dict) else {}
-        said = found.pop("format", None), found.pop("version", None)
-        if said != (FORMAT, VERSION) or isinstance(said[1], bool):
-            fields.fail("format", f"{FORMAT} of version {VERSION}", said)
-        table = fields.read(cls, found)
-        for i, grid in enumerate(table.grids):
+    def _check(self) -> None:
+        """Raises where grids and layers do not fit one another."""
+        for i, grid in enumerate(self.grids):
             for axis in (grid.heads, grid.qk, grid.vo):
                 if not axis or list(axis) != sorted(set(axis)):
                     fields.fail(f"grids[{i}]", "ascending levels", axis)
             if (size := len(grid.heads) * len(grid.qk) * len(grid.vo)) != len(grid.shares):
                 fields.fail(f"grids[{i}].shares", f"a list of {size}", len(grid.shares))
-        for i, (_, number) in enumerate(table.layers):
-            fields.integer(f"layers[{i}]", number, high=len(table.grids) - 1)
-        if len({name for name, _ in table.layers}) != len(table.layers):
-            fields.fail("layers", "each layer once", len(table.layers))
-        return table
+        for i, (_, number) in enumerate(self.layers):
+            fields.integer(f"layers[{i}]", number, high=len(self.grids) - 1)
+        if len({name for name, _ in self.layers}) != len(self.layers):
+            fields.fail("layers", "each layer once", len(self.layers))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ...bars import bar
 from ...calibration.batches import device_of
 from ...calibration.quiet import evaluated
 from ...families.base import AttentionView
@@ -108,9 +107,8 @@ def _paired(
     seconds: float | None,
 ) -> Times:
     names, times = list(functions), Times()
-    hidden = not progress or not sys.stderr.isatty()
     begun, number, done = perf_counter(), -warm_up, 0
-    bar = tqdm(total=warm_up + rounds, desc="attnprune: rounds", disable=hidden, leave=False)
+    shown = bar(what="rounds", shown=progress, total=warm_up + rounds)
     while number < rounds:
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
@@ -126,11 +124,11 @@ def _paired(
                 for key, value in found.items():
                     times.setdefault(key, []).append(value)
         done, spent = done + 1, perf_counter() - begun
-        bar.update()
+        shown.update()
         if seconds is not None and number >= 0 and spent * (done + 1) / done > seconds:
             break
         number = 0 if seconds is not None and number < 0 and spent > seconds / 5 else number + 1
-    bar.close()
+    shown.close()
     return times
 
 

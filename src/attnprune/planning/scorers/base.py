@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+FeatureScores = dict[str, dict[Projection, Tensor]]
+"""By the attention's name and projection ``(features,)``, of those that it reads or writes, ascending."""
+
+
 class Evidence(TypedDict, total=False):
     """What a scorer may learn from: keywords of :meth:`Scorer.score`."""
 
@@ -78,7 +82,7 @@ class Scorer(ABC):
         views: Sequence[AttentionView],
         which: Sequence[Projection],
         **evidence: Unpack[Evidence],
-    ) -> dict[str, dict[Projection, Tensor]]:
+    ) -> FeatureScores:
         """Scores for the features of some projections: of Q, K and V what they read, of O what it writes. Asked for
         where one of a pair is to lose more than the other.
 
@@ -98,6 +102,34 @@ class Scorer(ABC):
             "a scorer of channels and heads alone",
             "write score_features, give q and k (v and o) one ratio, or use another scorer",
         )
+
+
+class WeightScorer(Scorer):
+    """A scorer that looks at one attention's weights at a time; ``model`` may be None, and nothing is learned."""
+
+    @torch.no_grad()
+    def score(
+        self, model: nn.Module | None, views: Sequence[AttentionView], **_: Unpack[Evidence]
+    ) -> dict[str, Scores]:
+        return {view.name: self.units(view) for view in views}
+
+    @torch.no_grad()
+    def score_features(
+        self,
+        model: nn.Module | None,
+        views: Sequence[AttentionView],
+        which: Sequence[Projection],
+        **_: Unpack[Evidence],
+    ) -> FeatureScores:
+        return {view.name: {p: self.features(view, p) for p in which} for view in views}
+
+    @abstractmethod
+    def units(self, view: AttentionView) -> Scores:
+        """Of one attention."""
+
+    @abstractmethod
+    def features(self, view: AttentionView, projection: Projection) -> Tensor:
+        """``(features,)`` of one projection, float64, on the CPU."""
 
 
 def weights_of(view: AttentionView, projection: Projection) -> Tensor:

@@ -17,7 +17,7 @@ from ...families.base import AttentionView
 from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
-from .base import Evidence
+from .base import Evidence, FeatureScores
 from .gradient import (
     Gradients,
     GradientScorer,
@@ -82,7 +82,7 @@ class Fisher(GradientScorer):
         views: Sequence[AttentionView],
         which: Sequence[Projection],
         **evidence: Unpack[Evidence],
-    ) -> dict[str, dict[Projection, Tensor]]:
+    ) -> FeatureScores:
         if not self.per_sample:
             return super().score_features(model, views, which, **evidence)
         sums, count = squared_gradients(model, views, which, features=True, **evidence)

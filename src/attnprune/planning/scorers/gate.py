@@ -19,7 +19,7 @@ from ...families.base import AttentionView
 from ...surgery import as_called
 from ...values.layout import HeadLayout, Kind, Projection
 from ...values.scores import Scores
-from .base import Evidence, Scorer
+from .base import Evidence, FeatureScores, Scorer
 from .feature_gates import FeatureGates, Side, added, by_sample
 from .gradient import check_finite, check_reached, listen, sample_gradients, sequences
 
@@ -92,7 +92,7 @@ class Gate(Scorer):
         views: Sequence[AttentionView],
         which: Sequence[Projection],
         **evidence: Unpack[Evidence],
-    ) -> dict[str, dict[Projection, Tensor]]:
+    ) -> FeatureScores:
         loss_fn = evidence.get("loss_fn") or projection_loss(self.seed, self.metric, evidence.get("output_fn"))
         evidence = {**evidence, "data": self._some(evidence.get("data")), "loss_fn": loss_fn}
         with as_called(views) as tapped, undisturbed(model, ()), ExitStack() as hooks:

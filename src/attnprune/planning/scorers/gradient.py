@@ -20,7 +20,7 @@ from ...families.slots import Slot
 from ...nn.outputs import OutputFn
 from ...values.layout import Projection
 from ...values.scores import Scores
-from .base import Evidence, Scorer
+from .base import Evidence, FeatureScores, Scorer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -208,7 +208,7 @@ class GradientScorer(Scorer):
         views: Sequence[AttentionView],
         which: Sequence[Projection],
         **evidence: Unpack[Evidence],
-    ) -> dict[str, dict[Projection, Tensor]]:
+    ) -> FeatureScores:
         def reduce(view: AttentionView, grads: Gradients) -> tuple[Tensor, ...]:
             return tuple(self.reduce_features(view, grads, p) for p in which)
 

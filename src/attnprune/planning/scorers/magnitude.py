@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import OptionError
 from ...families.base import AttentionView
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
-from .base import Evidence, Scorer, weights_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .base import WeightScorer, weights_of
 
 
-class Magnitude(Scorer):
+class Magnitude(WeightScorer):
     """``MAG`` of the paper: the p-norm of a unit's weights, averaged over the projections that share the unit.
 
     A qk channel scores ``(|Q row| + |K row|) / 2``, a vo channel ``(|V row| + |O column|) / 2``, a head the mean of
@@ -44,13 +38,7 @@ class Magnitude(Scorer):
     def name(self) -> str:
         return "magnitude" if self.p == 2 else f"magnitude-l{self.p}"
 
-    @torch.no_grad()
-    def score(
-        self, model: nn.Module | None, views: Sequence[AttentionView], **_: Unpack[Evidence]
-    ) -> dict[str, Scores]:
-        return {view.name: self._one(view) for view in views}
-
-    def _one(self, view: AttentionView) -> Scores:
+    def units(self, view: AttentionView) -> Scores:
         norms: dict[Projection, Tensor] = {
             p: torch.linalg.vector_norm(view.weight(p), self.p, dim=-1, dtype=torch.float64).cpu() for p in PROJECTIONS
         }
@@ -63,18 +51,7 @@ class Magnitude(Scorer):
             whole.append(heads[key_of] if p in "kv" else heads)
         return Scores(qk, vo, torch.stack(whole).mean(0))
 
-    @torch.no_grad()
-    def score_features(
-        self,
-        model: nn.Module | None,
-        views: Sequence[AttentionView],
-        which: Sequence[Projection],
-        **_: Unpack[Evidence],
-    ) -> dict[str, dict[Projection, Tensor]]:
-        return {
-            view.name: {
-                p: torch.linalg.vector_norm(weights_of(view, p), self.p, dim=0, dtype=torch.float64).cpu()
-                for p in which
-            }
-            for view in views
-        }
+    def features(self, view: AttentionView, projection: Projection) -> Tensor:
+        weights = weights_of(view, projection)
+        norms: Tensor = torch.linalg.vector_norm(weights, self.p, dim=0, dtype=torch.float64)
+        return norms.cpu()

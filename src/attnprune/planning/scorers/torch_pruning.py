@@ -17,7 +17,7 @@ from ...families.slots import gathered
 from ...surgery import as_called
 from ...values.layout import PROJECTIONS, Projection
 from ...values.scores import Scores
-from .base import Evidence, Scorer
+from .base import Evidence, FeatureScores, Scorer
 from .gradient import Gradients, gradients, head_sums
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ class TorchPruning(Scorer):
         views: Sequence[AttentionView],
         which: Sequence[Projection],
         **evidence: Unpack[Evidence],
-    ) -> dict[str, dict[Projection, Tensor]]:
+    ) -> FeatureScores:
         if evidence.get("data") is not None:
             grads = self._gradients(model, views, **evidence)
         else:
             grads = {view.name: self._held(view) for view in views}
-        found: dict[str, dict[Projection, Tensor]] = {}
+        found: FeatureScores = {}
         with as_called(views) as linears, torch.random.fork_rng(devices=()):
             for view in linears:
                 for p in which:

@@ -1,0 +1,1 @@
+"""The figures of README and documentation: what makes them, and where they stand."""
