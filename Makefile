@@ -5,8 +5,8 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help demo test lint types unit docs pictures figures notebooks matrix test-all test-exact fuzz bench bench-streaming
-.PHONY: test-compat test-latest test-oldest test-wheel clean
+.PHONY: help demo test lint types unit docs pictures figures notebooks matrix test-all test-exact fuzz
+.PHONY: mutations bench bench-streaming test-compat test-latest test-oldest test-wheel clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, about four minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make matrix       every model family pruned and checked, an hour or two; writes docs/reference/matrix.rst"
 	@echo "make test-exact   the exactness law on 200 random cases for every family and mode"
 	@echo "make fuzz         10,000 broken directories and plans, 200 killed saves"
+	@echo "make mutations    faults put into the library one at a time; says which no test sees"
 	@echo "make bench        benchmarks against peers: tables, and bench/speed.json, .md and .png"
 	@echo "make bench-streaming  memory of pruning a checkpoint of 4 GB on the disk; needs 9 GB there"
 	@echo "make test-compat  the Hugging Face adapters under transformers 4.48 to 5, Lightning 2.4 and 2.5"
@@ -89,6 +90,9 @@ test-exact: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_files
+
+mutations: $(STAMP)
+	JOBS=$(JOBS) $(BIN)/python -m tests.mutations
 
 bench-streaming: $(STAMP)
 	$(BIN)/python benchmarks/streaming.py

@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 from attnprune import __version__
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +63,10 @@ nb_render_markdown_format = "gfm"  # of outputs: tables
 # Copied are the lines that one types, without prompts, and not what they print.
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+
+
+# Inside a union Sphinx shows such a name as the object that stands for it.
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name
 
 
 def setup(app):

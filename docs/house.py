@@ -35,14 +35,14 @@ ROOMS = {
     "integrations": Room(0, 0, FACES, ("pruning inside", "others' trainers")),
     "cli": Room(0, 1, FACES, ("the same as", "a command")),
     "by_hand": Room(0, 2, FACES, ("units that", "the user names")),
-    "training": Room(1, 0, ACTS, ("a share after another", "in a training loop")),
+    "training": Room(1, 0, ACTS, ("a share at a time,", "in a loop")),
     "studies": Room(1, 1, DECIDES, ("ways and layers", "side by side")),
-    "testing": Room(1, 2, FACES, ("the laws, for", "anybody's module")),
+    "testing": Room(1, 2, FACES, ("the laws, for", "any module")),
     "api": Room(2, 0, FACES, ("what users call: chains what is below",)),
     "planning": Room(3, 0, DECIDES, ("Scores, and who goes:", "a Plan")),
     "checkpoint": Room(3, 1, ACTS, ("models as directories", "of ordinary files")),
     "cost": Room(4, 0, DECIDES, ("multiply-adds,", "latency")),
-    "recovery": Room(4, 1, ACTS, ("what is left learns", "what is dense does")),
+    "recovery": Room(4, 1, ACTS, ("learns what the", "dense model does")),
     "report": Room(4, 2, DECIDES, ("a Report: asked", "and achieved")),
     "calibration": Room(5, 0, DECIDES, ("runs data: moments, bases, refits",)),
     "surgery": Room(6, 0, ACTS, ("carries out a Plan: all of it, or none",)),
@@ -117,7 +117,10 @@ def _box(name: str, left: float, top: float, width: float, height: float) -> str
     ]
     for number, line in enumerate(room.says):
         y = top + PADDING + TITLE + LINE * number + 11.5
-        lines.append(f'<text x="{middle:g}" y="{y:g}" text-anchor="middle" font-size="12.5">{escape(line)}</text>')
+        narrow = f' textLength="{width - 8:g}" lengthAdjust="spacingAndGlyphs"' if 7 * len(line) > width - 8 else ""
+        lines.append(
+            f'<text x="{middle:g}" y="{y:g}" text-anchor="middle" font-size="12"{narrow}>{escape(line)}</text>'
+        )
     return "\n".join(lines)
 
 

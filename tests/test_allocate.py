@@ -28,7 +28,9 @@ from attnprune import (
     make_plan,
     prune_attention,
 )
+from attnprune.cost.counting import parameter_prices, total
 from attnprune.families.base import AttentionView
+from attnprune.planning.allocate import Layer
 
 Array = NDArray[np.float64]
 LAYERS, HEADS, DIM, WIDTH = 3, 4, 8, 32
@@ -531,7 +533,8 @@ def test_rounding_goes_to_the_nearest(ratio: float, kept: int) -> None:
 def test_binary_fractions_lose_no_unit(ratio: float) -> None:
     """Three tenths of ten are three, though 0.3 is not three tenths."""
     specs = plain(layers=3, dim=10)
-    for rule in (Rules(), Rules(scope="local"), Rules(heads="ragged"), Rules(split="auto")):
+    rules = Rules(), Rules(scope="local"), Rules(heads="ragged"), Rules(split="auto"), Rules(rounding="up")
+    for rule in (*rules, Rules(rounding="down")):
         plan = allocate(specs, random_scores(specs, 1), Ratios.parse(ratio), rule)
         total = sum(freed(plan.layers, kind) for kind in ("qk", "vo"))
         assert total == round(ratio * 3 * 40 * 2) * 80
@@ -564,6 +567,87 @@ def test_costs_are_of_one_unit() -> None:
     scores = {"f": scored(five, [3.0] * 5), "e": scored(eight, [2.0] * 8)}
     plan = allocate([five, eight], scores, Ratios.parse(0.3), Rules("head", scope="global", round_to=4))
     assert [layer.after.heads for layer in plan] == [5, 4]
+
+
+def test_a_unit_of_grouped_heads_costs_what_its_heads_cost_together() -> None:
+    spec = AttentionSpec.of("a", heads=4, head_dim=2, d_model=8, kv_heads=2)
+    (layer,) = allocate([spec], {"a": scored(spec, [1.0, 4.0, 3.0, 3.0])}, Ratios.parse(0.5), Rules("head"))
+    assert layer.heads == (0, 1)
+
+
+def test_a_head_whose_keys_stay_for_others_costs_its_share_of_them() -> None:
+    """Four query heads of one key head: each frees half of what one with keys of its own frees, and costs a quarter."""
+    several = AttentionSpec.of("s", heads=4, head_dim=4, d_model=8, kv_heads=1)
+    own = AttentionSpec.of("o", heads=4, head_dim=4, d_model=8)
+    scores = {"s": scored(several, [1.0] * 4), "o": scored(own, [1.0] * 4)}
+    rules = Rules("joint", scope="global", heads="ragged", split="auto", min_channels=4)
+    plan = allocate([several, own], scores, Ratios.parse(0.2), rules)
+    assert [layer.heads for layer in plan] == [(0, 1), ()]
+
+
+SHARED = {
+    "heads of their own": {}, "groups": {"kv_heads": 2}, "one key head": {"kv_heads": 1}, "beside Q": {"q_extra": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("priced", [False, True])
+def test_a_move_frees_what_the_attention_then_costs_less(kind: str, priced: bool) -> None:
+    """One after the other, of every source."""
+    spec = AttentionSpec.of("a", heads=4, head_dim=4, d_model=8, v_in=5, **SHARED[kind])
+    prices = parameter_prices(spec) if priced else None
+    layer = Layer(spec, scored(spec, [1.0] * 4), Rules("joint", heads="ragged", split="auto"), prices)
+
+    def cost() -> int:
+        after = layer.plan().after
+        return total(after, prices) if prices else sum(after.weights(p) for p in ("q", "k", "v", "o"))
+
+    for name in ("qk", "head", "vo", "qk", "head", "qk"):
+        source = next((one for one in layer.sources() if one[0] == name), None)
+        move = None if source is None else layer.offer(source)
+        if move is not None:
+            before = cost()
+            layer.make(move)
+            assert sum(move.frees.values()) == before - cost(), (name, move)
+
+
+def test_a_head_costs_what_is_left_of_it() -> None:
+    spec = AttentionSpec.of("a", heads=2, head_dim=4, d_model=8)
+    scores = scored(spec, [1.0] * 2)
+    scores.qk[0] = torch.tensor([1.0, 5.0, 5.0, 5.0])
+    layer = Layer(spec, scores, Rules("joint", heads="ragged", split="auto"))
+    move = layer.offer(("qk", (0,)))
+    assert move is not None
+    layer.make(move)
+    head = layer.offer(("head", (0,)))
+    assert head is not None
+    assert head.cost == (15 + 4) / (3 * 16 + 4 * 16)
+
+
+def test_matched_dims_have_one_budget() -> None:
+    """A's pairs are cheap and mostly qk, B's are dear and mostly vo: with a budget each B would keep all."""
+    a = AttentionSpec.of("a", heads=1, head_dim=4, d_model=8, q_in=16, k_in=16, v_in=8)
+    b = AttentionSpec.of("b", heads=1, head_dim=4, d_model=16, q_in=8, k_in=8, v_in=16)
+    scores = {"a": scored(a, [1.0]), "b": scored(b, [1.0], 10.0)}
+    plan = allocate([a, b], scores, Ratios.parse(0.5), Rules(scope="global", match_dims=True))
+    assert [(layer.after.qk_dims, layer.after.vo_dims) for layer in plan] == [((1,), (1,)), ((3,), (3,))]
+
+
+def test_floors_may_be_reached() -> None:
+    spec = AttentionSpec.of("a", heads=4, head_dim=4, d_model=8)
+    for rules in (Rules(min_channels=2), Rules("head", min_heads=2)):
+        (layer,) = allocate([spec], {"a": scored(spec, [1.0] * 4)}, Ratios.parse(0.5), rules)
+        assert layer.fraction("q") == 0.5
+    small = AttentionSpec.of("a", heads=2, head_dim=4, d_model=8)
+    with pytest.raises(errors.AllocationError, match="round_to=8"):  # no channel can go, and more than a head should
+        allocate([small], {"a": scored(small, [1.0] * 2)}, Ratios.parse(0.75), Rules(heads="ragged", round_to=8))
+
+
+def test_what_stays_of_rotary_pairs_is_a_multiple_of_both() -> None:
+    spec = AttentionSpec.of("a", heads=2, head_dim=12, d_model=8, rotary="half", rotary_dims=(12, 12))
+    (layer,) = allocate([spec], {"a": scored(spec, [1.0] * 2)}, Ratios.parse(0.25), Rules(round_to=3))
+    assert layer.after.qk_dims == (6, 6)
+    assert layer.after.vo_dims == (9, 9)
 
 
 def test_ties_go_by_model_order_kind_and_head() -> None:

@@ -322,7 +322,9 @@ def test_device_and_dtype(tmp_path: Path) -> None:
     model = vit()
     prune_attention(model, 0.5)
     save_pruned(model.half(), tmp_path)
-    assert next(from_pretrained(tmp_path).parameters()).dtype == torch.float16
+    again = from_pretrained(tmp_path)
+    assert next(again.parameters()).dtype == torch.float16
+    assert not any(module.training for module in again.modules())
     wide = from_pretrained(tmp_path, dtype=torch.float64, device="cpu")
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
     assert all(torch.equal(p, wide.state_dict()[key].half()) for key, p in model.state_dict().items())
@@ -449,6 +451,10 @@ def test_dense_models_that_generate_merge_tensors_or_come_with_more_than_they_ne
     )  # fmt: skip
     experts.save_pretrained(tmp_path / "experts")  # each expert by itself; the model holds them in one tensor
     same(experts, from_pretrained(tmp_path / "experts"))
+    config = tmp_path / "experts/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 1 << 18}))
+    with pytest.raises(CheckpointError, match="a model of about"):
+        from_pretrained(tmp_path / "experts")
     model = vit()
     model.save_pretrained(tmp_path / "more")
     file = tmp_path / "more/model.safetensors"

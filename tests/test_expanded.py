@@ -311,6 +311,24 @@ def test_verify_knows_of_hosts_that_round_in_float64(rounds: bool) -> None:
         pruned()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_verify_looks_at_outputs_and_not_at_a_loss(apart: bool) -> None:
+    """A loss of outputs that agree is nothing but rounding."""
+    attention = randomised(nn.TransformerEncoderLayer(24, 4, 48, 0.0, batch_first=True))
+    model, x = nn.Sequential(attention, nn.Linear(24, 24)).double(), torch.randn(3, 9, 24, dtype=torch.float64)
+    plan, other = make_plan(model, 0.5), copy.deepcopy(model)
+    apply_plan(other, plan)
+
+    def loss(model: Any, batch: Tensor) -> Tensor:
+        """With the model as a whole, or part by part."""
+        return ((model[1](model[0](batch)) if apart else model(batch)) - other(batch)).detach().square().mean()
+
+    verified = prune_attention(model, 0.5, scorer="magnitude", data=[x], loss_fn=loss, verify=True).verified
+    assert verified is not None
+    assert verified.error < 1e-12
+    assert float(loss(model, x)) < 1e-20
+
+
 def test_verify_says_what_it_saw() -> None:
     model = fresh("ViT", 0, torch.float32)
     data = [{key: value.detach() for key, value in inputs("ViT", 0, dtype=torch.float32).items()}]

@@ -80,7 +80,7 @@ def test_runs_are_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert runs.execute(run)["result"] == {"seeds": [0], "x": 1.5}
     assert not runs.outdated(run)
     assert set(json.loads((tmp_path / "one.json").read_text())) == {
-        "command", "measured", "seconds", "environment", "inputs", "result",
+        "command", "measured", "seconds", "of a processor", "environment", "inputs", "result",
     }  # fmt: skip
     data.write_text("2")
     assert runs.outdated(run)

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from attnprune import AttentionPruner, apply_plan, make_plan, prune_attention, prune_channels, prune_heads
+from attnprune import AttentionPruner, apply_plan, make_plan, masked, prune_attention, prune_channels, prune_heads
 from attnprune.errors import OptimizerStateError
 
 X = torch.randn(8, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -145,6 +145,7 @@ def test_names_of_parameters_follow(prefix: str) -> None:
         for group in optimizer.param_groups:
             assert len(group["params"]) == len(group["param_names"])
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                assert name.startswith(prefix)
                 assert now[name.removeprefix(prefix)] is parameter
     assert "param_names" not in other.param_groups[0]
     again = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
@@ -337,22 +338,29 @@ def test_step_sizes_stay_positive_and_within_what_they_were(make: Any) -> None:
 
 
 def test_a_gain_of_queries_is_one_of_their_average_and_their_steps() -> None:
-    """ViT as the host runs it makes its softmax scale from the pruned head dim, so Q is multiplied."""
+    """MPNet as the host runs it makes its softmax scale from the pruned head dim, so Q is multiplied."""
     config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
-    model: Any = transformers.ViTModel(transformers.ViTConfig(**config, image_size=16, patch_size=8))
+    model: Any = transformers.MPNetModel(transformers.MPNetConfig(vocab_size=50, **config), add_pooling_layer=False)
     for kind, key in ((torch.optim.ASGD, "ax"), (torch.optim.Rprop, "step_size")):
-        one = copy.deepcopy(model)
+        one = copy.deepcopy(model).eval()
         optimizer = kind(one.parameters(), 1e-2)
-        query = one.layers[0].attention.q_proj
-        one(torch.randn(2, 3, 16, 16)).last_hidden_state.square().mean().backward()
+        query = one.encoder.layer[0].attention.attn.q
+        nn.init.normal_(query.bias)
+        one(IDS).last_hidden_state[..., 0].square().mean().backward()
         optimizer.step()
-        old = query.weight
+        old, old_bias = query.weight, query.bias
         plan = make_plan(one, 0.5, scope="local", heads="uniform")
         before = optimizer.state[old][key].clone()
+        with masked(one, plan):
+            expected = one(IDS).last_hidden_state
         apply_plan(one, plan, optimizer=optimizer)
         rows = [8 * head + channel for head, kept in plan.layers[0].stays("q") for channel in kept]
-        gain = (query.weight.detach() / old.detach()[rows]).mean()
+        gain = (4 / 8) ** 0.5
+        torch.testing.assert_close(query.weight, old[rows] * gain)
+        torch.testing.assert_close(query.bias, old_bias[rows] * gain)
         torch.testing.assert_close(optimizer.state[query.weight][key], before[rows] * gain)
+        torch.testing.assert_close(query.weight.grad, old.grad[rows] / gain)
+        torch.testing.assert_close(one(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("key", ["hessian", "z"])

@@ -160,7 +160,10 @@ def test_scores_are_means_and_those_that_are_missing_stay_out() -> None:
     figure = plots.scores({"a.0": one, "a.1": one})
     assert figure.axes[0].images[0].get_array().tolist() == [[2, 5], [2, 5]]
     assert figure.axes[2].images[0].get_array().tolist() == [[-1, 2], [-1, 2]]
+    assert {figure.axes[place].images[0].get_clim() for place in (0, 1)} == {(1, 5)}  # one scale for qk and vo
+    assert [bar.get_xlabel() for bar in figure.axes[3:]] == ["importance of a channel", "importance of a head"]
     channels = one.plot()
+    assert {panel.images[0].get_clim() for panel in channels.axes[:2]} == {(1, 5)}
     assert channels.axes[0].images[0].get_array().tolist() == [[1, 3], [5, None]]
     assert [bar.get_width() for bar in channels.axes[2].patches] == [-1, 2]
     FigureCanvasAgg(channels).draw()
@@ -232,14 +235,15 @@ def test_energy_curves_fall_from_one_to_zero(basis: str) -> None:
                 assert bool((curve.diff() <= 0).all())
 
 
-def test_a_panel_per_kind_and_attention_a_line_per_head(tmp_path: Path) -> None:
+def test_a_panel_per_attention_and_a_line_per_kind_and_head(tmp_path: Path) -> None:
     curves = energy_curves(fresh("ViT", 0))
     figure = plots.energy(curves, target_error=0.01, path=tmp_path / "energy.png")
-    assert len(figure.axes) == 2 * len(curves)
-    assert all(len(panel.lines) == 4 + 1 for panel in figure.axes)
-    qk = figure.axes[0].lines[2]
+    assert len(figure.axes) == len(curves)
+    assert all(len(panel.lines) == 2 * 4 + 1 for panel in figure.axes)
     name = next(iter(curves))
-    assert torch.allclose(torch.tensor(qk.get_ydata()), curves[name]["qk"][2].clamp_min(plots.FLOOR))
+    for kind, place in (("qk", 2), ("vo", 4 + 2)):
+        drawn = torch.tensor(figure.axes[0].lines[place].get_ydata())
+        assert torch.allclose(drawn, curves[name][kind][2].clamp_min(plots.FLOOR))
     assert (tmp_path / "energy.png").stat().st_size > 10_000
 
 
@@ -264,6 +268,6 @@ def test_refusals() -> None:
 
 def test_the_gallery_is_small_and_complete() -> None:
     page = (GALLERY.parents[1] / "how_to" / "gallery.rst").read_text()
-    shown = {line.split("gallery/")[1] for line in page.splitlines() if line.startswith(".. image::")}
+    shown = {line.split("gallery/")[1] for line in page.splitlines() if line.startswith(".. figure::")}
     assert shown == {path.name for path in GALLERY.iterdir()}
     assert all(path.stat().st_size < 60_000 for path in GALLERY.iterdir())

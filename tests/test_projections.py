@@ -183,6 +183,14 @@ def test_indices_are_ordinary_and_have_data_where_they_are_made(name: str) -> No
     assert some._buffers is buffers
 
 
+def test_a_projection_that_is_put_back_has_no_indices() -> None:
+    some = linear()
+    before = Snapshot([some])
+    select(some, [0, 3], 4, outputs=False)
+    before.restore()
+    assert (type(some), some._buffers, some._non_persistent_buffers_set) == (nn.Linear, {}, set())
+
+
 def test_skeletons_have_indices_with_data() -> None:
     some = cut(linear(), [0, 3]).to("meta")
     select(some, [0, 3], 4, outputs=False)

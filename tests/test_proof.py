@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +18,10 @@ from torch import Tensor, nn
 import attnprune
 from attnprune import apply_plan, find_attention, make_plan, masked
 from attnprune.errors import AttnPruneError
+from attnprune.families.proof.key import key_of
 from attnprune.families.registry import Survey
 
+from .conformance import fresh
 from .selection import examples
 
 CHANGES = {
@@ -374,3 +379,75 @@ def test_attention_is_also_known_by_what_it_does() -> None:
     with pytest.warns(attnprune.errors.AttnPruneWarning, match=r"b \(Hidden\)"):
         report = attnprune.prune_attention(model, 0.5, example_inputs=torch.randn(2, 5, 24))
     assert [one.name for one in report.skipped] == ["b"]
+
+
+class Odd(nn.Module):
+    """Attention that does more where something that it holds says so."""
+
+    def __init__(self, held: Any, ask: Any) -> None:
+        super().__init__()
+        self.num_heads, self.ask = 4, ask
+        if isinstance(held, Tensor):
+            self.register_buffer("held", held)
+        else:
+            self.held = held
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.ask(self.held):
+            q, k = q.abs() + q.cumsum(-1), 2 * k.flip(-1)
+        context: Tensor = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o_proj(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Slotted:
+    __slots__ = ("more",)
+
+    def __init__(self, more: bool) -> None:
+        self.more = more
+
+
+HELD: dict[str, tuple[Any, Any]] = {
+    "a list": (lambda more: [more], lambda held: held[0]),
+    "a dict in a list": (lambda more: [{"more": more}], lambda held: held[0]["more"]),
+    "a list with other things": (lambda more: [more, nn.Identity(), len], lambda held: held[0]),
+    "an object": (lambda more: SimpleNamespace(more=more), lambda held: held.more),
+    "an object with slots": (Slotted, lambda held: held.more),
+    "a tensor": (lambda more: [torch.tensor(float(more))], lambda held: bool(held[0])),
+    "a buffer": (torch.tensor, bool),
+    "an array": (lambda more: np.array([more]), lambda held: bool(held[0])),
+    "a dtype": (lambda more: torch.float64 if more else torch.float32, lambda held: held is torch.float64),
+    "a closure": (lambda more: lambda: more, lambda held: held()),
+    "a function": (lambda more: (lambda: 1) if more else (lambda: 0), lambda held: held()),
+    "a partial": (lambda more: partial(int, more), lambda held: held()),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_hosts_that_differ_in_what_they_hold_share_no_proof(held: str) -> None:
+    make, ask = HELD[held]
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    for more in (False, True, False):
+        model = Odd(make(more), ask).double().eval()
+        plan = make_plan(model, 0.5, scorer="magnitude", heads="ragged")
+        with masked(model, plan):
+            expected = model(x)
+        apply_plan(model, plan)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert key_of(Odd(make(True), ask)) == key_of(Odd(make(True), ask))
+
+
+@pytest.mark.parametrize("kind", ["submodule", "parameter", "attribute"])
+@pytest.mark.parametrize("name", ["facts", "head_rows", "_attend", "laid_out", "other"])
+def test_nothing_of_the_host_is_hidden(name: str, kind: str) -> None:
+    """A forward of ours has names too: hosts that use them keep their own."""
+    made: Any = {"submodule": nn.Linear(16, 16), "parameter": nn.Parameter(torch.ones(16)), "attribute": 2.0}[kind]
+    timm = fresh("TimmAttention", 0)
+    model = next(module for module in timm.modules() if type(module).__name__ == "Attention")
+    setattr(model, name, made)
+    dense = [spec.name for spec in find_attention(model)]
+    report = attnprune.prune_attention(model, 0.5, heads="ragged", scorer="magnitude")
+    assert getattr(model, name) is made
+    assert report.ways[dense[0]].startswith("decoupled" if name == "other" else "expanded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,19 @@ import torch
 import transformers
 from torch import nn
 
-from attnprune import make_plan, prune_attention
+from attnprune import AttentionSpec, LayerPlan, make_plan, prune_attention
 from attnprune.errors import TiedWeightsError
 from attnprune.families import find_views
+from attnprune.families.expansion import joints
 from attnprune.families.slots import Slot
-from attnprune.surgery import ParamChange, Surgeon
-from attnprune.surgery.maps import FeatureChange, Mix, Pick
+from attnprune.surgery import OptimizerPatch, ParamChange, Surgeon
+from attnprune.surgery.changes import gain_of, gains, joint_gain
+from attnprune.surgery.maps import FeatureChange, Mix, Pick, logical_channels
 from attnprune.surgery.patch import Operation, _Tensors, successor
+from attnprune.values.feature_maps import FeatureMaps
 
 from .test_interrupts import of_model
+from .test_optimizers import layer, train
 
 
 def slot(owner: nn.Module, size: int = 4, start: int = 0, axis: int = 0) -> Slot:
@@ -153,6 +158,39 @@ def test_mixed_channels_carry_gradients_by_the_dual_map() -> None:
     assert torch.equal(one.average(given), dual.square() @ given / dual.square().sum()), "a mean, positive as they are"
 
 
+# what biases gain
+
+
+def test_what_o_s_bias_gains_where_heads_are_not_stored_in_order() -> None:
+    """Shifts and means count channels head by head; heads of like dims are stored side by side."""
+    spec = AttentionSpec("a", 2, (1, 2, 1), (1, 2, 1), 1.0, 2, 2, 2)
+    assert spec.layout.stored("o") != [0, 1, 2]
+    places = logical_channels(spec.layout, "o")
+    weight, shift = torch.randn(4, 2, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)
+    expected = torch.stack([shift[place] * row for place, row in zip(places, weight, strict=True)]).sum(0)
+    maps = LayerPlan(spec).maps
+    moved = LayerPlan(spec, fold=replace(maps, shift=shift))
+    torch.testing.assert_close(gain_of(weight, moved), expected)
+    left = LayerPlan(spec, features=((), (), (), (1,)), refit=FeatureMaps(means=(((1,), shift),)))
+    torch.testing.assert_close(gain_of(weight, left), expected * torch.tensor([0.0, 1.0]))
+    assert gains(left)
+    assert not gains(LayerPlan(spec, fold=maps))
+
+
+def test_what_a_bias_of_several_projections_gains() -> None:
+    """GPT-2 holds Q, K and V in one: what K gains stands where K stands."""
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    (view,) = find_views(transformers.GPT2Model(config))
+    kept = [feature for feature in range(8) if feature != 3]
+    reads, shift = torch.eye(8)[:, kept], torch.arange(8.0)
+    layer = LayerPlan(view.spec, features=((), (3,), (), ()), refit=FeatureMaps({"k": reads}, {"k": shift}))
+    (joint,) = (one for one in joints(view) if one.name == "bias" and len(one.keys) == 3)
+    gain = joint_gain(view, joint, layer)
+    assert gain is not None
+    weight = view.slots["k.weight"].cut(view.slots["k.weight"].values)
+    torch.testing.assert_close(gain(), torch.cat([torch.zeros(8), weight @ shift, torch.zeros(8)]).double())
+
+
 # what is put back
 
 
@@ -176,3 +214,45 @@ def test_a_surgeon_that_is_interrupted_leaves_all_as_it_was(monkeypatch: pytest.
         surgeon.commit()
     assert len(ran) == 2
     assert of_model(model) == before
+
+
+def prepared(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Surgeon, OptimizerPatch]:
+    surgeon = Surgeon.prepare(model, find_views(model), make_plan(model, 0.5))
+    return surgeon, OptimizerPatch(optimizer, surgeon.changes, model)
+
+
+def test_a_patch_is_of_what_the_model_has_and_is_undone_whole() -> None:
+    model = layer()
+    named = list(model.named_parameters())
+    groups = [[pair for pair in named if "bias" in pair[0]][::-1], [pair for pair in named if "bias" not in pair[0]]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups])
+    train(model, optimizer)
+    before = [(group["params"][:], group["param_names"][:]) for group in optimizer.param_groups]
+    states = dict(optimizer.state)
+    surgeon, patch = prepared(model, optimizer)
+    patch.undo()  # which did nothing so far
+    for _ in range(2):
+        surgeon.commit()
+        patch.commit()
+        assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}, "nothing of what went stays"
+        first, second = (group["param_names"] for group in optimizer.param_groups)
+        names = [name for name, _ in model.named_parameters()]
+        assert second == [name for name in names if "bias" not in name], "a group in the model's order stays so"
+        assert [name.split(".")[0] for name in first][:2] == ["norm2", "norm1"], "one in another order, too"
+        patch.undo()
+        surgeon.undo()
+        assert [(group["params"], group["param_names"]) for group in optimizer.param_groups] == before
+        assert [*optimizer.state] == [*states]
+        assert all(optimizer.state[parameter] is state for parameter, state in states.items())
+
+
+def test_what_lbfgs_counted_is_forgotten_and_comes_back() -> None:
+    model = layer()
+    optimizer: Any = torch.optim.LBFGS(model.parameters())
+    count = optimizer._numel()
+    surgeon, patch = prepared(model, optimizer)
+    surgeon.commit()
+    patch.commit()
+    assert optimizer._numel() < count
+    patch.undo()
+    assert optimizer._numel_cache == count

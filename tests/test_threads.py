@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -21,7 +24,7 @@ from attnprune.nn.policy import execution, forced
 from .conformance import family, fresh, inputs
 from .selection import ALL
 
-ROUNDS = 200 if ALL else 2
+ROUNDS = int(os.environ.get("ATTNPRUNE_ROUNDS", 200 if ALL else 2))
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -209,6 +212,60 @@ def test_a_forward_that_never_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     handle.remove()
     assert isinstance(refused, BusyError)
     prune_attention(model, 0.5)
+
+
+@pytest.mark.parametrize("how", ["join", "event", "future"])
+def test_a_loss_that_waits_for_another_thread(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it waits for is refused there, and the call itself goes on."""
+    monkeypatch.setattr(attempt, "PATIENCE", 0.05)
+    found: list[Any] = []
+
+    def other(done: threading.Event | None = None) -> None:
+        try:
+            found.append(make_plan(encoder(1), 0.5))
+        except AttnPruneError as error:
+            found.append(error)
+        if done is not None:
+            done.set()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        done = threading.Event()
+        if how == "future":
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(other).result()
+        else:
+            thread = threading.Thread(target=other, args=(done,))
+            thread.start()
+            thread.join() if how == "join" else done.wait()
+        return model(x).square().mean()
+
+    plan = make_plan(encoder(0), 0.5, data=[X], loss_fn=loss, scorer="fisher", progress=False)
+    assert isinstance(plan, attnprune.Plan)
+    assert found
+    assert all(isinstance(one, BusyError) for one in found)
+    assert "maybe for this thread" in str(found[0])
+    monkeypatch.undo()
+    other()
+    assert isinstance(found[-1], attnprune.Plan)
+
+
+def test_a_call_that_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "PATIENCE", 0.02)
+    begun = threading.Event()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        begun.set()
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            pass
+        return model(x).square().mean()
+
+    def short() -> Any:
+        begun.wait(10)
+        return make_plan(encoder(1), 0.5)
+
+    long = partial(make_plan, encoder(0), 0.5, data=[X], loss_fn=loss, scorer="fisher", progress=False)
+    assert all(isinstance(one, attnprune.Plan) for one in at_once(long, short))
 
 
 @pytest.mark.parametrize("name", ["MHA", "ViT"])

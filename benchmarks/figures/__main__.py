@@ -76,6 +76,7 @@ def listed() -> None:
         own = kept(run.name)
         state = "out of date" if outdated(run) else "up to date"
         took = f", {own['seconds']} s" if "seconds" in own else ""
+        took += f" ({own['of a processor']} of a processor)" if "of a processor" in own else ""
         print(f"{run.name}: {state}, measured {own.get('measured', 'never')}{took}\n    python {run.command}")
     print("\nNot run here:")
     for name, why in sorted(ELSEWHERE.items()):

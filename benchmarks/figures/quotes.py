@@ -54,7 +54,7 @@ def quotes(results: Results) -> list[Quote]:
     """All of them."""
     return [
         *keywords(results), *byte_model(results), *llama(results), *whisper(results), *recovery(results),
-        *four_ratios(results), *protocol(results), *sweep(results), *timings(results),
+        *four_ratios(results), *outer_sides(results), *protocol(results), *sweep(results), *timings(results),
     ]  # fmt: skip
 
 
@@ -238,6 +238,21 @@ def four_ratios(results: Results) -> Iterator[Quote]:
         bare(min(apart), 2), bare(max(apart), 2), bare(min(outer), 2), f"{max(outer):.0f}",
         bare(min(later), 2), bare(max(later), 2), bare(min(beyond), 2), f"{max(beyond):.1f}",
     )  # fmt: skip
+
+
+def outer_sides(results: Results) -> Iterator[Quote]:
+    """Features beside channels in one budget: the loss over that of channels alone."""
+    shares = ("0.01", "0.04", "0.08")
+    rows: list[Row] = []
+    for share in ("50%", "75%"):
+        own = results["outer_sides_keywords"][share]
+        figures = [bare(own[outer]["loss"] / own["0"]["loss"], 2) for outer in shares]
+        rows.append(("keywords", ["{}%", *["{}"] * 3], [f"{100 * own['0']['removed']:.1f}", *figures]))
+    head = ["task", "removed", "1 % of it from features", "4 %", "8 %"]
+    yield table(head, rows)
+    texts = [results["outer_sides_minilm"][share] for share in ("50%", "75%")]
+    over = [bare(own["0.02"]["loss"] / own["0"]["loss"], 2) for own in texts]
+    yield Quote("on minilm 2 % make the loss {} times as large at 50 % and {} times at 75 %", *over)
 
 
 def protocol(results: Results) -> Iterator[Quote]:

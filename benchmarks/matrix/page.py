@@ -199,7 +199,7 @@ def support(rows: Mapping[str, Row]) -> str:
 
 def _word(said: str) -> str:
     """A cell in a word."""
-    return {MARKS[PASSED]: "vo" if "vo alone" in said else "yes", MARKS[NOTHING]: "-"}.get(mark(said), "no")
+    return {MARKS[PASSED]: "vo" if "vo alone" in said else "yes", MARKS[NOTHING]: "n/a"}.get(mark(said), "no")
 
 
 EXPLAINED = (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..bars import bar
 from ..errors import AttnPruneError, DataError, OptionError
+from ..nn.attempt import MACHINE
 from ..nn.nested import tensors_in
 
 
@@ -36,6 +37,8 @@ class Call(NamedTuple):
                 return called(model, self.args, self.kwargs)
         try:
             return model(*self.args, **self.kwargs)
+        except MACHINE:
+            raise
         except Exception as error:  # whatever a model raises that does not take a mapping
             raise unfit(model, batch) from error
 
@@ -128,7 +131,7 @@ def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], w
     """
     try:
         return model(*args, **kwargs)
-    except (AttnPruneError, torch.cuda.OutOfMemoryError):
+    except (AttnPruneError, *MACHINE):
         raise
     except Exception as error:  # whatever a model raises where a dimension is missing
         if next(tensors_in([args, kwargs]), None) is None:
@@ -146,6 +149,8 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     try:
         with torch.no_grad():
             model(*args, **kwargs)
+    except MACHINE:
+        raise
     except Exception:  # whatever a model raises; that it does is the answer
         return False
     return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -53,4 +54,15 @@ def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator
     with evaluated(model), Unfused(), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
+        yield
+
+
+@contextmanager
+def silenced(kind: type[Warning]) -> Iterator[None]:
+    """Warnings of a kind are not shown."""
+    with undone() as undo:
+        stack = ExitStack()
+        undo.append(stack.close)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", kind)
         yield

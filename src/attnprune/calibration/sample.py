@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
+from ..nn.attempt import MACHINE, undone
 from ..nn.nested import tensors_in
 from ..nn.outputs import OutputFn, outputs_of
 from ..nn.unfused import Unfused
@@ -78,24 +81,59 @@ class Sample:
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """The tensors of the model's output (:func:`attnprune.nn.outputs.outputs_of`), in evaluation mode and without
-        gradients; the model is left as found."""
+        gradients; the model is left as found. Of a ``loss_fn`` it is what the model, or parts of it, give inside: a
+        loss near zero, as of two outputs that agree, is nothing but rounding."""
         with evaluated(model), Unfused():
             torch.default_generator.manual_seed(0)
-            output_fn = self.output_fn
             if self.example_inputs is not None:
                 output = _called(model, self.example_inputs)
             else:
                 batch = to_device(first_of(self._first), device_of(model))
-                output = forward(model, batch) if self.loss_fn is None else self.loss_fn(model, batch)
-                output_fn = None if self.loss_fn is not None else output_fn
-            return [one.tensor for one in outputs_of(output, output_fn)]
+                if self.loss_fn is not None:
+                    with _outermost(model) as given:
+                        loss = self.loss_fn(model, batch)
+                    return _tensors(given, self.output_fn) or _tensors([loss])
+                output = forward(model, batch)
+            return [one.tensor for one in outputs_of(output, self.output_fn)]
 
     def quietly(self, model: nn.Module) -> object:
         """Runs the model, whatever it raises about the inputs: that is said where they are needed."""
         try:
             return self.run(model) if self.given else None
+        except MACHINE:
+            raise
         except Exception:  # the result is verified with the same inputs, and the report says why it could not be
             return None
+
+
+@contextmanager
+def _outermost(model: nn.Module) -> Iterator[list[Any]]:
+    """What a model gives inside the block; or its parts, where they are called one by one."""
+    given: list[Any] = []
+    depth = [0]
+
+    def before(*_: Any) -> None:
+        depth[0] += 1
+
+    def after(_: nn.Module, inputs: Any, output: Any) -> None:
+        depth[0] -= 1
+        if not depth[0]:
+            given.append(output)
+
+    with undone() as undo:
+        for module in model.modules():
+            undo.append(module.register_forward_pre_hook(before).remove)
+            undo.append(module.register_forward_hook(after, always_call=True).remove)
+        yield given
+
+
+def _tensors(outputs: Sequence[Any], output_fn: OutputFn | None = None) -> list[Tensor]:
+    """The tensors of outputs, as far as they have any."""
+    found: list[Tensor] = []
+    for output in outputs:
+        with suppress(DataError):
+            found += [one.tensor for one in outputs_of(output, output_fn)]
+    return found
 
 
 class _Watched:

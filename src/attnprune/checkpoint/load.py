@@ -141,7 +141,7 @@ def _fitted(
     names: dict[str, str] | None = None,
     narrower: bool = False,
 ) -> tuple[Filling, bool]:
-    """Gives a dense model the shapes of a record, and checks that the weights fill it; if not, it is as it was.
+    """Gives a dense model the shapes of a record, and checks that the weights fill it.
 
     Also returns whether anything changed.
     """
@@ -149,12 +149,8 @@ def _fitted(
     if narrower:
         sizes = {**sizes, **resized(model, {name: entry.shape for name, entry in weights.entries.items()})}
     shaped = take_shapes(model, source.record.inside(model), sizes, MANIFEST, source.alone(weights.entries))
-    try:
-        names = source.names(model, weights.entries) if names is None else names
-        return Filling(model, weights, names, source.tied, MANIFEST), not shaped.plan.empty
-    except BaseException:
-        shaped.undo()
-        raise
+    names = source.names(model, weights.entries) if names is None else names
+    return Filling(model, weights, names, source.tied, MANIFEST), not shaped.plan.empty
 
 
 def _filled(

@@ -6,10 +6,10 @@ import inspect
 import json
 import logging
 import os
-import tempfile
-import warnings
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..calibration.quiet import evaluated
+from ..calibration.quiet import evaluated, silenced
 from ..errors import DataError, ExportError, OptionError
 from ..families.registry import plain, sound_views
+from ..nn.attempt import MACHINE, undone
+from ..nn.kept import ordinary
 from ..nn.unfused import Unfused
+from .folder import Folder
 
 Axes = tuple[int | str, ...]
 _LARGEST = 1_500_000_000  # bytes of weights inside an ONNX file, which may have 2 GB in all
@@ -38,6 +41,7 @@ class Exported(NamedTuple):
     """The largest difference from PyTorch's outputs, over the largest output; None where it was not checked."""
 
 
+@ordinary
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -83,18 +87,18 @@ def export_onnx(
         inputs = _named(model, example_inputs, batched)
         program, axes = _exported(model, inputs, _lengths(model, inputs) if long else {}, batched)
         program.model.metadata_props.update(_attention(model))
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            draft = Path(folder) / target.name
-            program.save(draft, external_data=_bytes(model) > _LARGEST)
-            error = None
-            if check is True or (check == "auto" and find_spec("onnxruntime") is not None):
-                error = _difference(model, draft, inputs, axes)
-                if not error <= tolerance:
-                    expected = f"outputs within {tolerance:g} of PyTorch's"
-                    remedy = "update onnx, onnxscript and onnxruntime, or allow more with tolerance="
-                    raise ExportError(target.name, expected, f"a difference of {error:.3g}", remedy)
-            for file in sorted(Path(folder).iterdir(), reverse=True):  # weights first
-                os.replace(file, target.parent / file.name)
+        folder = Folder(target.parent)
+        drafts = folder.drafts()
+        draft = drafts / target.name
+        program.save(draft, external_data=_bytes(model) > _LARGEST)
+        error = None
+        if check is True or (check == "auto" and find_spec("onnxruntime") is not None):
+            error = _difference(model, draft, inputs, axes)
+            if not error <= tolerance:
+                expected = f"outputs within {tolerance:g} of PyTorch's"
+                remedy = "update onnx, onnxscript and onnxruntime, or allow more with tolerance="
+                raise ExportError(target.name, expected, f"a difference of {error:.3g}", remedy)
+        folder.receive(drafts, re.compile(re.escape(f"{target.name}.data")))
     graph = program.model.graph
     return Exported(target, _shapes(graph.inputs), _shapes(graph.outputs), error)
 
@@ -162,6 +166,8 @@ def _lengths(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, set[in
         for places in (everywhere, second, {key: {1} if key == name else set() for key in inputs}):
             try:
                 model(**_shorter(inputs, places))
+            except MACHINE:
+                raise
             except Exception:
                 continue  # a trial: models refuse a size by any error; one on the inputs themselves is raised later
             return places
@@ -196,6 +202,8 @@ def _exported(
                     input_names=list(inputs), output_names=outputs,
                 )  # fmt: skip
             return program, axes
+        except MACHINE:
+            raise
         except Exception as error:
             failed = error
     cause = getattr(failed, "__cause__", None) or failed
@@ -217,14 +225,11 @@ def _output_names(output: Any) -> list[str] | None:
 def _silent() -> Iterator[None]:
     """The exporter's advice to its own developers would stand between the caller's output."""
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with undone() as undo:
+        undo.append(partial(logger.setLevel, logger.level))
+        logger.setLevel(logging.ERROR)
+        with silenced(Warning):
             yield
-    finally:
-        logger.setLevel(level)
 
 
 def _difference(
@@ -243,6 +248,8 @@ def _difference(
         names = [one.name for one in session.get_inputs()]
         try:
             found = session.run(None, {name: given[name].cpu().numpy() for name in names})
+        except MACHINE:
+            raise
         except Exception as error:
             sizes = {name: tuple(value.shape) for name, value in given.items()}
             raise ExportError(

@@ -16,6 +16,7 @@ from ..errors import NotExpressibleError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, plain
 from ..nn import host_class
+from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
 from ..values.spec import AttentionSpec
 from .folder import Folder
@@ -126,6 +127,8 @@ def check_stock(model: nn.Module, after: Sequence[AttentionSpec]) -> dict[str, A
     try:
         with torch.device("meta"):
             stock: nn.Module = host_class(model)(config)
+    except MACHINE:
+        raise
     except Exception as error:
         raise NotExpressibleError("config", "head_dim to be free", str(error)[:80], "use save_pruned") from error
     theirs = {view.name: view.spec for view in all_views(stock)}

@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..nn import Decoupled, decoupled_class, host_class
-from ..nn.decoupled import State, mixin_class
+from ..nn import Decoupled, host_class
+from ..nn.decoupled import State, mixin_class, recast
 from ..nn.expanded import Read
 from ..nn.rotary import Turning
 from ..values.layout import KIND_OF, PROJECTIONS, Kind, Projection
@@ -263,7 +263,7 @@ class AttentionView:
         state = self.next_state(spec, kept)._replace(packed=packed, dense=dense)
         if mixin.tells_channels(host_class(module)):
             state = telling(state, self.state, self.spec, spec, self.numbers if numbers is None else numbers)
-        module.__class__ = decoupled_class(mixin, host_class(module))
+        recast(module, mixin)
         module.attnprune_state = state  # type: ignore[assignment]
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.attempt import MACHINE
 from ..values.spec import AttentionSpec
 from .probe_cache import ProbeCache
 
@@ -90,6 +91,8 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
         try:
             found = inputs(torch.Generator("cpu").manual_seed(0), dtype)
             host(*positional(found), **found)
+        except MACHINE:
+            raise
         except Exception:  # the next one, then
             continue
         return list(_variants(signature, spec, inputs))

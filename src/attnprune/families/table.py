@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import AdapterError
+from ..nn.attempt import undoing_with
+from ..nn.kept import ordinary
 from .base import Adapter
 from .hf.family import HFEncoderAdapter, HFTwoModuleAdapter
 from .mha.family import MultiheadAttentionAdapter
@@ -32,6 +35,7 @@ def registered(adapter: Adapter) -> bool:
 _OWN = len(_ADAPTERS)
 
 
+@ordinary
 def register_adapter(adapter: Adapter | type[nn.Module], **parts: Unpack[Parts]) -> Adapter:
     """Adds an adapter; the newest is asked first, before those that come with attnprune.
 
@@ -71,10 +75,12 @@ def register_adapter(adapter: Adapter | type[nn.Module], **parts: Unpack[Parts])
         found = f"{adapter!r} with {', '.join(parts)}" if parts else repr(adapter)
         remedy = "write class Mine(attnprune.Adapter), or pass the class itself with the names of its parts"
         raise AdapterError("register_adapter", "an attention class, or an instance of attnprune.Adapter", found, remedy)
+    undoing_with(partial(_ADAPTERS.__setitem__, slice(None), [*_ADAPTERS]))
     _ADAPTERS.insert(0, adapter)
     return adapter
 
 
+@ordinary
 def unregister_adapter(adapter: Adapter) -> None:
     """Removes an adapter again.
 
@@ -83,4 +89,5 @@ def unregister_adapter(adapter: Adapter) -> None:
     """
     if adapter not in _ADAPTERS:
         raise AdapterError("unregister_adapter", "a registered adapter", repr(adapter), "pass what was registered")
+    undoing_with(partial(_ADAPTERS.__setitem__, slice(None), [*_ADAPTERS]))
     _ADAPTERS.remove(adapter)

@@ -16,6 +16,8 @@ from ..calibration.quiet import restored
 from ..errors import OptionError, TiedWeightsError
 from ..families.registry import all_views, find_views, plain
 from ..nn import host_class
+from ..nn.attempt import undoing_with, undone
+from ..nn.kept import ordinary
 from ..nn.selected import Selected, SelectedOutputs
 from ..nn.unfused import Unfused
 from ..recovery.blocks import find_blocks, is_linear
@@ -108,6 +110,7 @@ def _in_attention(model: nn.Module) -> set[int]:
     return {id(module) for view in all_views(model) for top in view.modules for module in top.modules()}
 
 
+@ordinary
 def lora_recover(
     model: nn.Module,
     data: Iterable[Any],
@@ -204,7 +207,8 @@ def lora_recover(
     data, validation = sized(data), None if validation is None else sized(validation)
     pattern = "|".join(re.escape(f"model.{name}") for name in targets)  # in full: a list would match by their ends
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
-    with _as_before(whole), _undone(values), _compact(whole, targets) as hear, torch.enable_grad():
+    undoing_with(_values(values))
+    with _as_before(whole), _compact(whole, targets) as hear, torch.enable_grad():
         torch.manual_seed(seed)
         tuner: Any = LoraModel(_Bare(whole), config, "default")
         hear()
@@ -214,22 +218,21 @@ def lora_recover(
         for parameter in values:
             parameter.requires_grad_(True)
         train(whole, data, validation, loss_fn, lr, epochs, warmup, DECAYS[decay], checks, never_worse, progress)
-        with _undone([p for name in targets for p in whole.get_submodule(name).parameters()]):
-            tuner.merge_and_unload()
+        undoing_with(_values(p for name in targets for p in whole.get_submodule(name).parameters()))
+        tuner.merge_and_unload()
     return model
 
 
-@contextmanager
-def _undone(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Where the block fails, parameters have the values again that they had before."""
-    saved = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, saved, strict=True):
-                parameter.copy_(value)
-        raise
+def _values(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Puts back what parameters hold now."""
+    saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def back() -> None:
+        for parameter, value in saved:
+            parameter.copy_(value)
+
+    return back
 
 
 class _Bare(nn.Module):
@@ -274,21 +277,28 @@ def _compact(model: nn.Module, targets: Sequence[str]) -> Iterator[Callable[[], 
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Modules, modes, flags and random state come back after the block; merged values stay, unless it fails."""
     saved = [(module, dict(module._parameters), dict(module._modules)) for module in model.modules()]
-    try:
-        with restored(model), Unfused():  # fused paths read weights past their updates
-            yield
-        with torch.no_grad():
-            for module, parameters, _ in saved:
-                for key, parameter in parameters.items():
-                    now = module._parameters.get(key)
-                    if parameter is not None and now is not None and now is not parameter:
-                        parameter.copy_(now)  # PEFT makes new parameters for packed attention
-    finally:
+
+    def back() -> None:
         for module, parameters, children in saved:
             for key in parameters:
                 module.__dict__.pop(key, None)
             module._parameters, module._modules = parameters, children
         model.__dict__.pop("peft_config", None)
+
+    with undone() as undo:
+        undo.append(back)
+        with restored(model), Unfused():  # fused paths read weights past their updates
+            yield
+        made = [
+            (parameter, now)  # PEFT makes new parameters for packed attention
+            for module, parameters, _ in saved
+            for key, parameter in parameters.items()
+            if parameter is not None and (now := module._parameters.get(key)) is not None and now is not parameter
+        ]
+        undoing_with(_values(parameter for parameter, _ in made))
+        with torch.no_grad():
+            for parameter, now in made:
+                parameter.copy_(now)
 
 
 def _meant(model: nn.Module, trained: Choices | None) -> list[str]:

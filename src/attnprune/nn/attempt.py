@@ -24,8 +24,10 @@ _TURN: dict[str, int] = {}
 _RUNNING = threading.local()
 """Of every thread, the innermost attempt."""
 os.register_at_fork(after_in_child=_TURN.clear)
+MACHINE = MemoryError, OSError, torch.cuda.OutOfMemoryError
+"""What fails for reasons of the machine, and so says nothing about a model that was tried: it is passed on."""
 PATIENCE = 60.0
-"""Seconds to wait for a forward pass of another thread to end."""
+"""Seconds to wait for a forward pass of another thread to end, or for a call that waits itself."""
 
 
 class Attempt:
@@ -61,10 +63,10 @@ class Attempt:
         """Waits for its turn, and remembers everything.
 
         Raises:
-            BusyError: the model runs in another thread, and does not come to an end.
+            BusyError: the model runs in another thread, and does not come to an end; or a call in another thread does
+                not, as it waits itself, maybe for this one.
         """
-        while _TURN.setdefault("thread", me := threading.get_ident()) != me:
-            time.sleep(0.001)
+        _take_turn(me := threading.get_ident())
         _RUNNING.attempt = self
         if self.owner is not None:
             self.undo.append(_attributes(self.owner))
@@ -243,6 +245,24 @@ class _Refusal:
                 "one that a call of attnprune is at work on in another thread",
                 "wait for it, or give each thread a copy of the model",
             )
+
+
+def _take_turn(me: int) -> None:
+    """Waits until no other thread's call is at work, however long it works; not for one that does but wait."""
+    place, until = None, 0.0
+    while (holder := _TURN.setdefault("thread", me)) != me:
+        frame = sys._current_frames().get(holder)
+        here = None if frame is None or frame.f_code.co_filename != threading.__file__ else (frame, frame.f_lasti)
+        if here is None or here != place:
+            place, until = here, time.monotonic() + PATIENCE
+        elif time.monotonic() > until:
+            raise BusyError(
+                "attnprune",
+                "a call in another thread that comes to an end",
+                f"one that has waited for {PATIENCE:.0f} s, maybe for this thread",
+                "let no loss_fn, evaluate or data set wait for calls of attnprune in other threads",
+            )
+        time.sleep(0.001)
 
 
 def _wait(model: nn.Module) -> None:

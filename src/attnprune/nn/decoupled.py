@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import ExportError, FrozenError, StateDictError
+from ..errors import AdapterError, ExportError, FrozenError, StateDictError
 from ..values.layout import Bucket, HeadLayout
 
 
@@ -157,6 +159,34 @@ def decoupled_class(mixin: type[Decoupled], host: type[nn.Module]) -> type[Any]:
         space = {"__module__": host.__module__, "__doc__": host.__doc__, **mixin.facts(host)}
         _CLASSES[key] = type(f"Pruned{host.__name__}", (mixin, host), space)
     return _CLASSES[key]
+
+
+def recast(module: nn.Module, mixin: type[Decoupled]) -> None:
+    """Gives a module the class with the mixin's forward in front of its host's.
+
+    Raises:
+        AdapterError: the module has something of a name that the mixin uses.
+    """
+    host = host_class(module)
+    ours = {key for kind in _above(mixin) for key, value in vars(kind).items() if not _stands_in(value)}
+    ours = {key for key in ours | {*mixin.facts(host)} if not key.startswith(("__", "attnprune"))} - {"forward"}
+    inside = {*module._modules, *module._parameters, *module._buffers}
+    theirs = {key for kind in _above(host) for key in vars(kind)} | {*module.__dict__} | inside
+    hidden = sorted(ours & theirs - vars(nn.Module).keys())
+    if hidden:
+        expected = f"nothing called {hidden[0]}, a name that a forward of ours uses"
+        raise AdapterError(type(module).__name__, expected, "something", "rename it, for a faster forward")
+    module.__class__ = decoupled_class(mixin, host)
+
+
+def _stands_in(value: Any) -> bool:
+    """Whether a class attribute is a descriptor, which takes the place of what the host has on purpose."""
+    return hasattr(value, "__get__") and not isinstance(value, (FunctionType, staticmethod, classmethod))
+
+
+def _above(kind: type[Any]) -> Sequence[type[Any]]:
+    """A class and its bases, up to nn.Module."""
+    return kind.__mro__[: kind.__mro__.index(nn.Module)]
 
 
 def made_class(module: nn.Module) -> type[Any] | None:

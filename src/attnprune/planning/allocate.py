@@ -76,7 +76,7 @@ class Layer:
             self.values[kind] = [costs for _, costs in ranks]
             self.steps[kind] = lcm(rules.step, step_of(spec, kind))
         self.gone: dict[Kind, list[int]] = {kind: [0] * spec.kv_heads for kind in KINDS}
-        self.per_weight = rules.granularity == "joint" or rules.split == "auto"
+        self.per_weight = rules.granularity == "joint" or rules.together
         """Whether costs are compared per weight, as moves of different kinds compete."""
         self.prices = prices or {kind: spec.per_channel(kind) for kind in KINDS}
         """What a channel frees: weights, or in a budget of something else that."""
@@ -304,7 +304,7 @@ def allocate(
     layers = [Layer(spec, scores[spec.name], rules) for spec in specs]
     for group in groups_of(specs, rules.scope):
         members = [layers[i] for i in group]
-        together = rules.split == "auto" or rules.match_dims
+        together = rules.together or rules.match_dims
         budget = _Budget([layer.spec for layer in members], wanted, together, rules.rounding)
         greedy(members, budget)
         _check_reached(members, budget, rules)

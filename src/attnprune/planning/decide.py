@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..families.base import AttentionView
 from ..surgery import masked_views
 from ..values.amount import MaxError
 from ..values.layer_plan import LayerPlan
-from ..values.layout import KINDS, Kind, Projection
+from ..values.layout import KINDS, PROJECTIONS, Kind, Projection
 from ..values.method import Method
 from ..values.plan import Plan
 from ..values.ratios import Ratios
@@ -27,6 +28,7 @@ from ..values.request import Evidence, Request
 from ..values.rules import Rules
 from ..values.scores import Scores
 from .allocate import allocate, check_request
+from .beside import beside
 from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
 from .features import thin, uneven
@@ -55,7 +57,12 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         check_budget(specs, costs, rules)
     which = uneven(amount, rules) if isinstance(amount, Ratios) else ()
     evidence, moments, bases = _bases(
-        model, views, method, request.evidence, isinstance(amount, MaxError), reads=any(p != "o" for p in which)
+        model,
+        views,
+        method,
+        request.evidence,
+        isinstance(amount, MaxError),
+        reads=rules.split == "all" or any(p != "o" for p in which),
     )
     if isinstance(amount, MaxError):
         _check_reached(views, moments)
@@ -68,6 +75,10 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
             if which:
                 found = _feature_scores(model, views, plan, bases, moments, request, evidence, which)
                 plan = thin(plan, found, amount, rules)
+            elif rules.split == "all":
+                gates = Gate(seed=method.seed).score_features(model, views, PROJECTIONS, **_learned(evidence))
+                losses = partial(_losses, views, bases, moments, gates)
+                plan = beside(plan, scores, amount, rules, losses)
         else:
             assert costs is not None
             plan = allocate_budget(specs, scores, costs, rules, chosen)
@@ -184,6 +195,23 @@ def _feature_scores(
         return losses
     gates = Gate(SAMPLES, seed=method.seed).score_features(model, views, which, **_learned(evidence))
     return {name: scaled(loss, gates[name]) for name, loss in losses.items()}
+
+
+def _losses(
+    views: Sequence[AttentionView],
+    bases: Mapping[str, HeadBases],
+    moments: Mapping[str, LayerMoments],
+    gates: Mapping[str, Mapping[Projection, Tensor]],
+    plan: Plan,
+) -> dict[str, dict[Projection, Tensor]]:
+    """By attention and projection, what goes with features one after the other beside a plan's channels."""
+    done = _with_maps(plan, views, bases, moments, True)
+    return {
+        view.name: scaled(
+            feature_losses(view, done[view.name], moments[view.name], PROJECTIONS, True), gates[view.name]
+        )
+        for view in views
+    }
 
 
 @contextmanager

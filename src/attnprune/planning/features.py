@@ -27,9 +27,7 @@ _SLACK = 1e-9
 
 
 def uneven(ratios: Ratios, rules: Rules) -> tuple[Projection, ...]:
-    """The projections that are to lose more than they lose with others."""
-    if rules.split == "auto":
-        return ()
+    """The projections that are to lose more than they lose with others; none where one budget is for all of them."""
     together = shared(ratios, rules)
     return tuple(p for p in PROJECTIONS if ratios.of(p) > together.of(p) + LEAST)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..calibration.losses import LossFn, token_mask
 from ..calibration.quiet import undisturbed
 from ..errors import DataError, OptionError
 from ..families.registry import plain
+from ..nn.attempt import undone
 from ..nn.outputs import Output, OutputFn, outputs_of
 from .blocks import find_blocks
 
@@ -123,9 +124,9 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[di
 
         return hook
 
-    with ExitStack() as hooks:
+    with undone() as undo:
         for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
+            undo.append(model.get_submodule(name).register_forward_hook(keep(name)).remove)
         yield seen
 
 

@@ -17,6 +17,7 @@ from ..calibration.batches import forward
 from ..calibration.losses import LossFn, scalar_of, token_mask
 from ..errors import DataError
 from ..families.calls import CACHES
+from ..nn.attempt import undone
 from ..nn.outputs import OutputFn, outputs_of
 from ..values.recovery import Recovery
 from .blocks import Block
@@ -73,18 +74,15 @@ class Objective:
     def told(self, model: nn.Module, batch: Any, labels: bool = False) -> Told:
         """What a model says of a batch."""
         answers: list[Any] = []
-        handle = model.register_forward_hook(lambda module, inputs, output: answers.append(output))
         loss: Any = None
-        try:
-            with capture(model, self.names) as seen:
-                if labels:
-                    loss = scalar_of(model, batch, self.loss_fn, self.output_fn)
-                elif self.loss_fn is not None:
-                    self.loss_fn(model, batch)
-                else:
-                    forward(model, batch)
-        finally:
-            handle.remove()
+        with undone() as undo, capture(model, self.names) as seen:
+            undo.append(model.register_forward_hook(lambda module, inputs, output: answers.append(output)).remove)
+            if labels:
+                loss = scalar_of(model, batch, self.loss_fn, self.output_fn)
+            elif self.loss_fn is not None:
+                self.loss_fn(model, batch)
+            else:
+                forward(model, batch)
         try:
             outputs = outputs_of(answers[-1], self.output_fn) if answers else ()
         except DataError:
@@ -218,13 +216,11 @@ def uncached(*models: nn.Module) -> Iterator[None]:
     """Inside, models of transformers keep no keys and values for tokens to come."""
     every: list[Any] = [getattr(module, "config", None) for model in models for module in model.modules()]
     configs = {id(config): config for config in every if getattr(config, "use_cache", None) is True}
-    try:
+    with undone() as undo:
         for config in configs.values():
+            undo.append(partial(setattr, config, "use_cache", True))
             config.use_cache = False
         yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
 
 
 def _itself(output: Any) -> Any:

@@ -19,6 +19,7 @@ from ..calibration.quiet import evaluated, undisturbed
 from ..errors import OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
+from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
 from ..nn.outputs import OutputFn
 from ..surgery import check_views
@@ -219,6 +220,8 @@ def dense_beside(model: nn.Module, views: Sequence[AttentionView], norms: bool) 
     memo: dict[int, Any] = {id(one): one for one in model.parameters() if id(one) not in own}
     try:
         dense = copy.deepcopy(model, memo)
+    except MACHINE:
+        raise
     except Exception as error:  # whatever a module raises that cannot be copied
         found = f"{type(error).__name__}: {str(error)[:80]}"
         remedy = "prune without recover=, then call attnprune.recover with a dense model of your own"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil, cos, pi
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from ..calibration.batches import to_device
 from ..calibration.processes import add_up, agree, exchange, pooled, sharing
 from ..calibration.sample import samples_in
 from ..errors import DataError
+from ..nn.attempt import undoing_with
 from ..values.recovery import Recovered, Recovery
 from .objective import Grads, Objective
 from .progress import Progress, Saved, fingerprint, load, save
@@ -127,11 +129,8 @@ class Tuner:
                 remedy = "check the batches and both models' weights; nothing was changed"
                 raise DataError("data", "a finite loss over what was held out", str(before), remedy)
             self.now.before = self.now.after = before
-        try:
-            self._loop()
-        except BaseException:
-            self.write(self.first)
-            raise
+        undoing_with(partial(self.write, self.first))
+        self._loop()
         self.write(self.best)
         return Recovered(self.now.before, self.now.after, self.now.steps, self.seconds)
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 FLOOR = 1e-6  # shares of energy below this are drawn here
 COLOURS = "cividis"
-DARK, LIGHT = "#00224e", "#fdea45"  # the ends of cividis
+DARK, MIDDLE, LIGHT = "#00224e", "#a69d75", "#fdea45"  # the ends of cividis, and two thirds between
 HATCH = "xxxx"
 SMALL, MEDIUM, LARGE = 7, 8, 9  # points
-ACROSS = 6  # panels side by side, in pictures with one for every attention
+ACROSS = (4, 6)  # panels side by side, in pictures with one for every attention: of up to 12, of more
 _NAME = {"qk": "Q, K", "vo": "V, O"}
 _Path = str | os.PathLike[str] | None
 _Cells = list[list[float]]
@@ -75,7 +75,7 @@ def kept(plan: Plan, *, path: _Path = None) -> Any:
             _write(panel, image, cells)
         panel.set_title(f"{kind} channels kept", fontsize=MEDIUM)
     maps[0].set_ylabel("layer", fontsize=MEDIUM)
-    scale = figure.colorbar(image, ax=maps, pad=0.01, fraction=0.15 / side, aspect=tall / 0.15, label="channels")
+    scale = figure.colorbar(image, ax=maps, pad=0.01, fraction=0.15 / side, aspect=tall / 0.15, label="channels kept")
     scale.locator = MaxNLocator(8, integer=True)
     _small(scale)
     shown = []
@@ -105,7 +105,8 @@ def kept(plan: Plan, *, path: _Path = None) -> Any:
 def scores(by_name: Mapping[str, Scores], *, path: _Path = None) -> Any:
     """Importance by layer and head: the mean score of a head's qk channels, of its vo channels, and of the head.
 
-    Colours are on a logarithmic scale where scores are positive and span a factor of 10 or more.
+    One scale of colours serves qk and vo, so that they can be compared; heads have their own. It is logarithmic where
+    scores are positive and span a factor of 10 or more.
 
     Args:
         by_name: what :func:`attnprune.score_attention` gave, or a scorer.
@@ -133,17 +134,23 @@ def scores(by_name: Mapping[str, Scores], *, path: _Path = None) -> Any:
         for kind in KINDS
     }
     rows["whole heads"] = [one.head.tolist() for one in by_name.values()]
-    for panel, (what, cells) in zip(panels, rows.items(), strict=True):
-        image = _heat(panel, cells, labels, "head", side, norm=_norm(cells))
+    *pair, whole = rows.values()
+    norms = [_norm([*pair[0], *pair[1]])] * 2 + [_norm(whole)]
+    images = [
+        _heat(panel, cells, labels, "head", side, norm=norm)
+        for panel, cells, norm in zip(panels, rows.values(), norms, strict=True)
+    ]
+    for panel, what in zip(panels, rows, strict=True):
         panel.set_title(what, fontsize=MEDIUM)
-        _scale(figure, panel, image)
+    _scale(figure, panels[:2], images[0], "importance of a channel")
+    _scale(figure, panels[2:], images[2], "importance of a head")
     panels[0].set_ylabel("layer", fontsize=MEDIUM)
     _title(figure, "Importance by layer and head: the lowest goes first", where)
     return _saved(figure, path)
 
 
 def channels(scores: Scores, *, name: str = "", path: _Path = None) -> Any:
-    """Importance of every channel of one attention: a row per head.
+    """Importance of every channel of one attention: a row per head, one scale of colours for qk and vo.
 
     Args:
         scores: those of one attention (:meth:`attnprune.Scores.plot` is the same).
@@ -165,14 +172,16 @@ def channels(scores: Scores, *, name: str = "", path: _Path = None) -> Any:
     high = _cell(len(labels), 3.2, 0.17, 0.42)
     figure = Picture((sum(sides) + 2.6, max(high * len(labels), 1.0) + 1.9), layout="constrained")
     *maps, bars = figure.subplots(1, 3, sharey=True, width_ratios=[*sides, 1.4])
+    cells = {kind: scores.of(kind).tolist() for kind in KINDS}
+    norm = _norm([*cells["qk"], *cells["vo"]])
     for panel, kind, side in zip(maps, KINDS, sides, strict=True):
-        cells = scores.of(kind).tolist()
-        image = _heat(panel, cells, labels, "channel", side, norm=_norm(cells))
+        image = _heat(panel, cells[kind], labels, "channel", side, norm=norm)
         panel.set_title(f"{kind} channels", fontsize=MEDIUM)
-        _scale(figure, panel, image)
+    _scale(figure, maps, image, "importance of a channel")
     maps[0].set_ylabel("head" if keys == len(scores.head) else "key head", fontsize=MEDIUM)
     bars.barh(range(len(wholes)), wholes.tolist(), height=0.7, color=DARK)
     bars.set_title("whole heads", fontsize=MEDIUM)
+    bars.set_xlabel("importance", fontsize=MEDIUM)
     _bare(bars)
     bars.locator_params(axis="x", nbins=3)
     _title(figure, "Importance by channel: the lowest goes first", name)
@@ -182,7 +191,7 @@ def channels(scores: Scores, *, name: str = "", path: _Path = None) -> Any:
 def energy(
     curves: Mapping[str, Mapping[Kind, Sequence[Tensor]]], *, target_error: float | None = None, path: _Path = None
 ) -> Any:
-    """Energy lost by rank: a panel per kind and attention, a line per head.
+    """Energy lost by rank: a panel per attention, a line per head, solid for qk and dashed for vo.
 
     Args:
         curves: what :func:`attnprune.energy_curves` gave.
@@ -190,47 +199,50 @@ def energy(
         path: also written there.
 
     Returns:
-        The ``matplotlib.figure.Figure``.
+        The ``matplotlib.figure.Figure``; of 12 layers it fits a page.
 
     Raises:
         OptionError: no curves.
         ImportError: matplotlib is not installed.
     """
+    from matplotlib.lines import Line2D
+
     from .picture import Picture
 
     if not curves:
         raise OptionError("curves", "curves of at least one attention", "none", "pass what energy_curves gave")
     labels, where = _labels(list(curves))
-    columns = min(len(curves), ACROSS)
-    blocks = ceil(len(curves) / columns)
-    figure = Picture((max(1.2 + 1.9 * columns, 4.6), 0.6 + 3.7 * blocks), layout="constrained")
-    grid = figure.subplots(2 * blocks, columns, sharex=False, sharey=True, squeeze=False)
-    for place, (label, by_kind) in enumerate(zip(labels, curves.values(), strict=True)):
-        block, column = divmod(place, columns)
-        for row, kind in enumerate(KINDS):
-            panel = grid[2 * block + row, column]
-            _curves(panel, by_kind[kind], target_error)
-            if kind == "qk":
-                panel.set_title(label if "." in label else f"layer {label}", fontsize=MEDIUM)
-            else:
-                panel.set_xlabel("directions kept", fontsize=MEDIUM)
-            if column == 0:
-                panel.set_ylabel("logits lost (qk)" if kind == "qk" else "output lost (vo)", fontsize=MEDIUM)
-    for empty in range(len(curves), blocks * columns):
-        for row in range(2):
-            grid[2 * (empty // columns) + row, empty % columns].remove()
-    _title(figure, "Share of energy lost by rank: a line per head, the first the darkest", where)
+    columns = ACROSS[1] if len(curves) > 12 else 3 if len(curves) in (3, 5, 6, 9) else min(len(curves), ACROSS[0])
+    rows = ceil(len(curves) / columns)
+    figure = Picture((max(0.8 + 2.1 * columns, 5.0), 1.2 + 1.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    styles: dict[Kind, dict[str, Any]] = {"qk": {"color": DARK}, "vo": {"color": MIDDLE, "linestyle": (0, (4, 1.2))}}
+    for panel, label, by_kind in zip(grid, labels, curves.values(), strict=False):
+        for kind in KINDS:
+            _curves(panel, by_kind[kind], styles[kind])
+        if target_error is not None:
+            panel.axhline(target_error, color="0.35", linewidth=1.0, linestyle=":")
+        panel.set_title(label if "." in label else f"layer {label}", fontsize=MEDIUM)
+    for empty in grid[len(curves) :]:
+        empty.remove()
+    for place, panel in enumerate(grid[: len(curves)]):
+        if place + columns >= len(curves):  # the foot of a column
+            panel.tick_params(labelbottom=True)
+            panel.set_xlabel("directions kept", fontsize=MEDIUM)
+        if place % columns == 0:
+            panel.set_ylabel("energy lost", fontsize=MEDIUM)
+    told: dict[Kind, str] = {"qk": "of the logits, when qk loses directions", "vo": "of the output, when vo does"}
+    shown = [Line2D([], [], label=told[kind], **styles[kind]) for kind in KINDS]
+    if target_error is not None:
+        shown.append(Line2D([], [], color="0.35", linestyle=":", label=f"target_error={target_error:g}"))
+    figure.legend(handles=shown, loc="outside lower center", ncols=2, fontsize=MEDIUM, frameon=False)
+    _title(figure, "Energy lost by rank, a line for each head", where)
     return _saved(figure, path)
 
 
-def _curves(panel: Any, curves: Sequence[Tensor], target_error: float | None) -> None:
-    from matplotlib import colormaps
-
-    for head, curve in enumerate(curves):
-        colour = colormaps[COLOURS](0.85 * head / max(len(curves) - 1, 1))
-        panel.semilogy(range(len(curve)), curve.clamp_min(FLOOR).tolist(), color=colour, linewidth=0.9)
-    if target_error is not None:
-        panel.axhline(target_error, color="0.4", linewidth=0.8, linestyle="--")
+def _curves(panel: Any, curves: Sequence[Tensor], style: Mapping[str, Any]) -> None:
+    for curve in curves:
+        panel.semilogy(range(len(curve)), curve.clamp_min(FLOOR).tolist(), linewidth=0.9, **style)
     panel.set_ylim(FLOOR, 1.5)
     panel.set_xlim(0)
     panel.grid(color="0.9", linewidth=0.6)
@@ -298,13 +310,17 @@ def _title(figure: Any, title: str, where: str) -> None:
     figure.suptitle(f"{title}\n{_short(where, room)}" if where else title, fontsize=LARGE)
 
 
-def _scale(figure: Any, panel: Any, image: Any) -> None:
-    """A colour bar below a panel, with three numbers: few enough for any scale and width."""
-    scale = figure.colorbar(image, ax=panel, location="bottom", pad=0.02, fraction=0.06, aspect=22)
+def _scale(figure: Any, panels: Any, image: Any, what: str) -> None:
+    """A colour bar below panels, with three numbers: few enough for any scale and width."""
+    from matplotlib.colors import LogNorm
+
+    told = f"{what} (log scale)" if isinstance(image.norm, LogNorm) else what
+    bar = figure.colorbar(image, ax=list(panels), location="bottom", pad=0.02, fraction=0.06, aspect=22 * len(panels))
     places = [float(image.norm.inverse(share)) for share in (0.1, 0.5, 0.9)]
-    scale.set_ticks(places, labels=[f"{place:.2g}" for place in places])
-    scale.minorticks_off()
-    _small(scale)
+    bar.set_ticks(places, labels=[f"{place:.2g}" for place in places])
+    bar.minorticks_off()
+    bar.set_label(told, fontsize=MEDIUM)
+    _small(bar)
 
 
 def _small(scale: Any) -> None:

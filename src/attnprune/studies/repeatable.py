@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
+
+from ..nn.attempt import undone
 
 
 @contextmanager
@@ -27,16 +30,13 @@ def repeatable(model: nn.Module, seed: int = 0) -> Iterator[None]:
     >>> first == again, random.getstate() == before
     (True, True)
     """
-    python, numbers = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
+    with undone() as undo, torch.random.fork_rng(devices=devices):
+        undo.append(partial(random.setstate, random.getstate()))
+        undo.append(partial(np.random.set_state, np.random.get_state()))
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttnPruneError, OptionError
+from ..nn.attempt import undoing_with
 from ..report.rows import Row, read_row
 from ..values import fields
 
@@ -56,12 +57,10 @@ class Finished:
             return
         rows = {key: fields.to_dict(one) for key, one in self._rows.items()}
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.draft")
-        try:
-            text = json.dumps({"format": FORMAT, "version": VERSION, "rows": rows}, indent=1, allow_nan=False)
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
+        undoing_with(partial(draft.unlink, missing_ok=True))
+        text = json.dumps({"format": FORMAT, "version": VERSION, "rows": rows}, indent=1, allow_nan=False)
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, self.path)
 
 
 def _read(path: Path) -> dict[str, Row]:

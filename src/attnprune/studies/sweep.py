@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
-from warnings import catch_warnings, simplefilter
 
 from torch import nn
 
@@ -18,6 +17,7 @@ from ..api import decided_by, prepare_plan
 from ..bars import bar
 from ..calibration.batches import call_of, device_of, to_device
 from ..calibration.moments import Calibration
+from ..calibration.quiet import silenced
 from ..calibration.sample import Sample, first_of
 from ..calibration.taps import calibrate
 from ..cost.counting import count_macs, count_parameters
@@ -229,8 +229,7 @@ class _Given:
     def row(self, way: Way, ratio: float) -> Row:
         """One way at one ratio; what it raises is in the row."""
         try:
-            with catch_warnings(), repeatable(self.model, self.seed):
-                simplefilter("ignore", AttnPruneWarning)  # said once for all rows
+            with silenced(AttnPruneWarning), repeatable(self.model, self.seed):  # said once for all rows
                 return self._pruned(way, ratio)
         except Exception as error:  # whatever it is: the other ways go on
             text = " ".join(str(error).split())[:500]

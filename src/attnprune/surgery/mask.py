@@ -39,11 +39,10 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
     check_views(model, [view for view, _ in work])
     _check_shared(work)
     with undone() as undo:
-        with torch.no_grad():
-            for view, layer in work:
-                for slot, values in _masked(view, layer):
-                    undo.append(partial(_write, slot, slot.cut(slot.parameter.detach()).clone()))
-                    slot.write(values)
+        for view, layer in work:
+            for slot, values in _masked(view, layer):
+                undo.append(partial(_write, slot, slot.cut(slot.parameter.detach()).clone()))
+                _write(slot, values)
         yield
 
 

@@ -66,9 +66,7 @@ class OptimizerPatch:
         self._before: tuple[list[tuple[list[nn.Parameter], list[str]]], dict[Any, Any], Any] | None = None
         successors: dict[int, list[ParamChange]] = {}
         for change in changes:
-            known = successors.setdefault(id(change.old), [])
-            if all(change.new is not other.new for other in known):
-                known.append(change)
+            successors.setdefault(id(change.old), []).append(change)
         rank = {id(parameter): i for i, parameter in enumerate(model.parameters())}
         own = {id(parameter): name for name, parameter in model.named_parameters()}
         self._groups: list[tuple[list[nn.Parameter], list[tuple[str, str]], bool]] = []

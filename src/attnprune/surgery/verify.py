@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, VerificationError
 from ..families.base import AttentionView
+from ..nn.attempt import MACHINE
 from ..nn.exactly import Exactly
 from ..values.plan import Plan
 from .mask import masked_views
@@ -59,6 +60,8 @@ class Verification:
         try:
             with masked_views(model, views, plan):
                 self.expected = [tensor.clone() for tensor in run(model)]
+        except MACHINE:
+            raise
         except Exception as error:  # whatever a model raises about inputs
             self.why_not = f"the model could not be run ({type(error).__name__}: {str(error)[:80]})"
             if needed:

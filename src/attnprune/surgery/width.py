@@ -17,6 +17,7 @@ from ..families.linears import put
 from ..families.proof.runs import plainly, run, short
 from ..families.proof.stand_in import StandIn
 from ..families.registry import again
+from ..nn.attempt import MACHINE
 from ..values.layout import PROJECTIONS, Projection
 from ..values.spec import AttentionSpec
 from .changes import along
@@ -122,6 +123,8 @@ def needs_forward(view: AttentionView) -> bool:
             copied = partial(StandIn, view, dtype, small)
             try:
                 dense = replace(copied().view, verdict=view.verdict)
+            except MACHINE:
+                raise
             except Exception:  # a class of the user's that cannot be copied is taken at its family's word
                 return False
             number = next((n for n, call in _numbered(dense) if _fails(dense, call, dtype) is None), None)

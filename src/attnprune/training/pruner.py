@@ -171,7 +171,7 @@ class AttentionPruner:
     def _together(self) -> bool:
         """Whether qk and vo share one budget, or units hold both."""
         rules = self.request.rules
-        return rules.split == "auto" or ((rules.match_dims or rules.granularity == "head") and not self._observed)
+        return rules.together or ((rules.match_dims or rules.granularity == "head") and not self._observed)
 
     @property
     def done(self) -> bool:

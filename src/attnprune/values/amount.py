@@ -94,7 +94,7 @@ def _check_ratios(ratios: Ratios, rules: Rules) -> None:
 
 def shared(ratios: Ratios, rules: Rules) -> Ratios:
     """What goes in units that projections share: channels of a pair, or heads (and matched dims) of all four."""
-    if rules.split == "auto":
+    if rules.together:
         return ratios  # all four go into one budget
     qk, vo = ratios.qk, ratios.vo
     if rules.granularity == "head" or rules.match_dims:

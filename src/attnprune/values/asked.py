@@ -82,7 +82,7 @@ class Asked:
             return {self.budget.resource: self.budget.share}
         if self.target_error is not None:
             return {"error": self.target_error}
-        if "auto" not in self.split.split("+"):
+        if not {"auto", "all"} & set(self.split.split("+")):
             return {p: self.ratios.of(p) for p in PROJECTIONS}
         sizes = {p: sum(spec.weights(p) for spec in specs) for p in PROJECTIONS}
         return {"qkvo": fsum(self.ratios.of(p) * size for p, size in sizes.items()) / (sum(sizes.values()) or 1)}

@@ -44,7 +44,9 @@ class Calibrated(Protocol):
 class _Scoring(TypedDict, total=False):
     split: Split
     """``"fixed"`` (the default): every projection loses its own ratio. ``"auto"``: the ratios' total is one budget of
-    attention weights, and the method finds who bears it: qk or vo, which layer, which head."""
+    attention weights, and the method finds who bears it: qk or vo, which layer, which head. ``"all"``: input features
+    of Q, K and V and output features of O bear it too, where they lose much less per weight than channels do; that
+    takes ``data`` and no scorer by name, and may pay where most is to go."""
     basis: Basis
     """``"channels"`` removes channels as they stand. ``"rotated"`` rotates every head into the basis in which the
     fewest directions carry the most, and removes directions; the result is plain Linears all the same. ``"auto"`` (the

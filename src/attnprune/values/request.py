@@ -142,7 +142,7 @@ class Request:
         _check_evidence(evidence, faults)
         if amount is not None and parsed_rules is not None:
             faults.attempt(check_amount, amount, parsed_rules)
-        _check_needs(amount, meant, evidence, faults)
+        _check_needs(amount, parsed_rules, meant, evidence, faults)
         faults.throw()
         assert amount is not None and parsed_rules is not None and parsed_method is not None  # noqa: PT018
         if isinstance(amount, (Budget, Ceiling)):
@@ -228,7 +228,9 @@ def _check_evidence(evidence: Evidence, faults: Faults) -> None:
         faults.add(OptionError("output_fn", "no loss_fn beside it", "both", "pick the tensors in loss_fn"))
 
 
-def _check_needs(amount: Amount | None, meant: Mapping[str, Any], evidence: Evidence, faults: Faults) -> None:
+def _check_needs(
+    amount: Amount | None, rules: Rules | None, meant: Mapping[str, Any], evidence: Evidence, faults: Faults
+) -> None:
     """Adds what is asked for and needs evidence that is not there."""
     no_inputs = evidence.example_inputs is None
     resource = amount.resource if isinstance(amount, (Budget, Ceiling)) else None
@@ -242,6 +244,13 @@ def _check_needs(amount: Amount | None, meant: Mapping[str, Any], evidence: Evid
         faults.add(no_inputs_to_run())
     if meant.get("recover") is not None and evidence.data is None:
         faults.add(no_data_to_tune_on())
+    if rules is not None and rules.split == "all":
+        remedy = 'pass data= and no scorer, or split="auto"'
+        if evidence.data is None or meant.get("scorer", "auto") != "auto" or meant.get("compensate") is False:
+            expected = "data, and channels and features that the default scores and refits"
+            faults.add(OptionError('split="all"', expected, "no data, a scorer by name, or no refit", remedy))
+        if amount is not None and not isinstance(amount, Ratios):
+            faults.add(OptionError('split="all"', "qkvo_ratios", "another budget", "write qkvo_ratios="))
     for option in ("compensate", "sequential"):
         if meant.get(option) is True and not evidence.has_data:
             faults.add(OptionError(f"{option}=True", "data to fit with", "none", "pass data=, or a calibration="))

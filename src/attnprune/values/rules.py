@@ -12,14 +12,14 @@ from .faults import Faults
 Granularity = Literal["head", "channel", "joint"]
 Scope = Literal["local", "global"]
 Heads = Literal["uniform", "ragged"]
-Split = Literal["fixed", "auto"]
+Split = Literal["fixed", "auto", "all"]
 RoundTo = int | Literal["auto"]
 Rounding = Literal["nearest", "up", "down"]
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "granularity": ("head", "channel", "joint"),
     "scope": ("local", "global"),
     "heads": ("uniform", "ragged"),
-    "split": ("fixed", "auto"),
+    "split": ("fixed", "auto", "all"),
     "rounding": ("nearest", "up", "down"),
 }
 
@@ -61,6 +61,15 @@ class Rules:
         for key in ("match_dims", "stock"):
             if not isinstance(getattr(self, key), bool):
                 faults.add(OptionError(key, "True or False", repr(getattr(self, key)), "pick one of them"))
+        if self.split == "all" and not faults and not self.stock:
+            for key, (fine, only) in {
+                "granularity": (self.granularity == "channel", '"channel"'),
+                "scope": (self.scope == "global", '"global"'),
+                "match_dims": (not self.match_dims, "False"),
+            }.items():
+                if not fine:
+                    remedy = 'or split="auto", which shares the budget among channels alone'
+                    faults.add(OptionError(f'{key} with split="all"', only, repr(getattr(self, key)), remedy))
         if self.stock is True and not faults:
             self._imply(faults)
         faults.throw()
@@ -77,6 +86,11 @@ class Rules:
                 faults.add(stock_fault(key, expected, getattr(self, key)))
         object.__setattr__(self, "scope", "local")
         object.__setattr__(self, "match_dims", self.granularity == "channel")
+
+    @property
+    def together(self) -> bool:
+        """Whether all four projections share one budget."""
+        return self.split != "fixed"
 
     @property
     def step(self) -> int:

@@ -16,6 +16,7 @@ from ...bars import bar
 from ...calibration.batches import device_of
 from ...calibration.quiet import evaluated
 from ...families.base import AttentionView
+from ...nn.attempt import undone
 from ...nn.nested import tensors_in
 from ...surgery import Surgeon
 from ..counting import run
@@ -89,23 +90,33 @@ def paired(
     >>> sorted(times), times["b"]
     (['a', 'b', 'b: load', 'b: run'], [3.0, 3.0])
     """
-    names, times, clock = list(functions), Times(), Clock(device)
-    gc.collect()
-    gc.freeze()  # what is there now is not looked at again and again
+    with undone() as undo:
+        undo += [gc.unfreeze, gc.enable] if gc.isenabled() else [gc.unfreeze]
+        gc.collect()
+        gc.freeze()  # what is there now is not looked at again and again
+        gc.disable()
+        return _paired(functions, rounds, warm_up, Clock(device), progress, seconds)
+
+
+def _paired(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int,
+    clock: Clock,
+    progress: bool,
+    seconds: float | None,
+) -> Times:
+    names, times = list(functions), Times()
     begun, number, done = perf_counter(), -warm_up, 0
     shown = bar(what="rounds", shown=progress, total=warm_up + rounds)
     while number < rounds:
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            gc.disable()
-            try:
-                clock.wait()
-                start = clock.now()
-                result = functions[name]()
-                (took,) = clock.seconds([(start, clock.now())])
-            finally:
-                gc.enable()
+            clock.wait()
+            start = clock.now()
+            result = functions[name]()
+            (took,) = clock.seconds([(start, clock.now())])
             steps = dict(result) if isinstance(result, Mapping) else {}
             found = {name: sum(steps.values()) if steps else took}
             found |= {f"{name}: {step}": value for step, value in steps.items()}
@@ -118,7 +129,6 @@ def paired(
             break
         number = 0 if seconds is not None and number < 0 and spent > seconds / 5 else number + 1
     shown.close()
-    gc.unfreeze()
     return times
 
 
@@ -135,11 +145,10 @@ def ratio(times: Mapping[str, Sequence[float]], a: str, b: str) -> float:
 @contextmanager
 def swapped(surgeon: Surgeon) -> Iterator[None]:
     """Inside the block the model is pruned; on exit it is bitwise as it was."""
-    surgeon.commit()
-    try:
+    with undone() as undo:
+        undo.append(surgeon.undo)
+        surgeon.commit()
         yield
-    finally:
-        surgeon.undo()
 
 
 class Stopwatch:

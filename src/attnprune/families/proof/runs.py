@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...nn.attempt import undone
+from ...nn.attempt import MACHINE, undone
 from ...nn.exactly import Exactly
 from ...nn.nested import tensors_in
 from ...nn.unfused import Unfused
@@ -20,6 +20,9 @@ from ..calls import LONGER, Call, fresh, positional
 
 
 def short(error: Exception) -> str:
+    """What an error says of a host that was tried. What the machine lacks says nothing of it, and is raised again."""
+    if isinstance(error, MACHINE):
+        raise error
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 

@@ -1,11 +1,10 @@
-"""A copy of a host with random weights, to run without touching the host; and what makes two hosts the same."""
+"""A copy of a host with random weights, to run without touching the host: :class:`StandIn`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,13 +15,6 @@ from ..base import AttentionView
 from ..slots import Slot
 
 _PLAIN = (bool, int, float, str, type(None))
-_NAMES = ("training", "layer_idx")
-"""Attributes of modules that have a place of their own."""
-_OF_CONFIGS = (
-    "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures", "dtype", "torch_dtype",
-    "id2label", "label2id", "attnprune",
-)  # fmt: skip
-"""Attributes of configs that say where something is from or goes, or what of it was pruned."""
 _OWN = frozenset(nn.Module().__dict__)
 """Attributes of every module."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -54,51 +46,6 @@ for _name in (
     "rpow", "lt", "le", "gt", "ge", "eq", "ne", "bool", "neg", "and", "or", "divmod", "float",
 ):  # fmt: skip
     setattr(Told, f"__{_name}__", _telling(f"__{_name}__"))
-
-
-def key_of(host: nn.Module) -> tuple[Any, ...]:
-    """What a host's function depends on beside its weights: classes, their code, plain attributes, shapes.
-
-    Two hosts with one key compute the same function of inputs and weights. A patched class or instance has another
-    key. A layer's number is left out (:class:`Told` finds out whether that is right).
-    """
-    found: list[Any] = []
-    configs: dict[int, Any] = {}  # one serves many modules
-    for name, module in host.named_modules():
-        found.append((name, *_code(type(module)), module.__dict__.get("forward")))
-        found.append(tuple(sorted(_plain(module.__dict__, _NAMES))))
-        for table in (module._parameters, module._buffers):
-            found.append(tuple((k, None if t is None else (tuple(t.shape), t.dtype)) for k, t in table.items()))
-        config = module.__dict__.get("config")
-        if config is not None and id(config) not in configs:
-            configs[id(config)] = (type(config), tuple(sorted(_plain(getattr(config, "__dict__", {}), _OF_CONFIGS))))
-        found.append(configs.get(id(config)))
-    return tuple(found)
-
-
-def _code(kind: type) -> Iterator[Any]:
-    """A class and the functions that it and its bases hold now."""
-    yield kind
-    for base in kind.__mro__:
-        if base is not nn.Module and base is not object:
-            for value in vars(base).values():
-                if isinstance(value, (FunctionType, staticmethod, classmethod, property)):
-                    yield value
-
-
-def _plain(attributes: Mapping[str, Any], besides: Collection[str]) -> Iterator[tuple[str, str]]:
-    for key, value in attributes.items():
-        if key not in besides and _is_plain(value):
-            yield key, repr(value)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text or the like, or a collection of such alone."""
-    if type(value) in _PLAIN:
-        return True
-    if type(value) is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return type(value) in (list, tuple, set, frozenset) and all(map(_is_plain, value))
 
 
 class StandIn:

@@ -48,7 +48,8 @@ class Trial:
             try:
                 run(stand_in.host, call, dtype)
             except Exception as error:  # a host need not take every argument in every form
-                self.problem = self.problem or short(error)
+                said = short(error)
+                self.problem = self.problem or said
                 continue
             self.calls.append(call)
         self.reasons: dict[str, str] = {}
@@ -326,10 +327,9 @@ class Trial:
             return True
         try:
             config._attn_implementation = "eager"
-            hosts = self.stand_in.host, other.host
-            expected, found = (Result(host, self.calls[0], self.dtype) for host in hosts)
-        except Exception:  # a class need not have both
-            return True
+            expected, found = (Result(one.host, self.calls[0], self.dtype) for one in (self.stand_in, other))
+        except Exception as error:  # a class need not have both
+            return bool(short(error))
         finally:
             config._attn_implementation = "sdpa"
         return self._alike(way, replace(self.calls[0], what="attention written out"), found, expected)

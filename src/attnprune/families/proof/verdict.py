@@ -12,8 +12,9 @@ import torch
 from ..base import AttentionView
 from ..calls import Call
 from ..ways import Verdict
+from .key import key_of
 from .runs import plainly, short
-from .stand_in import StandIn, key_of
+from .stand_in import StandIn
 from .trial import Trial
 
 _KNOWN: dict[Any, Verdict] = {}
