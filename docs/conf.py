@@ -58,6 +58,7 @@ html_show_sphinx = False
 html_copy_source = False
 
 nb_execution_mode = "off"  # make notebooks executes them
+nb_render_markdown_format = "gfm"  # of outputs: tables
 
 # Copied are the lines that one types, without prompts, and not what they print.
 copybutton_prompt_text = r">>> |\.\.\. "
