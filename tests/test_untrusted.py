@@ -347,7 +347,7 @@ def test_buffers_that_no_file_holds_are_few(tmp_path: Path, monkeypatch: pytest.
     model = transformers.LlamaModel(config)
     model.save_pretrained(tmp_path)
     assert len([*model.buffers()]), "frequencies of the rotary embedding"
-    from_pretrained(tmp_path)
+    assert {one.dtype for one in from_pretrained(tmp_path, dtype=torch.float64).buffers()} == {torch.float64}
     monkeypatch.setattr("attnprune.checkpoint.load._ROOM", 8)
     with pytest.raises(CheckpointError, match="buffers of at most 8 bytes"):
         from_pretrained(tmp_path)
@@ -366,3 +366,12 @@ def test_what_a_class_raises_is_said_of_the_config(
     with pytest.raises(CheckpointError, match=r"config\.json: expected a config of.*of theirs") as found:
         from_pretrained(tmp_path)
     assert isinstance(found.value.__cause__, ZeroDivisionError)
+
+
+def test_digests_tell_what_headers_do_not(saved: Path) -> None:
+    path = sorted(saved.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "SHA-256" in str(refused(saved))
+    load_pruned(saved, nn.TransformerEncoderLayer(16, 4, 8), verify=False)
