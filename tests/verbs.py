@@ -345,7 +345,7 @@ def saving(name: str, tmp_path: Path) -> Make:
     whole, other = pruned(name, heads="ragged"), nn.Linear(2, 2)
 
     def make() -> Trial:
-        target, model = tmp_path / str(next(numbers)), copy.deepcopy(whole)
+        target, model = tmp_path / str(next(numbers)) / "model", copy.deepcopy(whole)  # which the model card names
         save_pruned(other, target)
         return Trial(lambda: save_pruned(model, target), lambda: (of_model(model), of_folder(target)))
 
@@ -391,7 +391,7 @@ def streaming(name: str, tmp_path: Path) -> Make:
     other = nn.Linear(2, 2)
 
     def make() -> Trial:
-        target = tmp_path / str(next(numbers))
+        target = tmp_path / str(next(numbers)) / "model"
         skeleton = copy.deepcopy(model).to("meta")
         save_pruned(other, target)
         return Trial(
