@@ -58,11 +58,16 @@ html_show_sphinx = False
 html_copy_source = False
 
 nb_execution_mode = "off"  # make notebooks executes them
+nb_render_markdown_format = "gfm"  # of outputs: tables
 
 # Copied are the lines that one types, without prompts, and not what they print.
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
+
+# A number within bounds is a number.
+autodoc_type_aliases |= dict.fromkeys(["Size", "fields.Size", "Count", "Bytes"], "int")
+autodoc_type_aliases |= dict.fromkeys(["Positive", "fields.Positive", "From0"], "float")
 
 # Inside a union Sphinx shows such a name as the object that stands for it.
 TypeAliasForwardRef.__repr__ = lambda alias: alias.name

@@ -158,11 +158,11 @@ def test_links_pipes_and_directories_in_place_of_files_are_refused(theirs: bool,
         save_pruned(model, folder)
     same(model, from_pretrained(folder))
     outside = tmp_path / "outside"
-    used = [path for path in folder.iterdir() if theirs or path.name != "config.json"]
+    used = [path for path in folder.iterdir() if theirs or path.name not in ("config.json", "README.md")]
     for path in used:
         real = path.rename(folder / f"{path.name}.real")
         outside.write_bytes(real.read_bytes())
-        for replace in replacements(path, outside):
+        for replace in replacements(path, outside)[: -1 if path.name == "attnprune.json" else None]:
             replace()
             with pytest.raises(CheckpointError):
                 from_pretrained(folder)
@@ -170,6 +170,8 @@ def test_links_pipes_and_directories_in_place_of_files_are_refused(theirs: bool,
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)
+        if path.name == "attnprune.json":  # without it, config and weights are what save_pretrained writes
+            same(model, from_pretrained(folder))
         real.rename(path)
     same(model, from_pretrained(folder))
     for wrong in (tmp_path / "nothing", outside, folder / used[0].name):

@@ -24,7 +24,7 @@ class Step(Protocol):
 
 
 def commit_all(steps: Sequence[Step]) -> None:
-    """All steps, of a call that undoes them, the latest first, where it fails (:mod:`attnprune.nn.attempt`)."""
+    """All steps, of a call that undoes them, the latest first, where it fails (``nn/attempt.py``)."""
     for step in steps:
         undoing_with(step.undo)
         step.commit()
