@@ -702,8 +702,9 @@ def test_a_model_that_is_saved_anew_while_it_is_read(tmp_path: Path) -> None:
     """What was said first no longer holds when the weights are opened; then what is said by now does."""
     first, second = (nn.MultiheadAttention(16, 4) for _ in range(2))
     prune_attention(second, 0.5)
-    source = Source.at(save_pruned(first, tmp_path))
+    source = Source.at(save_pruned(first, tmp_path, max_shard_size="1KB"))
     save_pruned(second, tmp_path)
+    assert not any((tmp_path / name).exists() for name in source.files), "several files before, one now"
     with source.opened(verify=True) as (found, weights):
         assert found.manifest == Source.at(tmp_path).manifest
         assert weights.entries["q_proj.weight"].shape == (8, 16)

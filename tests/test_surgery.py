@@ -21,7 +21,7 @@ from attnprune.surgery.maps import FeatureChange, Mix, Pick, logical_channels
 from attnprune.surgery.patch import Operation, _Tensors, successor
 from attnprune.values.feature_maps import FeatureMaps
 
-from .test_interrupts import of_model
+from .faults import of_model
 from .test_optimizers import layer, train
 
 
