@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 JOBS ?= 2
 
 .PHONY: help demo test lint types unit docs pictures figures notebooks matrix test-all test-exact fuzz
-.PHONY: mutations bench bench-streaming test-compat test-latest test-oldest test-wheel clean
+.PHONY: mutations bench bench-streaming test-compat test-latest test-oldest test-wheel test-sdist clean
 
 help:
 	@echo "make demo         prune a keyword recogniser in several ways (no download, about four minutes)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-latest  everything that must hold, with the newest version of all that it needs"
 	@echo "make test-oldest  adapters and laws with the oldest version of all that it needs"
 	@echo "make test-wheel   the built wheel in an empty environment"
+	@echo "make test-sdist   some of the tests that the built sdist holds, run from there"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,7 +78,7 @@ matrix: .venv-matrix/.installed
 
 .venv-matrix/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-matrix
-	.venv-matrix/bin/pip install -q -c constraints.txt -e ".[hf,timm]" torchvision diffusers x-transformers \
+	.venv-matrix/bin/pip install -q -c constraints.txt -e ".[hf]" timm torchvision diffusers x-transformers \
 	  open_clip_torch scipy
 	@touch $@
 
@@ -157,6 +158,15 @@ test-wheel: $(STAMP)
 	.venv-wheel/bin/pip install -q torch==2.13.0 dist/*.whl
 	cd / && $(CURDIR)/.venv-wheel/bin/python -W error -c "import torch, attnprune; \
 	  m = torch.nn.MultiheadAttention(64, 4); print(attnprune.prune_attention(m, 0.5))"
+
+# Tests of every kind that an sdist must bring along for: examples, benchmarks, docs, data.
+IN_SDIST = README.md tests/test_imports.py tests/test_docs.py tests/test_plan_file.py tests/test_examples.py \
+  tests/test_cli.py tests/test_llama_benchmark.py
+test-sdist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build -q --sdist
+	cd dist && tar -xzf *.tar.gz && cd attnprune-*/ && \
+	  PYTHONPATH=src $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(IN_SDIST)
 
 clean:
 	rm -rf $(VENV) .venv-* dist bench docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

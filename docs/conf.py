@@ -65,6 +65,10 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 
+# A number within bounds is a number.
+autodoc_type_aliases |= dict.fromkeys(["Size", "fields.Size", "Count", "Bytes"], "int")
+autodoc_type_aliases |= dict.fromkeys(["Positive", "fields.Positive", "From0"], "float")
+
 # Inside a union Sphinx shows such a name as the object that stands for it.
 TypeAliasForwardRef.__repr__ = lambda alias: alias.name
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-WIDTHS = (420, 1200, 1600)
+WIDTHS = (420, 1200, 1600)  # pixels
 MEASURE = """<!doctype html><body><pre id="found"></pre><script>
 const pages = %s, found = []
 async function width(page, wide) {

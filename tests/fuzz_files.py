@@ -363,7 +363,7 @@ def kill(times: int, seed: int = 0) -> tuple[collections.Counter[str], list[str]
             found.update(equal)
         save_pruned(models["0.5"], folder)
         left = sorted(path.suffix for path in folder.iterdir())
-        if left != [".json", ".json", ".safetensors"]:
+        if left != [".json", ".json", ".md", ".safetensors"]:
             wrong.append(f"left behind: {left}")
     return found, wrong
 

@@ -329,6 +329,25 @@ def test_verify_looks_at_outputs_and_not_at_a_loss(apart: bool) -> None:
     assert float(loss(model, x)) < 1e-20
 
 
+def test_verify_names_a_pruned_model_that_does_not_run() -> None:
+    """One that makes masks for all heads that there were."""
+
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = x.new_zeros(4 * len(x), x.shape[1], x.shape[1])
+            return self.attention(x, x, x, attn_mask=mask, average_attn_weights=False)[1].reshape(len(x), 4, -1)  # type: ignore[no-any-return]
+
+    model = Masking().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(VerificationError, match="the pruned model to run"):
+        prune_attention(model, 0.5, granularity="head", scorer="random", example_inputs=torch.randn(2, 5, 24))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_verify_says_what_it_saw() -> None:
     model = fresh("ViT", 0, torch.float32)
     data = [{key: value.detach() for key, value in inputs("ViT", 0, dtype=torch.float32).items()}]

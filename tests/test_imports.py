@@ -34,10 +34,10 @@ ROOMS = (
     "__main__",
 )
 RANK = {name: rank for rank, name in enumerate(ROOMS)}
-FRAMEWORKS = {"transformers", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
+FRAMEWORKS = {"transformers", "huggingface_hub", "timm", "peft", "lightning", "accelerate", "matplotlib", "onnx"}
 
 OWN = {"auto": {"transformers"}}  # else the module's own name
-WHEN_CALLED = {"report": {"matplotlib"}, "checkpoint": {"transformers"}, "cli": {"transformers"}}
+WHEN_CALLED = {"report": {"matplotlib"}, "checkpoint": {"transformers", "huggingface_hub"}, "cli": {"transformers"}}
 
 
 def module_of(path: Path) -> str:

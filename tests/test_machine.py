@@ -404,9 +404,13 @@ class Calls(RuleBasedStateMachine):
     @rule()
     def go_without_data(self) -> None:
         """On the meta device."""
-        other = copy.deepcopy(self.model).to("meta")
+        dense, other = (copy.deepcopy(model).to("meta") for model in (self.dense, self.model))
         given = {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in self.plain.items()}
         with torch.no_grad(), without_fast_path():
+            try:
+                family(self.name).run(dense, given)
+            except RuntimeError:  # hosts that look at masks
+                return
             assert family(self.name).run(other, given).shape == self.expected.shape
 
     @precondition(lambda self: ALL)

@@ -156,3 +156,13 @@ def test_what_cannot_be_packed_is_refused_before_anything_changes() -> None:
     with pytest.raises(errors.ParametrizedError):
         pack_qkv(model)
     assert not model.layers[0].self_attn.attnprune_state.packed
+
+
+@pytest.mark.parametrize("arrange", [attnprune.pack_qkv, attnprune.freeze])
+def test_on_the_meta_device(arrange: Any) -> None:
+    """Where PyTorch refuses to say whether there is autocast."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 8, batch_first=True), 1).eval()
+    attnprune.prune_attention(model, {"qk": 0.5})
+    arrange(model)
+    with torch.no_grad():
+        assert model.to("meta")(torch.zeros(2, 5, 16, device="meta")).shape == (2, 5, 16)

@@ -381,7 +381,7 @@ def test_attention_is_also_known_by_what_it_does() -> None:
     assert [one.name for one in report.skipped] == ["b"]
 
 
-class Odd(nn.Module):
+class Holding(nn.Module):
     """Attention that does more where something that it holds says so."""
 
     def __init__(self, held: Any, ask: Any) -> None:
@@ -430,13 +430,13 @@ def test_hosts_that_differ_in_what_they_hold_share_no_proof(held: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     for more in (False, True, False):
-        model = Odd(make(more), ask).double().eval()
+        model = Holding(make(more), ask).double().eval()
         plan = make_plan(model, 0.5, scorer="magnitude", heads="ragged")
         with masked(model, plan):
             expected = model(x)
         apply_plan(model, plan)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
-    assert key_of(Odd(make(True), ask)) == key_of(Odd(make(True), ask))
+    assert key_of(Holding(make(True), ask)) == key_of(Holding(make(True), ask))
 
 
 @pytest.mark.parametrize("kind", ["submodule", "parameter", "attribute"])

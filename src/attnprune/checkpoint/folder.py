@@ -23,6 +23,7 @@ OTHER_SHAPE = (
     "such models only what save_pruned wrote can be read"
 )
 """What to do where shapes differ."""
+_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/[0-9a-f]{40}")
 _DRAFT = re.compile(r"\.attnprune-\d+-\d+\.draft")
 
 
@@ -56,6 +57,9 @@ def foreign(where: str, expected: str, remedy: str = "save the model anew") -> I
 class Folder:
     """A directory of plain files. Links, devices, pipes and names that lead elsewhere are refused.
 
+    Only in the cache of the Hugging Face Hub, where every file of a snapshot is a link to a blob beside the snapshots
+    of the same model, such a link counts as the blob.
+
     >>> import tempfile
     >>> folder = Folder.make(tempfile.mkdtemp())
     >>> folder.replace("a.json", b"{}")
@@ -65,6 +69,10 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        place = Path(os.path.abspath(path))
+        inside = _SNAPSHOT.fullmatch("/".join(place.parts[-3:]))
+        self.blobs = None if inside is None else place.parents[1] / "blobs"
+        self.hub_name = None if inside is None else "/".join(inside.groups())
 
     @classmethod
     def make(cls, path: str | os.PathLike[str]) -> Folder:
@@ -97,7 +105,7 @@ class Folder:
         """
         if not NAME.fullmatch(name):
             refuse("name of a file", "letters, digits, dots, dashes and underscores", repr(name)[:60])
-        path = self.path / name
+        path = self._blob(self.path / name)
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
@@ -109,6 +117,13 @@ class Folder:
             file.close()
             refuse(name, "a file", "something else")
         return file
+
+    def _blob(self, path: Path) -> Path:
+        """What a link of the Hub's cache stands for; any other path as it is."""
+        if self.blobs is None or not path.is_symlink() or self.blobs.is_symlink():
+            return path
+        target = Path(os.path.normpath(Path(os.path.abspath(path)).parent / os.readlink(path)))
+        return target if target.parent == self.blobs else path
 
     def read(self, name: str, most: int = LONGEST) -> bytes:
         """All of a small file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from ..calibration.batches import device_named
 from ..errors import OptionError
 from ..families.registry import undressed
 from ..nn.kept import ordinary
+from ..values.hub_names import is_hub_name
 from . import hf
 from .folder import foreign, refuse
+from .hub import fetched, name_of
 from .manifest import MANIFEST
 from .record import ConfigEntry
 from .shapes import resized, take_shapes
@@ -87,17 +90,28 @@ def from_pretrained(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
-    """A Hugging Face model, pruned or dense, from its directory alone: :func:`load_pruned` without a model.
+    """A Hugging Face model, pruned or dense, from its directory or its name on the Hub alone.
+
+    The same as :func:`load_pruned` without a model. From the Hub, of which ``huggingface_hub`` keeps a copy on this
+    machine, come JSON files and weights in safetensors, and nothing that runs.
 
     Args:
-        directory: written by :func:`save_pruned` or by ``model.save_pretrained``.
+        directory: written by :func:`save_pruned` or by ``model.save_pretrained``; or ``"owner/model"`` of the Hub,
+            where no directory of this name is here.
         device: where the model goes; None: the CPU.
         dtype: to convert to; None: as saved.
         verify: whether to compare the weights' digests, where the directory has any.
+        revision: of a model of the Hub: a branch, a tag or a commit; None: the main branch.
+        token: of a user of the Hub; None: the one that is stored on this machine; False: none.
+        cache_dir: where files of the Hub are kept; None: where ``huggingface_hub`` keeps them.
 
     Raises:
-        OptionError, CheckpointError: as in :func:`load_pruned`.
+        OptionError: as in :func:`load_pruned`; or an option of the Hub, for a directory.
+        CheckpointError: as in :func:`load_pruned`; or the Hub has no such model, or cannot be reached.
 
     >>> import tempfile
     >>> from transformers import ViTConfig, ViTModel
@@ -109,7 +123,17 @@ def from_pretrained(
     >>> from_pretrained(folder).layers[0].attention.q_proj.weight.shape
     torch.Size([16, 32])
     """
-    return load_pruned(directory, device=device, dtype=dtype, verify=verify)
+    if is_hub_name(directory):
+        directory = fetched(str(directory), revision=revision, token=token, cache_dir=cache_dir)
+    else:
+        for name, value in (("revision", revision), ("token", token), ("cache_dir", cache_dir)):
+            if value is not None:
+                where = f"a name on the Hub, which {str(directory)[:80]!r} is not"
+                raise OptionError(name, where, "it for a directory", f"leave {name} out")
+    model: Any = load_pruned(directory, device=device, dtype=dtype, verify=verify)
+    if source := name_of(directory):
+        model.config._name_or_path = model.name_or_path = source
+    return model  # type: ignore[no-any-return]
 
 
 def _built(source: Source, weights: Weights, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:

@@ -20,6 +20,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Names of files of weights, as everybody has them."""
 BY_DIGEST = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 """Names that they had up to version 3, and that they have until the manifest that names them is in place."""
+Bytes = Annotated[int, partial(fields.integer, high=1 << 60)]
 Sizes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by name."""
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -32,7 +33,7 @@ class Shard(NamedTuple):
 
     name: str
     sha256: str
-    size: Annotated[int, partial(fields.integer, high=1 << 60)] | None
+    size: Bytes | None
     """Bytes; None in version 1, which did not say."""
 
     @classmethod

@@ -103,6 +103,13 @@ def export_onnx(
     return Exported(target, _shapes(graph.inputs), _shapes(graph.outputs), error)
 
 
+def check_installed() -> None:
+    """Raises ExportError where what writes ONNX files is missing."""
+    if find_spec("onnxscript") is None:
+        remedy = 'install them: pip install "attnprune[export]"'
+        raise ExportError("export_onnx", "onnx and onnxscript", "neither", remedy)
+
+
 def _attention(model: nn.Module) -> dict[str, str]:
     """What a file says of the heads that its graph has; the config of a pruned model tells those of the dense one."""
     specs = [view.spec for view in sound_views(model)]
@@ -123,8 +130,7 @@ def _checked(dynamic: Sequence[str], check: object, target: Path) -> tuple[bool,
         raise OptionError("check", 'True, False or "auto"', repr(check), "pick one of them")
     if not target.parent.is_dir():
         raise OptionError("path", "a file in a directory that is there", str(target), "make the directory first")
-    if find_spec("onnxscript") is None:
-        raise ExportError("export_onnx", "onnx and onnxscript", "neither", 'pip install "attnprune[export]"')
+    check_installed()
     return "batch" in dynamic, "length" in dynamic
 
 

@@ -25,6 +25,11 @@ from .folder import OTHER_SHAPE, reading, refuse
 
 ENTRY = "attnprune"
 """The entry of a Hugging Face config that holds a record."""
+LOADER = "attnprune.from_pretrained"
+"""What configs of pruned models name as the implementation of their attention. Transformers has none of this name, and
+says so, where it would otherwise build the dense model."""
+MARKS = {"attn_implementation": LOADER, "_attn_implementation_internal": LOADER}
+"""That, as transformers 5 and 4 read it from ``config.json``."""
 _OTHER = "pass a dense model of the class that was saved"
 
 
@@ -297,6 +302,21 @@ def in_config(config: Mapping[str, Any], where: str = "config.json") -> Record:
     return Record(()) if config.get(ENTRY) is None else from_entry(config[ENTRY], where)
 
 
+def unmarked(value: Any) -> Any:
+    """A config as JSON without what pruning left in it."""
+    if isinstance(value, list):
+        return [unmarked(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: unmarked(one) for key, one in value.items() if key not in (ENTRY, *MARKS)}
+
+
+def marked(config: Mapping[str, Any], record: Record | None = None) -> dict[str, Any]:
+    """A dense model's config as JSON, with what plain transformers must not pass over in it, and in those inside it."""
+    inner = {key: marked(one) for key, one in config.items() if isinstance(one, Mapping) and "model_type" in one}
+    return {**config, **inner, **MARKS, **({} if record is None else {ENTRY: to_entry(record)})}
+
+
 def digest_of(value: object) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -334,6 +354,7 @@ class ConfigEntry:
             )
             if inside.attention:
                 setattr(own[key], ENTRY, to_entry(inside))
+                own[key].attn_implementation = LOADER  # for the file; how it runs here is another attribute
         for module in self.model.modules():
             config = module.__dict__.get("config")
             if id(config) in own:

@@ -22,10 +22,11 @@ from ..nn.attempt import ending_with, undoing_with
 from ..nn.kept import ordinary
 from ..surgery import check_views
 from ..values import fields
+from .card import CARD, base_of, card_of, is_free
 from .folder import Folder
 from .hf import CONFIG, GENERATION, INDEX, maker
 from .manifest import BY_DIGEST, MANIFEST, WEIGHTS, Manifest, Shard, Sizes
-from .record import ENTRY, Record, is_pretrained
+from .record import ENTRY, Record, is_pretrained, marked, unmarked
 from .shapes import smaller_than
 from .skeleton import class_name, items_of, places
 from .tensors import Item, shards, write_tensors
@@ -43,6 +44,7 @@ def save_pruned(
     *,
     max_shard_size: int | str = "5GB",
     report: Report | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model, pruned or not, as safetensors weights and a JSON manifest.
 
@@ -55,14 +57,16 @@ def save_pruned(
         model: any module; attention of known families may have any shape that pruning gives.
         directory: made if it is not there; other files in it stay.
         max_shard_size: weights are split into files of at most so many bytes; a number, or text such as ``"200MB"``.
-        report: what pruning reported; its figures are then in the manifest.
+        report: what pruning reported; its figures are then in the manifest and in the model card.
+        card: entries for the YAML head of the model card (``README.md``), such as ``{"license": "apache-2.0"}``. A card
+            that somebody has written stays as it is.
 
     Returns:
         The directory.
 
     Raises:
         WrappedModelError: (and its kinds) the model is wrapped, sharded or quantised.
-        OptionError: a size that is none, or a state dict that holds more than tensors.
+        OptionError: a size that is none, a card that no YAML is, or a state dict that holds more than tensors.
         CheckpointError: another tool made a layer smaller in a way that tensors and config do not tell.
 
     >>> import tempfile
@@ -74,15 +78,33 @@ def save_pruned(
     >>> all(value.equal(again.state_dict()[key]) for key, value in pruned.state_dict().items())
     True
     """
+    return save_model(model, directory, max_shard_size=max_shard_size, report=report, card=card)
+
+
+@ordinary
+def save_model(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str,
+    report: Report | None,
+    card: Mapping[str, Any] | None,
+    name: str | None = None,
+) -> Path:
+    """:func:`save_pruned`, of a model that its card calls ``name``; None: as the directory is called."""
     model = undressed(model)
     limit = parse_size(max_shard_size)
     views = all_views(model)
     check_views(model, views, frozen=True)
     items, tied = items_of(model)
     config, said = config_json(model), None if report is None else report.to_dict()
-    sizes = _sizes(model, views, config)
+    sizes, smaller = _against_config(model, views, config)
     manifest = Manifest(class_name(model), Record.of(views), (), config, tied, said, sizes)
-    return write_model(Folder.make(directory), items, manifest, limit, generation_json(model))
+    called, base = name or Path(os.path.abspath(directory)).name, base_of(getattr(model, "config", None))
+    text = card_of(
+        manifest, name=called, smaller=smaller, report=report, base_model="" if base == name else base, head=card
+    )
+    return write_model(Folder.make(directory), items, manifest, limit, text, smaller, generation_json(model))
 
 
 def write_model(
@@ -90,6 +112,8 @@ def write_model(
     items: Sequence[Item],
     manifest: Manifest,
     limit: int,
+    card: str,
+    smaller: bool,
     generation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes weights, then a manifest that names them, and then gives them their names; what was there before goes.
@@ -102,6 +126,8 @@ def write_model(
         items: the tensors, each made when its turn comes.
         manifest: all of it but the shards.
         limit: bytes of a file of weights.
+        card: the text of the model card, written where no card of somebody's lies.
+        smaller: whether the model is smaller than its config says; plain transformers then refuses it.
         generation: settings for generation, of models that have any.
     """
     json.dumps(manifest.report, allow_nan=False)  # what cannot be written is refused before the weights are
@@ -117,13 +143,16 @@ def write_model(
         home.update({item.name: shard.name for item in run})
     folder.replace(MANIFEST, replace(manifest, shards=tuple(found)).to_json().encode())
     index = {"metadata": {"total_size": sum(item.size for item in items)}, "weight_map": home}
+    config = manifest.config
     for name, content in {  # for others; what reads a manifest needs none of them
-        CONFIG: manifest.config,
+        CONFIG: marked(config, manifest.record) if config is not None and smaller else config,
         GENERATION: generation,
         INDEX: index if len(found) > 1 else None,
     }.items():
         if content is not None:
             folder.replace(name, json.dumps(content, sort_keys=True, indent=2).encode())
+    if is_free(folder):
+        folder.replace(CARD, card.encode())
     for shard in found:
         ending_with(partial(os.replace, folder.path / shard.fresh, folder.path / shard.name))
     kept = {name for one in found for name in (one.name, one.fresh)} | ({INDEX} if len(found) > 1 else set())
@@ -139,8 +168,7 @@ def config_json(model: nn.Module) -> Mapping[str, Any] | None:
     config: Any = getattr(model, "config", None)
     if not is_pretrained(model) or not hasattr(config, "to_json_string"):
         return None
-    found: Any = fields.load(config.to_json_string())
-    found.pop(ENTRY, None)
+    found: Any = unmarked(fields.load(config.to_json_string()))
     return {**found, "architectures": [host_class(model).__name__]}
 
 
@@ -154,17 +182,27 @@ def generation_json(model: nn.Module) -> Mapping[str, Any] | None:
     return found
 
 
-def _sizes(model: nn.Module, views: Sequence[AttentionView], config: Mapping[str, Any] | None) -> Sizes:
-    """Which tensors outside attention are smaller than in the model of its config; none where no config tells."""
+def _against_config(
+    model: nn.Module, views: Sequence[AttentionView], config: Mapping[str, Any] | None
+) -> tuple[Sizes, bool]:
+    """Which tensors outside attention are smaller than in the model of its config, and whether any tensor is.
+
+    No sizes where no config tells; smaller is then what pruning left its entry in.
+    """
     if config is None:
-        return {}
+        return {}, True
     found = places(model)
     try:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             dense = maker(config, found)()
     except CheckpointError:  # a class that transformers does not have
-        return {}
-    return smaller_than(dense, model, views)
+        return {}, hasattr(model.config, ENTRY)
+    return smaller_than(dense, model, views), shapes_of(dense) != shapes_of(model)
+
+
+def shapes_of(model: nn.Module) -> Sizes:
+    """The shape of every tensor that is saved, by name."""
+    return {name: tuple(place.tensor.shape) for name, place in places(model).items()}
 
 
 def parse_size(size: object) -> int:

@@ -19,6 +19,7 @@ from ..nn import host_class
 from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
 from ..values.spec import AttentionSpec
+from .card import CARD, is_free
 from .folder import Folder
 from .manifest import BY_DIGEST, MANIFEST
 from .record import ENTRY, is_pretrained
@@ -68,6 +69,8 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     drafts = folder.drafts()
     stock.save_pretrained(drafts)
     folder.receive(drafts, _STALE)
+    if is_free(folder):  # what save_pruned wrote of another model
+        folder.remove(CARD)
     return folder.path
 
 
@@ -156,8 +159,8 @@ def stock_config(model: nn.Module, specs: Sequence[AttentionSpec]) -> Any:
     for spec in specs:
         _check_alike(spec, specs[0])
     config = copy.deepcopy(config)
-    if hasattr(config, ENTRY):
-        delattr(config, ENTRY)
+    for name in (ENTRY, "attn_implementation"):
+        vars(config).pop(name, None)
     if specs:
         config.num_attention_heads, config.head_dim = specs[0].heads, specs[0].qk_dim
         if getattr(config, "num_key_value_heads", None) is not None:

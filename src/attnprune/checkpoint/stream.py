@@ -15,11 +15,12 @@ from ..families.registry import all_views, plain
 from ..nn.kept import ordinary
 from ..surgery import ParamChange, Surgeon
 from ..values.plan import Plan
+from .card import card_of
 from .folder import Folder
 from .hf import set_generation
 from .manifest import MANIFEST, Manifest
 from .record import Record
-from .save import config_json, generation_json, parse_size, write_model
+from .save import config_json, generation_json, parse_size, shapes_of, write_model
 from .shapes import take_shapes
 from .skeleton import Filling, class_name, groups, places
 from .source import Source
@@ -72,12 +73,15 @@ def apply_to_checkpoint(
     limit = parse_size(max_shard_size)
     with Source.at(source, weights_alone=True).opened(verify=verify) as (found, weights):
         skeleton = plain(model) if model is not None else found.skeleton(weights.entries)
+        dense = shapes_of(skeleton)
         with _pruned(skeleton, found, weights, plan) as (items, tied):
             record, config = Record.of(all_views(skeleton)), config_json(skeleton)
             if model is None:
                 set_generation(found.folder, skeleton)
             manifest = Manifest(class_name(skeleton), record, (), config, tied, sizes=found.sizes)
-            return write_model(Folder.make(directory), items, manifest, limit, generation_json(skeleton))
+            smaller = dense != shapes_of(skeleton)
+            card = card_of(manifest, name=Path(os.path.abspath(directory)).name, smaller=smaller)
+            return write_model(Folder.make(directory), items, manifest, limit, card, smaller, generation_json(skeleton))
 
 
 @contextmanager

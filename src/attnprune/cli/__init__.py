@@ -17,12 +17,14 @@ from typing import Any
 
 from ..errors import AttnPruneError, CheckpointError
 from ..report.rows import SIZES
+from ..values.hub_names import HUB_NAME
 from ..values.method import BASES, SCORERS
 from ..values.presets import PRESETS
 from ..values.rules import OPTIONS
 
 _MOST_THREADS = 1024
 PICTURES = (".png", ".svg", ".pdf")
+_A_MODEL = "a model: config.json and safetensors, dense or pruned; or owner/model of the Hugging Face Hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(args, "qkvo", None) is not None and len(args.qkvo) not in (1, 4):
         args.usage_error(f"argument --qkvo: expected 1 or 4 numbers, found {len(args.qkvo)}")
     try:
-        for one in (args.directory, getattr(args, "against", None)):
-            if one is not None and not one.is_dir():
-                raise CheckpointError.no_directory(one)
+        models = [name for name in ("directory", "against") if hasattr(args, name)]
+        for path in (getattr(args, name) for name in models):
+            if not path.is_dir() and not HUB_NAME.fullmatch(str(path)):
+                raise CheckpointError.no_directory(path)
         from ..bars import logged
         from . import commands, trying
 
+        for name in models:
+            setattr(args, name, commands.here(getattr(args, name)))
         with commands.quiet(), logged():
             done = trying.sweep_command(args) if args.run == "sweep" else getattr(commands, args.run)(args)
         print(json.dumps(done.facts, indent=1) if args.json else done.text, flush=True)
@@ -70,13 +75,20 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     from attnprune import __version__
 
-    whole = argparse.ArgumentParser(prog="attnprune", description="Removes heads and channels from attention.")
+    whole = argparse.ArgumentParser(
+        prog="attnprune",
+        description="Removes heads and channels from attention.",
+        epilog="attnprune COMMAND --help lists the options of a command.",
+    )
     whole.add_argument("--version", action="version", version=f"attnprune {__version__}")
     kinds = whole.add_subparsers(required=True, metavar="COMMAND")
 
     one = _command(kinds, "inspect", "attention modules, dims and parameters; reads no weights")
     one.add_argument(
-        "directory", type=Path, metavar="DIR", help="a model: config.json and safetensors, dense or pruned"
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="a model: config.json and safetensors, dense or pruned; or owner/model of the Hub",
     )
 
     one = _command(kinds, "plan", "decides what would go, and changes nothing")
@@ -134,7 +146,10 @@ def _command(kinds: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 def _model(one: argparse.ArgumentParser) -> None:
     one.add_argument(
-        "directory", type=Path, metavar="DIR", help="a model: config.json and safetensors, dense or pruned"
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="a model: config.json and safetensors, dense or pruned; or owner/model of the Hub",
     )
     _device(one)
 

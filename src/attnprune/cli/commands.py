@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +18,13 @@ from ..api import Decided, decided_by, prepare_plan
 from ..calibration.batches import device_named
 from ..calibration.sample import Sample
 from ..checkpoint.describe import overview, read_report, without_config
+from ..checkpoint.hub import fetched
 from ..checkpoint.load import from_pretrained
 from ..checkpoint.save import save_pruned
 from ..checkpoint.source import Source
 from ..checkpoint.stock import export_stock
 from ..cost.counting import count_macs, count_parameters
-from ..errors import CheckpointError, OptionError
+from ..errors import AttnPruneWarning, CheckpointError, OptionError
 from ..report.making import planned_report
 from ..report.report import Report
 from ..values.plan import Plan
@@ -47,7 +50,23 @@ class Done(NamedTuple):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block transformers' own bars and advice do not stand between ours."""
+    """Inside the block warnings of ours are lines of text, and transformers' bars and advice do not stand between."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def said(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if isinstance(message, AttnPruneWarning):
+                print(f"attnprune: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = said
+        with _transformers_quiet():
+            yield
+
+
+@contextmanager
+def _transformers_quiet() -> Iterator[None]:
     try:
         from transformers.utils import logging
     except ModuleNotFoundError:  # what needs it says so, once all else is right
@@ -191,8 +210,9 @@ def export(args: argparse.Namespace) -> Done:
                 if (args.directory / name).is_file():
                     shutil.copyfile(args.directory / name, folder / name)
         return Done({"stock": str(args.stock)}, f"wrote {args.stock}, which transformers loads without attnprune")
-    from ..checkpoint.onnx import export_onnx
+    from ..checkpoint.onnx import check_installed, export_onnx
 
+    check_installed()
     model = loaded(args.directory)
     data = data_file(args, model)
     given = data.first(args.batch_size) if data is not None else example_inputs(model, args.batch_size, args.length)
@@ -232,6 +252,11 @@ def _applied(args: argparse.Namespace, model: nn.Module, made: Plan, given: Any,
         raise no_data_to_tune_on()
     sample = Sample(given, data)
     return prepare_plan(model, made, example_inputs=given, sample=sample, recovery=recovery, progress=not args.quiet)()
+
+
+def here(directory: Path) -> Path:
+    """A directory as it is; a model of the Hub from there, with what it needs beside its weights."""
+    return directory if directory.is_dir() else fetched(str(directory), beside=BESIDE)
 
 
 def loaded(directory: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:

@@ -6,12 +6,13 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.describe import shrunk
 from ..checkpoint.hf import CONFIG
-from ..checkpoint.record import ENTRY, ConfigEntry, from_entry
+from ..checkpoint.record import ENTRY, LOADER, ConfigEntry, from_entry
 from ..nn.selected import Selected
 
 METHOD = "attnprune"
@@ -58,6 +59,14 @@ class Shapes(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self, **_: Any) -> bool:
         return True
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Called before the model is built: its attention is ours to shape, whatever runs it."""
+        return _unmarked(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The same, in transformers 5."""
+        return _unmarked(config)
+
     def preprocess_model(self, model: Any, *args: Any, **options: Any) -> None:
         """As transformers has it, but nothing is marked as quantised."""
         self._process_model_before_weight_loading(model)
@@ -82,3 +91,11 @@ class Shapes(HfQuantizer):  # type: ignore[misc]
                 module.index()
         if hasattr(model.config, ENTRY):
             ConfigEntry(model).commit()
+
+
+def _unmarked(config: Any) -> Any:
+    """A config that names no implementation of attention where ours was named, and those inside it."""
+    for one in [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]:
+        if getattr(one, "_attn_implementation", None) == LOADER:
+            one._attn_implementation = None
+    return config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import FrozenError
 from ..values.layout import HeadLayout
 from .decoupled import Decoupled
-from .policy import forced, known, layouts_of
+from .policy import autocasts, forced, known, layouts_of
 from .products import at_once_runs
 from .projection import QKV, Projected, padded, side_by_side, spread
 
@@ -133,7 +133,7 @@ class Frozen:
                 )  # fmt: skip
             if x.requires_grad or any(p.requires_grad for p in self.parameters):
                 return False
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             return False
         if torch.compiler.is_compiling():
             return True

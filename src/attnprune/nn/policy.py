@@ -204,6 +204,11 @@ def layouts_of(layout: HeadLayout, kind: str, dtype: torch.dtype, width: int) ->
     return Layouts(few, layout, more[0] + more[3], width * sum(more), calls)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether products with a tensor are cast; on a device that knows of no autocast, meta for one, none are."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def widened(layout: HeadLayout, x: Tensor) -> HeadLayout | None:
     """The dims that heads of a self-attention of ``x`` are to have by padded weights; None if they keep their own.
 
@@ -264,7 +269,7 @@ def at_run_time(layout: HeadLayout, q: Tensor, k: Tensor) -> bool:
     On a CPU for inference, as plain products beat there what a compiler makes of kernels for unequal dims; where
     tokens are few and fixed, it makes as much of heads that run by themselves.
     """
-    if not KNOWN or not _compiled_inference(q) or torch.is_autocast_enabled(q.device.type):
+    if not KNOWN or not _compiled_inference(q) or autocasts(q):
         return False
     how, first = forced(), layout.buckets[0]
     even = layout.uniform and first.qk_dim == first.vo_dim

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.layout import KINDS, Bucket, HeadLayout
-from .policy import forced
+from .policy import autocasts, forced
 
 WHOLE = 1 << 20
 """Scores (batch x heads x queries x keys) up to which several heads are one batched product."""
@@ -74,7 +74,7 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()  # first: the rest cannot be compiled
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or torch.is_autocast_enabled(q.device.type)
+        or autocasts(q)
         or torch._C._functorch.is_functorch_wrapped_tensor(q)
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..values.layout import HeadLayout, Projection
 from .decoupled import State
 from .kept import kept
-from .policy import widened
+from .policy import autocasts, widened
 from .selected import SelectedInputs
 
 QKV: tuple[Projection, ...] = ("q", "k", "v")
@@ -163,7 +163,7 @@ def _plain(linears: Sequence[nn.Linear]) -> bool:
 
 
 def _calls_may_merge(linears: Sequence[nn.Linear], x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not _plain(linears):
+    if torch.compiler.is_compiling() or autocasts(x) or not _plain(linears):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or any(one.weight.requires_grad for one in linears)))
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from ..values import fields
 
-Size = Literal["params", "latency", "macs", "memory"]
-SIZES: tuple[Size, ...] = ("params", "latency", "macs", "memory")
+Saved = Literal["params", "latency", "macs", "memory"]
+SIZES: tuple[Saved, ...] = ("params", "latency", "macs", "memory")
 Count = Annotated[int, partial(fields.integer, high=1 << 62)]
 """A whole number from 0, of parameters, multiply-adds or bytes."""
 
@@ -38,7 +38,7 @@ class Row:
     error: str = ""
     """Why there are no figures: the way cannot be had for this model."""
 
-    def size(self, by: Size) -> float | None:
+    def size(self, by: Saved) -> float | None:
         """What this costs, in the unit of one column."""
         found: float | None = getattr(self, by)
         return found

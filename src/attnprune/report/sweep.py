@@ -11,7 +11,7 @@ from warnings import warn
 from ..errors import AttnPruneWarning, OptionError
 from ..values import fields
 from ..values.tables import aligned, html_table
-from .rows import SIZES, Row, Size, read_row
+from .rows import SIZES, Row, Saved, read_row
 
 FORMAT, VERSION = "attnprune.sweep", 1
 COLUMNS = ("way", "ratio", "removed", "score", "change", "parameters", "multiply-adds", "latency", "memory")
@@ -46,7 +46,7 @@ class Sweep:
             return None
         return (self.dense.score - row.score) * (1 if self.higher_is_better else -1)
 
-    def best(self, within: float = 0.5, by: Size = "params") -> Row:
+    def best(self, within: float = 0.5, by: Saved = "params") -> Row:
         """The smallest or fastest of all that lose at most so much.
 
         The dense model is one of them: where nothing else is within, or smaller, it is the best. Scores that were
@@ -79,7 +79,7 @@ class Sweep:
                 found.append((size, drop, place))
         return (self.dense, *self.rows)[min(found)[2]] if found else self.dense
 
-    def pareto(self, by: Size = "params") -> tuple[Row, ...]:
+    def pareto(self, by: Saved = "params") -> tuple[Row, ...]:
         """The rows that no other beats: from small to large, each better than all that are smaller."""
         told = [(row.size(by), self.drop(row), place) for place, row in enumerate((self.dense, *self.rows))]
         found: list[Row] = []

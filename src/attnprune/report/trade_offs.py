@@ -10,11 +10,11 @@ from ..errors import OptionError
 from .plots import COLOURS, DARK, LARGE, LIGHT, MEDIUM, SMALL, _labels, _margin, _title
 
 if TYPE_CHECKING:
-    from .rows import Row, Size
+    from .rows import Row, Saved
 
 MARKS = "osD^vP*XhdpH<>8"
 LINES = ("-", "--", "-.", ":")
-PANELS: tuple[tuple[Size, str], ...] = (
+PANELS: tuple[tuple[Saved, str], ...] = (
     ("params", "parameters of the model"), ("latency", "latency, measured"), ("macs", "multiply-adds"),
 )  # fmt: skip
 
@@ -22,7 +22,7 @@ PANELS: tuple[tuple[Size, str], ...] = (
 def pareto(
     dense: Row,
     rows: Sequence[Row],
-    fronts: Mapping[Size, Sequence[Row]],
+    fronts: Mapping[Saved, Sequence[Row]],
     *,
     higher_is_better: bool = True,
     path: str | os.PathLike[str] | None = None,

@@ -73,7 +73,7 @@ class Verification:
         if self.why_not:
             return
         error = 0.0
-        for before, after in zip(self.expected, self.run(self.model), strict=False):
+        for before, after in zip(self.expected, self._found(), strict=False):
             if before.shape != after.shape:  # attention weights: of the heads that are left
                 continue
             share = difference(after, before)
@@ -89,6 +89,20 @@ class Verification:
                 )
         self.found = Verified(error, self.samples)
         self.expected = []
+
+    def _found(self) -> Sequence[Tensor]:
+        try:
+            return self.run(self.model)
+        except MACHINE:
+            raise
+        except Exception as error:  # whatever a model raises, which ran before
+            raise VerificationError(
+                "verify",
+                "the pruned model to run, as the masked one does",
+                f"{type(error).__name__}: {str(error)[:120]}",
+                "the model is as it was; where it makes masks for a fixed number of heads, keep all heads "
+                '(granularity="channel"), else exclude= layers to find which it is',
+            ) from error
 
     def _noise(self) -> float:
         """By how much outputs in float64 may differ where the model itself rounds to float32; asked for only where they

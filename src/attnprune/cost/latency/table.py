@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import LatencyError
 from ...values import fields
+from ...values.fields import From0, Positive, Size
 from ...values.layout import Kind
 from ...values.plan import Plan
 from ...values.spec import AttentionSpec
@@ -21,11 +22,11 @@ FORMAT, VERSION = "attnprune.latency", 1
 class Grid:
     """One kind of attention of a model in several shapes: every combination of heads, qk and vo channels."""
 
-    heads: tuple[fields.Size, ...]
+    heads: tuple[Size, ...]
     """Numbers of heads, ascending, the dense one last."""
-    qk: tuple[fields.Size, ...]
-    vo: tuple[fields.Size, ...]
-    shares: tuple[fields.From0, ...]
+    qk: tuple[Size, ...]
+    vo: tuple[Size, ...]
+    shares: tuple[From0, ...]
     """Time of one layer in every shape, as a share of the dense model's forward pass; vo varies fastest."""
 
     def dims(self, kind: Kind) -> tuple[int, ...]:
@@ -78,16 +79,16 @@ class LatencyTable:
 
     machine: Mapping[str, str]
     """What the figures hold for: device, processor, threads, versions, model and inputs."""
-    seconds: fields.Positive
+    seconds: Positive
     """Median seconds of a forward pass of the dense model."""
-    rest: fields.From0
+    rest: From0
     """Share of everything but attention."""
     layers: tuple[tuple[str, int], ...]
     """By name, the number of the layer's grid."""
     grids: tuple[Grid, ...]
-    step: fields.Size
+    step: Size
     """Channels of measured shapes are multiples of this."""
-    rounds: fields.Size
+    rounds: Size
     """How many rounds were measured."""
 
     def grid(self, name: str) -> Grid:

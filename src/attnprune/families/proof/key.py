@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _NAMES = ("training", "layer_idx")
 """Attributes of modules that have a place of their own."""
 _OF_CONFIGS = (
     "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures", "dtype", "torch_dtype",
-    "id2label", "label2id", "attnprune",
+    "id2label", "label2id", "attnprune", "attn_implementation",
 )  # fmt: skip
 """Attributes of configs that say where something is from or goes, or what of it was pruned."""
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
@@ -128,5 +129,6 @@ def _buffer(tensor: Tensor, most: int = 1) -> Any:
     few = tensor.numel() <= (most if tensor.is_floating_point() or tensor.is_complex() else 256 * _LONG)
     if not few or tensor.layout is not torch.strided or tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
         return facts
-    values = tensor.detach().cpu().contiguous().reshape(-1)
-    return *facts, hashlib.sha256(values.view(torch.uint8).numpy().tobytes() if len(values) else b"").hexdigest()
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        return *facts, hashlib.sha256(values.view(torch.uint8).numpy().tobytes() if len(values) else b"").hexdigest()
