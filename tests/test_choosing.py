@@ -258,4 +258,4 @@ def test_a_directory_that_is_not_there_is_named_without_transformers(
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.utils", None)
     assert main([command, str(tmp_path / "nope"), *more]) == 1
-    assert "nope: expected a directory, found nothing. Check the path." in capsys.readouterr().err
+    assert "nope: expected a directory, found nothing. Check the path;" in capsys.readouterr().err
