@@ -31,7 +31,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev,docs]"
 	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps timm  # torchvision needs a build for this very torch
-	$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true  # as pip does, but on all cores
 	@touch $@
 
 demo: $(STAMP)
