@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 JOBS ?= 2
+unexport PYTHONDONTWRITEBYTECODE  # each process would compile anew what pip did not
 
 .PHONY: help demo test lint types unit docs pictures figures notebooks matrix test-all test-exact fuzz
 .PHONY: mutations bench bench-streaming test-compat test-latest test-oldest test-wheel test-sdist clean

@@ -31,6 +31,7 @@ def test_it_is_small() -> None:
     assert (BENCHMARKS / "byte_llama" / "model.safetensors").stat().st_size < 2_600_000
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_cached_generation_equals_uncached(llama: Any) -> None:
     dense = llama.byte_llama.load()

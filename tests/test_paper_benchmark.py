@@ -218,6 +218,7 @@ def test_new_clips_have_a_dense_figure_of_their_own(monkeypatch: pytest.MonkeyPa
     assert body[0][-2:] == ["-11.00", ""]
 
 
+@pytest.mark.long
 def test_new_clips_measure_the_models_that_were_run(
     protocol: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,7 @@ def test_whisper_generates_as_the_masked_model(options: dict[str, Any], tmp_path
     assert int(expected["timestamps"][0, 0]) >= phrases.FIRST_TIMESTAMP
 
 
+@pytest.mark.long
 def test_the_example_for_whisper(tmp_path: Path, capsys: Any) -> None:
     random, folder = np.random.default_rng(0), tmp_path / "recordings"
     folder.mkdir()

@@ -236,6 +236,7 @@ class Packed(nn.Module):
         return out[0].unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_samples_that_cannot_be_told_apart_are_added_up() -> None:
     """A random projection's parts of other samples are independent: on average it is the same."""
     torch.manual_seed(0)
