@@ -22,8 +22,8 @@ def telling(names: Iterable[str]) -> list[str]:
 
 
 def examples(number: int) -> int:
-    """How many random cases hypothesis draws of a law that every family is tried for: a fifth of ``number``, or all."""
-    return number if ALL else -(-number // 5)
+    """How many random cases hypothesis draws of a law that every family is tried for: an eighth, or all."""
+    return number if ALL else -(-number // 8)
 
 
 def spread(*axes: Iterable[Case], strength: int = 1) -> list[tuple[Case, ...]]:

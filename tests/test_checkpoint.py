@@ -619,6 +619,7 @@ def test_numbers_that_json_has_not(tmp_path: Path) -> None:
     assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(transformers, "GraniteSWAConfig"), reason="transformers 5.24 has it")
 def test_a_scale_of_ones_own_under_rotary_embeddings_that_run_expanded(tmp_path: Path) -> None:
     """Granite multiplies logits with 1, which is no head dim's scale."""

@@ -376,6 +376,7 @@ def test_onnx_finds_what_may_vary(tmp_path: Path) -> None:
     assert export_onnx(nn.Linear(6, 2), tmp_path / "c.onnx", x, dynamic=("batch",)).inputs == {"input": ("batch", 6, 6)}
 
 
+@pytest.mark.long
 def test_onnx_is_compared_at_other_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
