@@ -65,7 +65,8 @@ these splits. Made by:
    python benchmarks/quality.py keywords llama --recover 60 --seeds 1 --ratios 0.75
    python benchmarks/quality_page.py
 
-.. image:: /_static/quality.png
+.. figure:: /_static/quality.png
+   :figclass: wide
    :alt: All ways on all models, a dot for a share removed; those of this library are nearest to the dense model
 """
 
