@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnprune import Plan, errors, make_plan, prune_attention
+from attnprune import AttentionPruner, Plan, calibrate, errors, find_attention, make_plan, prune_attention
 
 
 def redundant() -> tuple[nn.Module, list[Tensor], Tensor]:
@@ -62,3 +62,21 @@ def test_what_features_cannot_share_is_refused(options: dict[str, Any], words: s
     dense, data, _ = redundant()
     with pytest.raises(errors.OptionError, match=re.escape(words)):
         make_plan(dense, 0.5, **{"data": data, "split": "all", **options})
+
+
+def test_a_pruner_a_calibration_and_layers_in_turn_take_features_too() -> None:
+    dense, data, _ = redundant()
+    options: dict[str, Any] = {"split": "all", "heads": "ragged", "data": data, "progress": False}
+    pruner = AttentionPruner(copy.deepcopy(dense), 0.75, steps=1, **options)
+    report = pruner.step()
+    assert any(any(spec.left_out) for spec in find_attention(pruner.model))
+    before, after = report.attention_parameters
+    assert before == sum(spec.parameters for spec in find_attention(dense))
+    assert after == pytest.approx(0.25 * before, rel=0.05)
+    turns = make_plan(dense, 0.75, sequential=True, **options)
+    assert any(any(layer.features) for layer in turns)
+    assert all(layer.refit for layer in turns if any(layer.features))
+    told = calibrate(dense, data, reads=True, progress=False)
+    assert any(any(layer.features) for layer in make_plan(dense, 0.75, calibration=told, **options))
+    with pytest.raises(errors.CalibrationError, match="reads=True"):
+        make_plan(dense, 0.75, calibration=calibrate(dense, data, progress=False), **options)

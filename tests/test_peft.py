@@ -191,19 +191,31 @@ def test_the_protocol_of_the_papers_public_code(monkeypatch: pytest.MonkeyPatch)
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
 
 
-def test_what_is_trained_in_full_comes_back_after_a_failure() -> None:
-    model, _ = recognisers()
-    before, steps = snapshot(model), 0
+def interrupted(loss: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss whose third call is interrupted."""
+    calls = 0
 
     def fails(model: nn.Module, batch: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == 3:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
             raise KeyboardInterrupt
-        return model(**batch).loss  # type: ignore[no-any-return]
+        return loss(model, batch)
 
+    return fails
+
+
+def test_what_is_trained_in_full_comes_back_after_a_failure() -> None:
+    model, _ = recognisers()
+    before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        lora_recover(model, clips(4), loss_fn=fails, progress=False, **AST_PROTOCOL)
+        lora_recover(
+            model,
+            clips(4),
+            loss_fn=interrupted(lambda model, batch: model(**batch).loss),
+            progress=False,
+            **AST_PROTOCOL,
+        )
     assert same(before, snapshot(model))
     for trained, words in (
         ("head", "audio_spectrogram_transformer, classifier, pooler"),
@@ -286,17 +298,9 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize("name", ["ViT", "Encoder"])
 def test_a_failure_leaves_the_model_as_it_was(name: str, monkeypatch: Any) -> None:
     model = fresh(name, 0)
-    before, calls = snapshot(model), 0
-
-    def fails(model: nn.Module, batch: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return loss_of(name)(model, batch)
-
+    before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        lora_recover(model, batches(name, 4), loss_fn=fails, progress=False)
+        lora_recover(model, batches(name, 4), loss_fn=interrupted(loss_of(name)), progress=False)
     assert same(before, snapshot(model))
     assert all(p.requires_grad for p in model.parameters())
     real = peft.tuners.lora.Linear.merge

@@ -151,9 +151,9 @@ def _told(where: str, expected: str, remedy: str) -> Iterator[None]:
     """What ``huggingface_hub`` raises, as an error of attnprune."""
     try:
         yield
-    except AttnPruneError:
+    except (AttnPruneError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # of HTTP, of files, of its own: whatever it is, it names the model
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         found = ": ".join([type(error).__name__, " ".join(lines)[:300]])
         raise CheckpointError(where, expected, found, remedy) from error

@@ -19,8 +19,8 @@ SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32)
 """Of what goes, how much may come from features."""
 DEARER = 3.0
 """How much less than a channel a feature has to lose, per weight: gates on single features do not see how the loss of
-several adds up, and a plan without features runs faster. Chosen on the keywords' validation split, by
-``benchmarks/outer_sides.py``."""
+several adds up, and a plan without features runs faster. Of one model, the keywords, whose test losses were seen
+beside those of the validation split (``benchmarks/outer_sides.py``)."""
 Move = tuple[float, int, Projection, tuple[int, ...], int]
 """Loss per weight, the layer's number, a projection, features of it, and the weights that they free."""
 

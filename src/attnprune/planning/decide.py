@@ -75,7 +75,9 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
             if which:
                 found = _feature_scores(model, views, plan, bases, moments, request, evidence, which)
                 plan = thin(plan, found, amount, rules)
-            elif rules.split == "all":
+            elif (
+                rules.split == "all" and evidence.data is not None
+            ):  # a pruner tries shapes before it has looked at any
                 gates = Gate(seed=method.seed).score_features(model, views, PROJECTIONS, **_learned(evidence))
                 losses = partial(_losses, views, bases, moments, gates)
                 plan = beside(plan, scores, amount, rules, losses)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..bars import bar
 from .tuned import LowRank
 from .tuning import CHECKS, Tuner
 
@@ -44,17 +43,16 @@ class Estimate(NamedTuple):
 def estimated(tuner: Tuner) -> Estimate:
     """Takes a few steps, measures them, and undoes them."""
     count = len(tuner.data.train)
-    shown = tuner.progress and sys.stderr.isatty()
-    with tqdm(total=3 + 2 * TRIES, desc="attnprune: estimate", disable=not shown, leave=False) as bar:
+    with bar(what="estimate", shown=tuner.progress, total=3 + 2 * TRIES) as shown:
         try:
-            opening = _seconds(tuner, tuner.held_loss, bar)  # the dense model tells what it says
-            look = _seconds(tuner, tuner.held_loss, bar)
+            opening = _seconds(tuner, tuner.held_loss, shown)  # the dense model tells what it says
+            look = _seconds(tuner, tuner.held_loss, shown)
             saved = _Saved()
             with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
                 tuner.step(0.0)
-            bar.update(1)
+            shown.update()
             new, known = (
-                [_step(tuner, number, bar) for number in numbers] for numbers in (range(1, 1 + TRIES), [0] * TRIES)
+                [_step(tuner, number, shown) for number in numbers] for numbers in (range(1, 1 + TRIES), [0] * TRIES)
             )
             told = max(one.size for one in tuner.objective.kept.values()) if tuner.objective.kept else 0
         finally:
@@ -70,10 +68,10 @@ def estimated(tuner: Tuner) -> Estimate:
     return Estimate(steps, looks + spent, _bytes(tuner, saved.most, told), spent / steps, look)
 
 
-def _step(tuner: Tuner, number: int, bar: Any) -> float:
+def _step(tuner: Tuner, number: int, shown: Any) -> float:
     """Seconds of a step on a batch of the first epoch."""
     tuner.now.steps = number
-    return _seconds(tuner, lambda: tuner.step(0.0), bar)
+    return _seconds(tuner, lambda: tuner.step(0.0), shown)
 
 
 def _bytes(tuner: Tuner, activations: int, told: int) -> int:
@@ -116,12 +114,12 @@ class _Kept:
         self.counts.now -= self.size * (self.counts.users[self.key] == 0)
 
 
-def _seconds(tuner: Tuner, run: Callable[[], object], bar: Any) -> float:
+def _seconds(tuner: Tuner, run: Callable[[], object], shown: Any) -> float:
     began = time.perf_counter()
     run()
     if tuner.device.type == "cuda":
         torch.cuda.synchronize(tuner.device)
-    bar.update(1)
+    shown.update()
     return time.perf_counter() - began
 
 

@@ -300,8 +300,7 @@ class Trial:
             error = (mine - theirs)[both].abs().max().item() if bool(both.any()) else 0.0
             if error > ROUNDING[self.dtype] * call.rounding * max(size, 1e-3):
                 off = f"off by {error / max(size, 1e-300):.2g} of its largest output"
-                self.reasons[way] = f"called with {call.what}, it computes something else ({off})"
-                return False
+                return self._refused(way, f"called with {call.what}, it computes something else ({off})")
         return True
 
     def _decoupled(self, mixin: type[Decoupled]) -> bool:
@@ -314,8 +313,7 @@ class Trial:
         try:
             found = Result(other.host, plain, self.dtype)
         except Exception as error:
-            self.reasons[way] = f"a forward of ours is not called as it is ({short(error)})"
-            return False
+            return self._refused(way, f"a forward of ours is not called as it is ({short(error)})")
         alike = self._alike(way, plain, found, Result(self.stand_in.host, plain, self.dtype))
         return alike and self._in_training(way, other) and self._written_out(way, other)
 
@@ -329,7 +327,8 @@ class Trial:
             config._attn_implementation = "eager"
             expected, found = (Result(one.host, self.calls[0], self.dtype) for one in (self.stand_in, other))
         except Exception as error:  # a class need not have both
-            return bool(short(error))
+            short(error)  # what the machine lacks is raised again
+            return True
         finally:
             config._attn_implementation = "sdpa"
         return self._alike(way, replace(self.calls[0], what="attention written out"), found, expected)
