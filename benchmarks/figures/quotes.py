@@ -208,11 +208,17 @@ def recovery(results: Results) -> Iterator[Quote]:
             figures += [bare(apart[one], digits) for one in ("median", "least", "most")]
             rows.append((first, ["{} ({} to {})", "{} ({} to {})"], figures))
     yield table(["way", "accuracy, %", "divergence of answers from dense, nats"], rows)
-    texts = results["recovery_minilm"]["50%"]
-    figures = [bare(texts[key][0]["median"], 4) for key in ("before", "after")]
-    yield Quote(
-        "{} in closed form, {} after {} steps in {} s", *figures, f"{texts['steps']}", f"{texts['seconds']:.0f}"
-    )
+    rows = []
+    for way, shown, share in (
+        ("uniform", "the default", "50%"),
+        ("ragged", "ragged", "50%"),
+        ("ragged", "ragged", "75%"),
+    ):
+        texts = results["recovery_minilm"][way][share]
+        figures = [bare(texts[key][0]["median"], 4) for key in ("before", "after")]
+        figures += [f"{texts['steps']}", f"{texts['seconds']:.0f}"]
+        rows.append((f"{share[:-1]} % removed, {shown}", ["{}", "{}", "{}, {}"], figures))
+    yield table(["way", "closed form", "recovered", "steps, seconds"], rows)
 
 
 def four_ratios(results: Results) -> Iterator[Quote]:
