@@ -471,3 +471,33 @@ def test_attention_without_one_of_the_four() -> None:
     )
     why = {one.name: one.why for one in skipped_attention(model)}
     assert why == {"learned": looks.LEARNED, "pointer": looks.VALUELESS}
+
+
+class Sized(Whole):
+    """Needs arguments whose names tell nothing, and does not read them (SegFormer, where it reduces nothing)."""
+
+    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        q, k, v = (self.split(part(hidden_states)) for part in (self.query, self.key, self.value))
+        context = self.sized(F.scaled_dot_product_attention(q, k, v), height)
+        return self.out_lin(context.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def sized(self, context: Tensor, height: int | None) -> Tensor:
+        return context
+
+
+class SizedInDeed(Sized):
+    """Reads one, where it is given."""
+
+    def sized(self, context: Tensor, height: int | None) -> Tensor:
+        return context if height is None else height * context
+
+
+@pytest.mark.parametrize("kind", [Sized, SizedInDeed])
+def test_required_arguments_that_nobody_knows(kind: type[Sized]) -> None:
+    """No forward of ours takes them for something else, or does without what the host makes of them."""
+    model = model_of(kind())
+    plan = make_plan(model, 0.5, heads="ragged", scorer="random")
+    with masked(model, plan), torch.no_grad():
+        expected = model.layer(hidden(), 3, 2)
+    apply_plan(model, plan)
+    torch.testing.assert_close(model.layer(hidden(), 3, 2), expected, rtol=0, atol=1e-10)

@@ -32,6 +32,9 @@ LONGEST = ("max_seqlen", "max_seq_len", "max_length_q")
 LENGTHS = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens", "cu_seqlens_q")
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
+_ROLES = {*CACHES, *MASKS, *HEAD_MASKS, *SOURCES, *KEYS, *VALUES, *ANGLES, *ADDED, *PLACES, *POSITIONS, *LONGEST,
+          *LENGTHS, *FLAGS}  # fmt: skip
+
 Arguments = dict[str, Any]
 LONGER = "one sequence of nine tokens"
 PLACE = "*"
@@ -55,6 +58,14 @@ class Call:
     """Positional arguments, of a recorded call."""
     exactly: bool = False
     """Whether it is computed in float64 throughout, as the host rounds to less (``attnprune.nn.exactly``)."""
+
+
+class _Stranger:
+    """Stands for a required argument whose name tells nothing. It is good for nothing, so that a host which runs does
+    not read it, and a forward of ours that takes it for something else fails."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("nobody knows what this argument is")
 
 
 class Signature:
@@ -84,8 +95,9 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
     # what an argument that may be missing may still have to be; Q may read less than what comes in, through a low rank
     given = ((), ADDED, ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS)
-    for width, more, form in product(dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
-        inputs = _Inputs(signature, spec, more, form, width)
+    strangers = (_Stranger(), None) if {*signature.required[1:]} - _ROLES else (None,)
+    for stranger, width, more, form in product(strangers, dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
+        inputs = _Inputs(signature, spec, more, form, width, stranger)
         if (more and not inputs.optional) or not inputs.possible:
             continue
         try:
@@ -153,6 +165,7 @@ class _Inputs:
         more: names of arguments to give although they may be missing.
         form: how it takes them.
         hidden: width of what it reads; None: that of what Q reads.
+        stranger: what is given for a required argument whose name tells nothing.
     """
 
     def __init__(
@@ -162,7 +175,9 @@ class _Inputs:
         more: Sequence[str],
         form: Form = FORMS[0],
         hidden: int | None = None,
+        stranger: object = None,
     ) -> None:
+        self.stranger = stranger
         self.read = spec.q_in if hidden is None else hidden
         self.form, self.width = form, rotary_width(signature.host, spec) // (2 if form.by_pair else 1)
         self.lengths = signature.first(LENGTHS)
@@ -214,7 +229,7 @@ class _Inputs:
             found[self.lengths] = torch.tensor(ends, dtype=torch.int32, device="cpu")
         if self.padding is not None:
             found[self.padding] = torch.ones(batch, self.keys(found), dtype=torch.long, device="cpu")
-        return {**dict.fromkeys(self.required), **found}
+        return {**{name: None if name in _ROLES else self.stranger for name in self.required}, **found}
 
     @property
     def possible(self) -> bool:
@@ -255,6 +270,14 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
     yield call("a single token", tokens=1)
     yield call("large inputs", size=30.0, rounding=1e3)
     yield call("huge inputs", size=2e3, rounding=1e6)
+
+    if inputs.angles is not None and not inputs.form.complex:
+        where = inputs.angles
+
+        def last(g: torch.Generator, dtype: torch.dtype, found: Arguments) -> Arguments:
+            return {where: tuple(table[..., 2:, :] for table in found[where])}
+
+        yield call("rotary tables of the last tokens alone", last)
 
     for mask in () if inputs.padding is None else (inputs.padding,):
 
@@ -359,24 +382,3 @@ def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
 
 def _positions(hidden: Tensor) -> Tensor:
     return torch.arange(hidden.shape[-2], device="cpu").expand(hidden.shape[:-1])
-
-
-def recorded_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """A call of the user's own model, again."""
-
-    def arguments(generator: torch.Generator, dtype: torch.dtype) -> list[Arguments]:
-        return [{key: fresh(value, dtype) for key, value in kwargs.items()}]
-
-    return Call("the model's own call", arguments, recorded=tuple(args))
-
-
-def fresh(value: Any, dtype: torch.dtype) -> Any:
-    """A recorded value as a stand-in takes it: on the CPU, real numbers in its dtype, caches left out."""
-    if isinstance(value, Tensor):
-        value = value.detach().to("cpu")
-        return value.to(dtype) if value.is_floating_point() else value.clone()
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(fresh(one, dtype) for one in value)
-    if isinstance(value, dict):
-        return {key: fresh(one, dtype) for key, one in value.items()}
-    return None if hasattr(value, "update") and hasattr(value, "get_seq_length") else value

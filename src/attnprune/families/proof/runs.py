@@ -16,7 +16,8 @@ from ...nn.attempt import MACHINE, undone
 from ...nn.exactly import Exactly
 from ...nn.nested import tensors_in
 from ...nn.unfused import Unfused
-from ..calls import LONGER, Call, fresh, positional
+from ..calls import LONGER, Call, positional
+from .record import fresh
 
 
 def short(error: Exception) -> str:

@@ -66,11 +66,12 @@ class Trial:
         return not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def _unseen(self) -> list[str]:
-        """Arguments of the host that no call gave, or that it refused."""
+        """Arguments of the host that no call gave, or none but None, or that it refused."""
         if any(call.recorded for call in self.calls):
             return []
         generator = torch.Generator("cpu").manual_seed(0)
-        seen = {name for call in self.calls for found in call.arguments(generator, self.dtype) for name in found}
+        given = [found for call in self.calls for found in call.arguments(generator, self.dtype)]
+        seen = {name for found in given for name, value in found.items() if value is not None}
         names = Signature(self.stand_in.host).names
         if PLACE in names and PLACE not in seen:  # a wrapper that hands on all it gets, whatever its family gives
             return []
