@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -32,9 +32,6 @@ LONGEST = ("max_seqlen", "max_seq_len", "max_length_q")
 LENGTHS = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens", "cu_seqlens_q")
 FLAGS = ("output_attentions", "need_weights", "is_causal", "return_attention", "output_attention", "use_cache")
 
-_ROLES = {*CACHES, *MASKS, *HEAD_MASKS, *SOURCES, *KEYS, *VALUES, *ANGLES, *ADDED, *PLACES, *POSITIONS, *LONGEST,
-          *LENGTHS, *FLAGS}  # fmt: skip
-
 Arguments = dict[str, Any]
 LONGER = "one sequence of nine tokens"
 PLACE = "*"
@@ -60,9 +57,9 @@ class Call:
     """Whether it is computed in float64 throughout, as the host rounds to less (``attnprune.nn.exactly``)."""
 
 
-class _Stranger:
-    """Stands for a required argument whose name tells nothing. It is good for nothing, so that a host which runs does
-    not read it, and a forward of ours that takes it for something else fails."""
+class Stranger:
+    """In place of an argument whose name tells nothing. It is good for nothing: a host that computes the same with it
+    does not read that argument, and a forward of ours that takes it for another fails."""
 
     def __bool__(self) -> bool:
         raise TypeError("nobody knows what this argument is")
@@ -95,9 +92,8 @@ def calls_of(host: nn.Module, spec: AttentionSpec) -> list[Call]:
     dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float64)
     # what an argument that may be missing may still have to be; Q may read less than what comes in, through a low rank
     given = ((), ADDED, ANGLES, SOURCES, (*ANGLES, *SOURCES), PLACES, (*PLACES, *SOURCES), POSITIONS, MASKS)
-    strangers = (_Stranger(), None) if {*signature.required[1:]} - _ROLES else (None,)
-    for stranger, width, more, form in product(strangers, dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
-        inputs = _Inputs(signature, spec, more, form, width, stranger)
+    for width, more, form in product(dict.fromkeys((spec.q_in, spec.d_model)), given, FORMS):
+        inputs = _Inputs(signature, spec, more, form, width)
         if (more and not inputs.optional) or not inputs.possible:
             continue
         try:
@@ -165,7 +161,6 @@ class _Inputs:
         more: names of arguments to give although they may be missing.
         form: how it takes them.
         hidden: width of what it reads; None: that of what Q reads.
-        stranger: what is given for a required argument whose name tells nothing.
     """
 
     def __init__(
@@ -175,9 +170,7 @@ class _Inputs:
         more: Sequence[str],
         form: Form = FORMS[0],
         hidden: int | None = None,
-        stranger: object = None,
     ) -> None:
-        self.stranger = stranger
         self.read = spec.q_in if hidden is None else hidden
         self.form, self.width = form, rotary_width(signature.host, spec) // (2 if form.by_pair else 1)
         self.lengths = signature.first(LENGTHS)
@@ -229,7 +222,7 @@ class _Inputs:
             found[self.lengths] = torch.tensor(ends, dtype=torch.int32, device="cpu")
         if self.padding is not None:
             found[self.padding] = torch.ones(batch, self.keys(found), dtype=torch.long, device="cpu")
-        return {**{name: None if name in _ROLES else self.stranger for name in self.required}, **found}
+        return {**dict.fromkeys(self.required), **found}
 
     @property
     def possible(self) -> bool:
@@ -363,8 +356,9 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         yield Call("a cache", cached)
 
 
-def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
-    """A call with its arguments in the host's order instead of by name; None where they are so already."""
+def by_position(host: nn.Module, call: Call, dtype: torch.dtype, ignored: Collection[str] = ()) -> Call | None:
+    """A call with its arguments in the host's order instead of by name, those that it ignores any; None where they are
+    so already."""
     signature = Signature(host)
     if call.recorded or PLACE in signature.names:
         return None
@@ -376,7 +370,8 @@ def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             break
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        args.append(given.pop(parameter.name, default))
+        value = given.pop(parameter.name, default)
+        args.append(Stranger() if parameter.name in ignored else value)
     return replace(call, what="arguments by position", arguments=lambda *_: [dict(given)], recorded=tuple(args))
 
 

@@ -81,7 +81,9 @@ class HFEncoderAdapter(Adapter):
         if pairs is None:
             numbers = numbers_known(state, view.spec)["qk"]
             pairs = pairs_of(view.spec.rotary, max(view.spec.rotary_dims), view.spec.rotary_dims, numbers)
-        cos, sin = of_all(*tables, given[roles.hidden].shape[1]) if roles.last else tables
+        cos, sin = (table if table.dim() > 2 else table[None] for table in tables)  # one table for the whole batch
+        if roles.last:
+            cos, sin = of_all(cos, sin, given[roles.hidden].shape[1])
         return Turning(cos, sin, pairs._replace(by_pair=mixin.by_pair))
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:
