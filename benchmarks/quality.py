@@ -37,6 +37,8 @@ OURS: dict[str, dict[str, Any]] = {
     "attnprune, the default": {},
     "attnprune, uniform, split found": {"split": "auto"},
     "attnprune, ragged, split found": {"split": "auto", "heads": "ragged"},
+    "attnprune, uniform, split measured": {"split": "measured"},
+    "attnprune, ragged, split measured": {"split": "measured", "heads": "ragged"},
 }
 SEEDLESS = ("MAG", "magnitude", "CLOVER")
 """Ways that look at no data."""
