@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,11 @@ class Kind(HFFamily):
         model = transformer(kind, options, kernel, self.common)
         if "seen" in options:  # its arguments' names tell too little: a call of the model does
             given = self.inputs(torch.Generator().manual_seed(0), kind=kind)
-            Survey(model, run=lambda: self.run(model, given))
+            for dtype in (torch.float32, torch.float64):
+                floats = {
+                    key: x.to(dtype) for key, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()
+                }
+                Survey(model.to(dtype), run=partial(self.run, model, {**given, **floats}))
         return model
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
