@@ -245,7 +245,8 @@ class AttentionPruner:
 
         Raises:
             OptionError: all steps have been taken.
-            DataError: the scorer needs gradients, and none were observed since the last step.
+            DataError: the scorer needs gradients, and since the last step none were observed, or of some attention none
+                but zeros.
             PlanMismatchError: processes of ``torch.distributed`` came to different plans; raised in all of them.
             ProcessError: another of them failed.
         """
