@@ -245,8 +245,7 @@ class AttentionPruner:
 
         Raises:
             OptionError: all steps have been taken.
-            DataError: the scorer needs gradients, and since the last step none were observed, or of some attention none
-                but zeros.
+            DataError: the scorer needs gradients, and since the last step saw none, or of some attention zeros alone.
             PlanMismatchError: processes of ``torch.distributed`` came to different plans; raised in all of them.
             ProcessError: another of them failed.
         """
