@@ -9,8 +9,12 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
 ALL = os.environ.get("ATTNPRUNE_ALL") == "1"
-ALIKE = {"DeiT": "ViT", "DINOv2": "ViT", "Roberta": "Bert", "TorchvisionViT": "MHA", "TimmAttention": "Timm"}
-"""Families that another one stands for, as the same forward of ours runs both."""
+ALIKE = {
+    "DeiT": "ViT", "DINOv2": "ViT", "Roberta": "Bert", "TorchvisionViT": "MHA", "TimmAttention": "Timm",
+    "Between": "Decoder", "Packed": "Latent", "Sight": "ViT", "Streams": "Seq2Seq", "Own": "Latent",
+}  # fmt: skip
+"""Families that another one stands for, as the same forward of ours runs both, or both run expanded; of the last five
+``test_stages.py`` runs some configurations."""
 LIKE = ("AST", "CLIPText", "Seq2Seq")
 """Families that others stand for where nothing but the dtype, or the file, is another."""
 Case = TypeVar("Case", bound=Hashable)

@@ -93,17 +93,6 @@ def test_exact(name: str, heads: str, granularity: str) -> None:
     torch.testing.assert_close(output(pickle.loads(pickle.dumps(model)), given), output(model, given))
 
 
-def test_generation_with_a_cache_is_that_of_the_masked_model() -> None:
-    model = cohere()
-    plan = make_plan(model, 0.4, heads="ragged", granularity="joint", scorer="random")
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
-    with masked(model, plan):
-        expected = model.generate(IDS["input_ids"], **settings)
-    apply_plan(model, plan)
-    assert torch.equal(model.generate(IDS["input_ids"], **settings), expected)
-    assert torch.equal(model.generate(IDS["input_ids"], **settings, use_cache=False), expected)
-
-
 def test_files_know_which_channels_are_left(tmp_path: Path) -> None:
     dense = cohere()
     model = copy.deepcopy(dense)

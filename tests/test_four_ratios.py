@@ -31,7 +31,8 @@ from attnprune import (
     prune_attention,
     save_pruned,
 )
-from attnprune.errors import CalibrationError, ScorerError
+from attnprune.errors import CalibrationError, NotExpressibleError, ScorerError
+from attnprune.families.registry import all_views
 from attnprune.values.amount import shared
 from attnprune.values.layout import KIND_OF, PROJECTIONS
 from attnprune.values.ratios import Ratios
@@ -78,7 +79,11 @@ def test_each_projection_loses_its_own_share(name: str) -> None:
         if min(ratios[:2]) > 0.75 or min(ratios[2:]) > 0.75:
             most = min(most, 0.75)
         ratios = tuple(min(one, most) for one in ratios)  # one head, or channel, of these small ones has to stay
-        plan = make_plan(model, ratios, rules=rules, scorer="random", seed=seed)
+        try:
+            plan = make_plan(model, ratios, rules=rules, scorer="random", seed=seed)
+        except NotExpressibleError:  # of one weight that its host reads all rows have the same features
+            assert any(view.read for view in all_views(model))
+            return
         together = shared(Ratios.parse(ratios), rules)
         for p, asked in zip(PROJECTIONS, ratios, strict=True):
             missed = abs(plan.fraction(p) - asked)

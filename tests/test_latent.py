@@ -19,7 +19,8 @@ from attnprune.families.registry import Survey, all_views
 from attnprune.planning.scorers import Magnitude
 from attnprune.testing import check_family
 
-from .families import DECODER, LATENT, randomised
+from .families import LATENT
+from .family import DECODER, randomised
 
 HEADS, NOPE, ROPE, VALUE = 4, 8, 4, 6
 KINDS = ({"kind": "DeepseekV3"}, {"kind": "DeepseekV2", "q_lora_rank": None})

@@ -23,7 +23,7 @@ from attnprune import (
     masked,
     prune_attention,
 )
-from attnprune.errors import DataError, OptionError, TiedWeightsError, WrappedModelError
+from attnprune.errors import DataError, NotExpressibleError, OptionError, TiedWeightsError, WrappedModelError
 from attnprune.integrations.peft import AST_PROTOCOL, lora_recover, lora_targets
 
 from .conformance import family, fresh, inputs
@@ -50,7 +50,7 @@ def batches(name: str, count: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("MHA",)])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("MHA", "Own")])
 def test_recovery_lowers_the_loss_and_leaves_a_plain_model(name: str) -> None:
     model = fresh(name, 0)
     prune_attention(model, 0.5, scorer="random", heads="ragged")
@@ -70,6 +70,17 @@ def test_recovery_lowers_the_loss_and_leaves_a_plain_model(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not hasattr(model, "peft_config")
     prune_attention(model, 0.25, scorer="magnitude", heads="ragged")  # the next round
+
+
+def test_a_host_that_reads_weights_is_refused() -> None:
+    """Dense or pruned: it would not hear updates beside its weights."""
+    model = fresh("Own", 1)
+    for _ in range(2):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(NotExpressibleError, match=r"^layers\.0: expected a host that calls its projections"):
+            lora_recover(model, batches("Own", 1), loss_fn=loss_of("Own"), progress=False)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        prune_attention(model, 0.5, scorer="random")
 
 
 def test_dense_packed_attention_is_trained_too() -> None:

@@ -12,6 +12,9 @@ import attnprune
 from attnprune.calibration.elimination import refitted_losses
 from attnprune.calibration.refit import refit_one
 from attnprune.errors import CalibrationError
+from attnprune.families.registry import find_views
+
+from .conformance import fresh, inputs
 
 DIM = 8
 NAME = "model.layers.0.self_attn"
@@ -128,3 +131,20 @@ def test_losses_in_turn_are_those_of_refits():
         told = sum(float(losses[list(unit)].sum()) for unit in order[:count])
         assert lost <= told * (1 + 1e-2)
         assert abs(lost - told) < 0.05 * lost
+
+
+@pytest.mark.parametrize(("number", "tokens"), [(1, 5), (2, 8)], ids=["DINOv3", "Pixtral"])
+def test_tables_are_those_of_all_tokens(number, tokens):
+    """Also where the whole batch shares one, and where it leaves out the first token, which is not rotated."""
+    model, given, seen = fresh("Sight", number), inputs("Sight", number), {}
+    for view in find_views(model):
+        view.module.register_forward_pre_hook(
+            lambda module, args, kwargs, view=view: seen.update({view.name: view.adapter.turning(view, args, kwargs)}),
+            with_kwargs=True,
+        )
+    model(**given)
+    assert len(seen) == 2
+    for turning in seen.values():
+        assert turning.cos.shape == turning.sin.shape == (1, tokens, DIM)
+        assert bool((turning.cos[:, 0] == 1).all())
+        assert bool((turning.cos[:, 1] != 1).any())

@@ -163,6 +163,22 @@ def _called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
+def spread(data: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Evenly spread batches where the data have a length, else the first ones."""
+    count = len(data) if isinstance(data, Sized) else 0
+    wanted: set[int] = set()
+    seen = 0
+    for i, batch in enumerate(data):
+        if not i:
+            batches = min(max(count, 1), -(-samples // max(samples_in(batch), 1)))
+            wanted = {int((j + 0.5) * count / batches) for j in range(batches)}
+        if not count or i in wanted:
+            yield batch
+            seen += samples_in(batch)
+        if (not count and seen >= samples) or (count and i >= max(wanted)):
+            return
+
+
 def samples_in(batch: Any) -> int:
     """Samples in a batch: the first dimension of its first tensor, at any depth; 1 if there is none."""
     first = next(tensors_in(batch), None)

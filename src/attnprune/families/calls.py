@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -55,6 +55,14 @@ class Call:
     """Positional arguments, of a recorded call."""
     exactly: bool = False
     """Whether it is computed in float64 throughout, as the host rounds to less (``attnprune.nn.exactly``)."""
+
+
+class Stranger:
+    """In place of an argument whose name tells nothing. It is good for nothing: a host that computes the same with it
+    does not read that argument, and a forward of ours that takes it for another fails."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("nobody knows what this argument is")
 
 
 class Signature:
@@ -256,6 +264,14 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
     yield call("large inputs", size=30.0, rounding=1e3)
     yield call("huge inputs", size=2e3, rounding=1e6)
 
+    if inputs.angles is not None and not inputs.form.complex:
+        where = inputs.angles
+
+        def last(g: torch.Generator, dtype: torch.dtype, found: Arguments) -> Arguments:
+            return {where: tuple(table[..., 2:, :] for table in found[where])}
+
+        yield call("rotary tables of the last tokens alone", last)
+
     for mask in () if inputs.padding is None else (inputs.padding,):
 
         def padding(g: torch.Generator, dtype: torch.dtype, found: Arguments, mask: str = mask) -> Arguments:
@@ -340,8 +356,9 @@ def _variants(signature: Signature, spec: AttentionSpec, inputs: _Inputs) -> Ite
         yield Call("a cache", cached)
 
 
-def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
-    """A call with its arguments in the host's order instead of by name; None where they are so already."""
+def by_position(host: nn.Module, call: Call, dtype: torch.dtype, ignored: Collection[str] = ()) -> Call | None:
+    """A call with its arguments in the host's order instead of by name, those that it ignores any; None where they are
+    so already."""
     signature = Signature(host)
     if call.recorded or PLACE in signature.names:
         return None
@@ -353,30 +370,10 @@ def by_position(host: nn.Module, call: Call, dtype: torch.dtype) -> Call | None:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             break
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        args.append(given.pop(parameter.name, default))
+        value = given.pop(parameter.name, default)
+        args.append(Stranger() if parameter.name in ignored else value)
     return replace(call, what="arguments by position", arguments=lambda *_: [dict(given)], recorded=tuple(args))
 
 
 def _positions(hidden: Tensor) -> Tensor:
     return torch.arange(hidden.shape[-2], device="cpu").expand(hidden.shape[:-1])
-
-
-def recorded_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """A call of the user's own model, again."""
-
-    def arguments(generator: torch.Generator, dtype: torch.dtype) -> list[Arguments]:
-        return [{key: fresh(value, dtype) for key, value in kwargs.items()}]
-
-    return Call("the model's own call", arguments, recorded=tuple(args))
-
-
-def fresh(value: Any, dtype: torch.dtype) -> Any:
-    """A recorded value as a stand-in takes it: on the CPU, real numbers in its dtype, caches left out."""
-    if isinstance(value, Tensor):
-        value = value.detach().to("cpu")
-        return value.to(dtype) if value.is_floating_point() else value.clone()
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(fresh(one, dtype) for one in value)
-    if isinstance(value, dict):
-        return {key: fresh(one, dtype) for key, one in value.items()}
-    return None if hasattr(value, "update") and hasattr(value, "get_seq_length") else value

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..calibration.losses import LossFn
 from ..calibration.quiet import restored
-from ..errors import OptionError, TiedWeightsError
+from ..errors import NotExpressibleError, OptionError, TiedWeightsError
+from ..families.base import AttentionView
 from ..families.registry import all_views, find_views, plain
 from ..nn import host_class
 from ..nn.attempt import undoing_with, undone
@@ -176,6 +177,7 @@ def lora_recover(
             without ``mlp``, or ``trained`` modules that are not there, hold attention, or are of half precision.
         DataError: no batch, or a loss that is not a finite scalar.
         TiedWeightsError: a target shares its weight with another module, which a merged update would change too.
+        NotExpressibleError: an attention reads the weights of its projections, where no update beside them is heard.
 
     >>> import attnprune
     >>> _ = torch.manual_seed(0)
@@ -198,7 +200,9 @@ def lora_recover(
         raise OptionError("everywhere", "mlp=True beside it", "mlp=False", "leave one of the two out")
     loss_fn = loss_fn if teacher is None else teacher_loss(teacher)
     whole = plain(model)
-    check_views(whole, find_views(whole, include, exclude))
+    views = find_views(whole, include, exclude)
+    check_views(whole, views)
+    _check_called(views)
     in_full = _meant(whole, trained)
     targets = lora_targets(whole, mlp=mlp, everywhere=everywhere, include=include, exclude=exclude)
     targets = [name for name in targets if not any(f"{name}.".startswith(f"{top}.") for top in in_full)]
@@ -334,6 +338,16 @@ def _check_range(**numbers: tuple[object, float]) -> None:
     for name, (value, top) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= top:
             raise OptionError(name, f"a number from 0 to {top:g}", repr(value), "check it")
+
+
+def _check_called(views: Sequence[AttentionView]) -> None:
+    """Raises if a host reads the weights of its projections instead of calling them."""
+    for view in views:
+        if view.read:
+            raise NotExpressibleError(
+                view.name, "a host that calls its projections", "one that reads their weights, past any updates",
+                "exclude= it, or tune it with attnprune.recover",
+            )  # fmt: skip
 
 
 def _check_shared(model: nn.Module, targets: Sequence[str]) -> None:

@@ -148,9 +148,10 @@ class _Dense:
         axis = owner.attnprune_axis if compact.dim() > 1 else 0
         if compact.shape[axis] != len(owner.attnprune_channels):  # it is about to be exchanged
             return compact
-        dense: Any = spread(compact.movedim(axis, -1), owner.attnprune_index, owner.attnprune_width)
+        where = compact.device  # "meta" while files are pruned
+        dense: Any = spread(compact.movedim(axis, -1), owner.attnprune_index.to(where), owner.attnprune_width)
         if compact.dim() > 1 and owner.attnprune_features is not None:
-            dense = spread(dense.movedim(0, -1), owner.attnprune_taken, owner.attnprune_total).movedim(-1, 0)
+            dense = spread(dense.movedim(0, -1), owner.attnprune_taken.to(where), owner.attnprune_total).movedim(-1, 0)
         dense = dense.movedim(-1, axis)
         if "attnprune_heard" in owner.__dict__:
             dense.attnprune_owner = owner

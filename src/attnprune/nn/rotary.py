@@ -63,6 +63,12 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, 
     return _by_channel(q, "q", cos, sin, layout, pairs), _by_channel(k, "k", cos, sin, layout, pairs)
 
 
+def of_all(cos: Tensor, sin: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Tables for all tokens, where those given may be of the last ones alone (DINOv3): the others are not rotated."""
+    first = max(0, tokens - cos.shape[-2])
+    return F.pad(cos, (0, 0, first, 0), value=1.0), F.pad(sin, (0, 0, first, 0))
+
+
 def rotated_keys(k: Tensor, cos: Tensor, sin: Tensor, layout: HeadLayout, pairs: Pairs) -> Tensor:
     """Keys alone, rotated; arguments as for :func:`rotated`."""
     return _by_channel(k, "k", F.pad(cos, (0, 1), value=1.0), F.pad(sin, (0, 1)), layout, pairs)

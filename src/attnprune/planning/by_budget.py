@@ -155,14 +155,15 @@ def allocate_budget(
         specs: the attention modules, in model order.
         scores: by name; comparable across qk, vo, layers and heads.
         costs: the budget and what shapes cost.
-        rules: granularity, scope, heads, rounding and floors; the split is always ``"auto"``.
+        rules: granularity, scope, heads, rounding and floors; the split is ``"auto"`` or ``"measured"``.
         scorer: the scores' name, kept in the plan.
 
     Raises:
         AllocationError: the floors do not allow the budget; says the least that they allow.
         OptionError: ragged heads with a budget of latency.
     """
-    rules = replace(rules or Rules(), split="auto")
+    rules = rules or Rules()
+    rules = rules if rules.split == "measured" else replace(rules, split="auto")
     check_scores(specs, scores)
     check_budget(specs, costs, rules)
     targets = _targets(specs, costs, rules)

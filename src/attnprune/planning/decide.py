@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.bases import HeadBases, head_bases, white_moments
+from ..calibration.batches import device_of, to_device
+from ..calibration.distance import Distance
 from ..calibration.features import feature_losses, scaled, with_features
 from ..calibration.losses import loss_with_or_without_labels
 from ..calibration.moments import LayerMoments
 from ..calibration.refit import with_maps
+from ..calibration.sample import spread
 from ..calibration.taps import check_calibration, moments_of
 from ..families.base import AttentionView
 from ..surgery import masked_views
@@ -32,6 +35,8 @@ from .beside import beside
 from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
 from .features import thin, uneven
+from .measured import SAMPLES as MEASURED
+from .measured import between, measured
 from .scorers import Gate, Scorer, resolve
 from .scorers.base import Evidence as Learned
 from .scorers.gradient import check_reached
@@ -63,6 +68,7 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         request.evidence,
         isinstance(amount, MaxError),
         reads=rules.split == "all" or any(p != "o" for p in which),
+        again=rules.split == "measured",
     )
     if isinstance(amount, MaxError):
         _check_reached(views, moments)
@@ -70,20 +76,26 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
     else:
         chosen, scores = _scores(model, views, bases, method, rules, evidence)
         _check_reached(views, moments)
+
+        def allocated(by: Mapping[str, Scores]) -> Plan:
+            if isinstance(amount, Ratios):
+                return allocate(specs, by, amount, rules, chosen)
+            assert costs is not None
+            return allocate_budget(specs, by, costs, rules, chosen)
+
+        # a pruner tries shapes before it has looked at any data
+        if rules.split == "measured" and evidence.data is not None:
+            plan = _measured(model, views, scores, allocated, bases, moments, method, rules, evidence)
+        else:
+            plan = allocated(scores)
         if isinstance(amount, Ratios):
-            plan = allocate(specs, scores, amount, rules, chosen)
             if which:
                 found = _feature_scores(model, views, plan, bases, moments, request, evidence, which)
                 plan = thin(plan, found, amount, rules)
-            elif (
-                rules.split == "all" and evidence.data is not None
-            ):  # a pruner tries shapes before it has looked at any
+            elif rules.split == "all" and evidence.data is not None:
                 gates = Gate(seed=method.seed).score_features(model, views, PROJECTIONS, **_learned(evidence))
                 losses = partial(_losses, views, bases, moments, gates)
                 plan = beside(plan, scores, amount, rules, losses)
-        else:
-            assert costs is not None
-            plan = allocate_budget(specs, scores, costs, rules, chosen)
     assert plan.asked is not None
     plan = replace(plan, asked=plan.asked.by(method))
     if not method.needs_maps:
@@ -113,10 +125,11 @@ def _bases(
     evidence: Evidence,
     needed: bool = False,
     reads: bool = False,
+    again: bool = False,
 ) -> tuple[Evidence, Mapping[str, LayerMoments], dict[str, HeadBases]]:
     """The evidence, its data fit to be read again, moments and the bases that they give; none where none are needed."""
     data, calibration = evidence.data, evidence.calibration
-    if data is not None and method.needs_maps and isinstance(data, Iterator):
+    if data is not None and (method.needs_maps or again) and isinstance(data, Iterator):
         data = list(data)  # it is read more than once
     moments: Mapping[str, LayerMoments] = {}
     if method.needs_maps or needed:
@@ -197,6 +210,36 @@ def _feature_scores(
         return losses
     gates = Gate(SAMPLES, seed=method.seed).score_features(model, views, which, **_learned(evidence))
     return {name: scaled(loss, gates[name]) for name, loss in losses.items()}
+
+
+def _measured(
+    model: nn.Module,
+    views: Sequence[AttentionView],
+    scores: Mapping[str, Scores],
+    allocated: Callable[[Mapping[str, Scores]], Plan],
+    bases: Mapping[str, HeadBases],
+    moments: Mapping[str, LayerMoments],
+    method: Method,
+    rules: Rules,
+    evidence: Evidence,
+) -> Plan:
+    """Of plans by the scores, by these at the height of what each layer was seen to lose, and by their geometric mean,
+    the one with which the whole model is seen to lose least."""
+
+    def maps(plan: Plan, some: Sequence[AttentionView]) -> Plan:
+        return _with_maps(plan, some, bases, moments, method.refits) if method.needs_maps else plan
+
+    assert evidence.data is not None
+    batches = [to_device(batch, device_of(model)) for batch in spread(evidence.data, MEASURED)]
+    distance = Distance(model, batches, evidence.loss_fn, evidence.output_fn)
+    seen = measured(model, views, scores, rules, distance, maps, evidence.progress)
+    plans = [allocated(by) for by in (scores, seen, between(scores, seen))]
+
+    def lost(plan: Plan) -> float:
+        with masked_views(model, views, maps(plan, views)):
+            return distance()
+
+    return min(plans, key=lost)
 
 
 def _losses(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import DataError
 from ..families.base import AttentionView
 from ..families.slots import Slot
 from ..nn.attempt import undone
-from ..nn.expanded import Read
+from ..nn.heard import Calls
 from ..values.layer_plan import LayerPlan
 from .patch import Operation, snapshot_of
 
@@ -36,7 +33,7 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
             Operation(view, LayerPlan(view.spec), "decoupled", tensors).run()
         with ExitStack() as stack:
             read = {id(slot.parameter): slot.owner for view in views if view.read for slot in view.slots.values()}
-            calls = stack.enter_context(_Calls(read, stack)) if read else None
+            calls = stack.enter_context(Calls(read, stack)) if read else None
             try:
                 yield [
                     replace(view.adapter.view(view.name, view.module), host=view.host) if view in packed else view
@@ -57,45 +54,3 @@ def as_called(views: Sequence[AttentionView]) -> Iterator[list[AttentionView]]:
 def _alias(slot: Slot) -> nn.Parameter:
     part = slot.cut(slot.parameter.detach()).movedim(0, slot.axis)
     return nn.Parameter(part, requires_grad=slot.parameter.requires_grad)
-
-
-class _Calls(TorchFunctionMode):
-    """Calls the projection whose weight is handed to ``F.linear``.
-
-    Args:
-        owners: by the id of a weight, the projection that has it.
-        stack: undoes what is set meanwhile.
-    """
-
-    def __init__(self, owners: Mapping[int, nn.Module], stack: ExitStack) -> None:
-        super().__init__()
-        self.owners = owners
-        self.inside: set[nn.Module] = set()
-        self.heard: set[nn.Module] = set()
-        for owner in dict.fromkeys(owners.values()):
-            stack.callback(owner.register_forward_pre_hook(lambda module, _: self._enter(module)).remove)
-            stack.callback(owner.register_forward_hook(lambda module, *_: self.inside.discard(module)).remove)
-            owner.__dict__["attnprune_heard"] = True
-            stack.callback(owner.__dict__.pop, "attnprune_heard")
-
-    def _enter(self, module: nn.Module) -> None:
-        self.inside.add(module)
-        self.heard.add(module)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) if func is F.linear else {}
-        given |= kwargs or {}
-        weight = given.get("weight")
-        owner = self.owners.get(id(weight), getattr(weight, "attnprune_owner", None)) if func is F.linear else None
-        if owner is None or owner in self.inside:
-            return func(*args, **(kwargs or {}))
-        # what the host adds need not be the projection's own bias
-        held: dict[str, Any] = owner.__dict__ if isinstance(owner, Read) else owner._parameters
-        key = "attnprune_bias" if isinstance(owner, Read) else "bias"
-        own, held[key] = held.get(key), given.get("bias")
-        try:
-            return owner(given["input"])
-        finally:
-            held[key] = own
-            if isinstance(owner, Read):
-                del held[key]

@@ -36,7 +36,7 @@ def _may_be_ragged(given: Given) -> bool:
 def _alike(given: Given) -> bool:
     """Whether as many qk as vo channels can be asked for: one ratio for both, or a budget that both share."""
     ratios = given.get("qkvo_ratios")
-    if ratios is None or given.get("split") in ("auto", "all"):
+    if ratios is None or given.get("split") in ("auto", "all", "measured"):
         return True
     found = Faults().attempt(Ratios.parse, ratios)
     return found is not None and len({found.q, found.k, found.v, found.o}) == 1

@@ -145,7 +145,7 @@ class Request:
         _check_needs(amount, parsed_rules, meant, evidence, faults)
         faults.throw()
         assert amount is not None and parsed_rules is not None and parsed_method is not None  # noqa: PT018
-        if isinstance(amount, (Budget, Ceiling)):
+        if isinstance(amount, (Budget, Ceiling)) and parsed_rules.split != "measured":
             parsed_rules = replace(parsed_rules, split="auto")
         return cls(
             amount, parsed_rules, parsed_method, evidence, included, excluded, measure, verify, strict, recovery
@@ -251,6 +251,11 @@ def _check_needs(
             faults.add(OptionError('split="all"', expected, "no data, a scorer by name, or no refit", remedy))
         if amount is not None and not isinstance(amount, Ratios):
             faults.add(OptionError('split="all"', "qkvo_ratios", "another budget", "write qkvo_ratios="))
+    if rules is not None and rules.split == "measured":
+        if evidence.data is None:
+            faults.add(OptionError('split="measured"', "data to run on", "none", 'pass data=, or split="auto"'))
+        if isinstance(amount, MaxError):
+            faults.add(OptionError('split="measured"', "a ratio or a budget", "target_error", 'write split="auto"'))
     for option in ("compensate", "sequential"):
         if meant.get(option) is True and not evidence.has_data:
             faults.add(OptionError(f"{option}=True", "data to fit with", "none", "pass data=, or a calibration="))

@@ -12,14 +12,14 @@ from .faults import Faults
 Granularity = Literal["head", "channel", "joint"]
 Scope = Literal["local", "global"]
 Heads = Literal["uniform", "ragged"]
-Split = Literal["fixed", "auto", "all"]
+Split = Literal["fixed", "auto", "all", "measured"]
 RoundTo = int | Literal["auto"]
 Rounding = Literal["nearest", "up", "down"]
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "granularity": ("head", "channel", "joint"),
     "scope": ("local", "global"),
     "heads": ("uniform", "ragged"),
-    "split": ("fixed", "auto", "all"),
+    "split": ("fixed", "auto", "all", "measured"),
     "rounding": ("nearest", "up", "down"),
 }
 
@@ -70,6 +70,9 @@ class Rules:
                 if not fine:
                     remedy = 'or split="auto", which shares the budget among channels alone'
                     faults.add(OptionError(f'{key} with split="all"', only, repr(getattr(self, key)), remedy))
+        if self.split == "measured" and self.granularity != "channel":
+            remedy = 'or split="auto", where whole heads compete by their scores'
+            faults.add(OptionError('granularity with split="measured"', '"channel"', repr(self.granularity), remedy))
         if self.stock is True and not faults:
             self._imply(faults)
         faults.throw()

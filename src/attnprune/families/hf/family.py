@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...nn import Decoupled, host_class
 from ...nn.decoupled import forward_of
-from ...nn.rotary import Turning, pairs_of
+from ...nn.rotary import Turning, of_all, pairs_of
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import is_linear, size_of
@@ -73,14 +73,17 @@ class HFEncoderAdapter(Adapter):
         roles = roles_of(host_class(view.module))
         if roles.norms and any(getattr(view.module, name, None) is not None for name in roles.norms):
             return None
-        tables = {**dict(zip(roles.names, args, strict=False)), **kwargs}.get(roles.angles or "")
+        given = {**dict(zip(roles.names, args, strict=False)), **kwargs}
+        tables = given.get(roles.angles or "")
         if not isinstance(tables, tuple) or len(tables) != 2 or not all(isinstance(x, Tensor) for x in tables):
             return None
         pairs = None if state is None else state.pairs
         if pairs is None:
             numbers = numbers_known(state, view.spec)["qk"]
             pairs = pairs_of(view.spec.rotary, max(view.spec.rotary_dims), view.spec.rotary_dims, numbers)
-        cos, sin = tables
+        cos, sin = (table if table.dim() > 2 else table[None] for table in tables)  # one table for the whole batch
+        if roles.last:
+            cos, sin = of_all(cos, sin, given[roles.hidden].shape[1])
         return Turning(cos, sin, pairs._replace(by_pair=mixin.by_pair))
 
     def query_gain(self, view: AttentionView, spec: AttentionSpec) -> float:

@@ -20,7 +20,7 @@ from ...nn.decoupled import forward_of
 from ...nn.norms import normed
 from ...nn.products import Plain
 from ...nn.projection import Projected
-from ...nn.rotary import rotated
+from ...nn.rotary import of_all, rotated
 from ...values.layout import HeadLayout, Projection
 from ..calls import ANGLES, CACHES, MASKS, SOURCES
 from ..names import first
@@ -54,6 +54,8 @@ class Roles(NamedTuple):
     """Keywords of the attention function, and the attributes with their values."""
     upcasts: bool
     """Whether queries and keys are rotated in float32."""
+    last: bool
+    """Whether rotary tables may be of the last tokens alone."""
     hands_on: bool
     """Whether the attention function is told whether weights are asked for, and its answer is handed on."""
 
@@ -73,6 +75,7 @@ def roles_of(host: type[Any]) -> Roles:
         next((pair for pair in NORMS if pair[0] in code.co_names and pair[1] in code.co_names), None),
         tuple((key, name) for key, name in passed if name is not None),
         any("float" in used for used in _rotary_code(forward_of(host))),
+        any("split" in used for used in _rotary_code(forward_of(host))),
         "output_attentions" in words,
     )
 
@@ -165,6 +168,8 @@ class HFStaged(HFAttention):
             heads = self._normed(heads, keys)
         if angles is not None:
             cos, sin = angles
+            if self._roles.last:
+                cos, sin = of_all(cos, sin, heads.q.shape[1])
             pairs = self.attnprune_state.pairs
             pairs = pairs._replace(by_pair=True) if self.by_pair else pairs
             q, k = (x.float() if self._roles.upcasts else x for x in (heads.q, heads.k))

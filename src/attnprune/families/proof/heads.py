@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
+from ...nn.heard import Calls
 from ...values.layout import Projection
 from ..base import AttentionView
 from .runs import Result
@@ -84,14 +85,14 @@ class Heads:
             token += torch.linspace(1, 2, last - first, dtype=new.dtype)
             return new
 
-        handles = [self.view.port("o").listen(lambda module, inputs, channels: read.append(channels.detach()))]
-        try:
+        with ExitStack() as stack:
+            owners = {id(slot.parameter): slot.owner for slot in self.view.slots.values()}
+            stack.enter_context(Calls(owners, stack))  # also where the host reads their weights
+            port = self.view.port("o")
+            stack.callback(port.listen(lambda module, inputs, channels: read.append(channels.detach())).remove)
             self.outputs()
-            handles.append(self.view.port(projection).listen(other))
+            stack.callback(self.view.port(projection).listen(other).remove)
             self.outputs()
-        finally:
-            for handle in handles:
-                handle.remove()
         return int((read[0] != read[1]).any(-1).sum()) if len(read) == 2 else 0
 
     def _others(self, key: int) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from ...nn.attempt import MACHINE, undone
 from ...nn.exactly import Exactly
 from ...nn.nested import tensors_in
 from ...nn.unfused import Unfused
-from ..calls import LONGER, Call, fresh, positional
+from ..calls import LONGER, Call, Stranger, positional
+from .record import fresh
+
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Share of the largest output by which two ways to compute the same may differ."""
 
 
 def short(error: Exception) -> str:
@@ -110,6 +115,17 @@ class Result:
             if isinstance(total, Tensor) and total.requires_grad:
                 found = torch.autograd.grad(total, leaves, allow_unused=True)
                 self.grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def ignores(host: nn.Module, call: Call, name: str, dtype: torch.dtype) -> bool:
+    """Whether a host computes the same, whatever an argument is."""
+    strange = replace(call, arguments=lambda *how: [{**found, name: Stranger()} for found in call.arguments(*how)])
+    try:
+        found = Result(host, strange, dtype).outputs
+    except Exception as error:
+        short(error)  # what the machine lacks is raised again
+        return False
+    return all(map(torch.equal, found, Result(host, call, dtype).outputs))
 
 
 def run(

@@ -20,11 +20,8 @@ from ..ways import Verdict
 from .heads import Heads
 from .removal import Removal
 from .rotary import mix, rotary_of
-from .runs import Result, attends, run, short, with_dropout, without_dropout
+from .runs import ROUNDING, Result, attends, ignores, run, short, with_dropout, without_dropout
 from .stand_in import StandIn
-
-ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Share of the largest output by which two ways to compute the same may differ."""
 
 
 class Trial:
@@ -53,6 +50,7 @@ class Trial:
                 continue
             self.calls.append(call)
         self.reasons: dict[str, str] = {}
+        self.ignored: set[str] = set()
         self.unseen = self._unseen()
         self.order = ""
         """The order in which several projections lie in one, where that had to be found."""
@@ -66,17 +64,20 @@ class Trial:
         return not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def _unseen(self) -> list[str]:
-        """Arguments of the host that no call gave, or that it refused."""
+        """Arguments of the host that no call gave, or none but None although it reads them, or that it refused."""
         if any(call.recorded for call in self.calls):
             return []
-        generator = torch.Generator("cpu").manual_seed(0)
-        seen = {name for call in self.calls for found in call.arguments(generator, self.dtype) for name in found}
-        names = Signature(self.stand_in.host).names
+        generator, host = torch.Generator("cpu").manual_seed(0), self.stand_in.host
+        given = [found for call in self.calls for found in call.arguments(generator, self.dtype)]
+        seen = {name for found in given for name, value in found.items() if value is not None}
+        names = Signature(host).names
         if PLACE in names and PLACE not in seen:  # a wrapper that hands on all it gets, whatever its family gives
             return []
         if self.view.module.__dict__.get("layer_idx", 0) is None:  # no place in a cache: it takes none
             seen |= {*CACHES}
-        return [name for name in names if name not in seen]
+        required = [name for name in names if name not in seen and any(name in found for found in given)]
+        self.ignored = {name for name in required if ignores(host, self.calls[0], name, self.dtype)}
+        return [name for name in names if name not in seen | self.ignored]
 
     def verdict(self) -> Verdict:
         """What the runs show. Every removal takes away more than the one before, so one set of weights serves all."""
@@ -309,7 +310,7 @@ class Trial:
         other = self._made(way, self._cut(mixin, None))
         if other is None:
             return False
-        plain = by_position(self.stand_in.host, self.calls[0], self.dtype) or self.calls[0]  # by name they follow
+        plain = by_position(self.stand_in.host, self.calls[0], self.dtype, self.ignored) or self.calls[0]
         try:
             found = Result(other.host, plain, self.dtype)
         except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from ...calibration.batches import device_of
 from ...calibration.losses import projection_loss
 from ...calibration.processes import pooled
 from ...calibration.quiet import undisturbed
-from ...calibration.sample import samples_in
+from ...calibration.sample import spread
 from ...errors import OptionError
 from ...families.base import AttentionView
 from ...surgery import as_called
@@ -110,23 +110,7 @@ class Gate(Scorer):
         """Batches spread evenly over the data, about ``samples`` samples together."""
         if self.samples is None or isinstance(data, (str, bytes, Tensor, Mapping)) or not isinstance(data, Iterable):
             return data
-        return _spread(data, self.samples)
-
-
-def _spread(data: Iterable[Any], samples: int) -> Iterator[Any]:
-    """Evenly spread batches where the data have a length, else the first ones."""
-    count = len(data) if isinstance(data, Sized) else 0
-    wanted: set[int] = set()
-    seen = 0
-    for i, batch in enumerate(data):
-        if not i:
-            batches = min(max(count, 1), -(-samples // max(samples_in(batch), 1)))
-            wanted = {int((j + 0.5) * count / batches) for j in range(batches)}
-        if not count or i in wanted:
-            yield batch
-            seen += samples_in(batch)
-        if (not count and seen >= samples) or (count and i >= max(wanted)):
-            return
+        return spread(data, self.samples)
 
 
 _SUMS = (
