@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 
 from attnprune import export_onnx, find_attention, prune_attention, prune_channels, prune_heads
+from attnprune.checkpoint.onnx import _attention
 from attnprune.errors import DataError, ExportError, OptionError
 from attnprune.nn import execution
 from attnprune.nn.policy import Execution
@@ -390,6 +392,18 @@ def test_onnx_is_compared_at_other_sizes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(onnxruntime, "InferenceSession", Spy)
     export_onnx(_Widths(), tmp_path / "a.onnx", {"x": torch.randn(2, 6, 6), "pairs": torch.randn(2, 5, 6)})
     assert sizes == [{"x": (2, 6, 6), "pairs": (2, 5, 6)}, {"x": (3, 6, 6), "pairs": (3, 4, 6)}]
+
+
+@pytest.mark.parametrize(("name", "plan"), [("ViT", "uniform"), ("TransformerEncoder", "decoupled"), ("AST", "ragged")])
+def test_onnx_metadata_tell_what_the_graph_has(name: str, plan: str) -> None:
+    """Not what the config of the dense model says."""
+    model, _, _ = pruned(name, plan)
+    prune_heads(model, {0: [0]})
+    (spec,) = find_attention(model)
+    told = _attention(model)
+    (found,) = json.loads(told["attnprune.attention"])
+    assert int(told["num_heads"]) == found["num_heads"] == found["num_key_value_heads"] == spec.heads == 3
+    assert (found["name"], found["qk_dims"], found["vo_dims"]) == (spec.name, [*spec.qk_dims], [*spec.vo_dims])
 
 
 def test_onnx_writes_nothing_unless_all_is_well(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,46 @@ from attnprune.nn import execution
 from attnprune.nn.kept import kept
 from attnprune.nn.policy import asked_once, forced
 
+from .families import timm_module
 
-def ragged(layers: int = 2) -> nn.Module:
-    """A pruned encoder of shapes that no other test has run."""
+
+class Embedded(nn.Module):
+    """A model of transformers on what its first layer is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(inputs_embeds=x, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def attending() -> nn.Module:
     layer = nn.TransformerEncoderLayer(40, 4, 24, batch_first=True, dropout=0.0)
-    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-    seed = int(torch.randint(1 << 30, ()))
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def rotary() -> nn.Module:
+    sizes = {"hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 5, "head_dim": 8}
+    config = transformers.LlamaConfig(vocab_size=50, intermediate_size=16, num_key_value_heads=5, **sizes)
+    return Embedded(transformers.LlamaModel(config))
+
+
+def expanded() -> nn.Module:
+    config = transformers.T5Config(vocab_size=50, d_model=40, d_kv=10, d_ff=8, num_layers=1, num_heads=4)
+    return Embedded(transformers.T5EncoderModel(config).eval())
+
+
+def fused() -> nn.Module:
+    return timm_module("timm.models.vision_transformer").Attention(40, 4)
+
+
+MADE = [attending, rotary, expanded, fused]
+
+
+def ragged(make: Callable[[], nn.Module] = attending) -> nn.Module:
+    """A pruned model of shapes that no other test has run."""
+    model, seed = make(), int(torch.randint(1 << 30, ()))
     prune_attention(model, 0.5, heads="ragged", scorer="random", seed=seed, granularity="joint", split="auto")
     return model
 
@@ -47,8 +82,10 @@ def how(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def test_fake_tensors_leave_nothing(how: Any) -> None:
-    model, x = ragged(), torch.randn(2, 5, 40)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("make", MADE)
+def test_fake_tensors_leave_nothing(make: Any, how: Any) -> None:
+    model, x = ragged(make), torch.randn(2, 5, 40)
     with execution(how):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert isinstance(model(mode.from_tensor(x)), FakeTensor)
@@ -57,14 +94,18 @@ def test_fake_tensors_leave_nothing(how: Any) -> None:
         found.square().mean().backward()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # nor does eager code
             assert isinstance(model(mode.from_tensor(x)), FakeTensor)
-    assert all(type(parameter.grad) is Tensor for parameter in model.parameters())
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]  # tokens have none
+    assert len(grads) >= 4
+    assert all(type(grad) is Tensor for grad in grads)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("make", MADE)
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_first_trace_is_the_graph(grad: bool, how: Any) -> None:
+def test_the_first_trace_is_the_graph(grad: bool, make: Any, how: Any) -> None:
     """The check of ``torch.jit.trace`` compares it with a second one."""
-    model, x = ragged().eval(), torch.randn(2, 5, 40)
+    model, x = ragged(make).eval(), torch.randn(2, 5, 40)
     with torch.set_grad_enabled(grad), execution(how):
         traced = torch.jit.trace(model, x)
         for given in (x, torch.randn(3, 7, 40)):
@@ -88,8 +129,10 @@ def test_vmap_and_grad_leave_nothing(how: Any) -> None:
                 assert torch.allclose(each[name][i], parameter.grad, atol=1e-5)
 
 
-def test_inference_mode_leaves_nothing(how: Any) -> None:
-    model, x = ragged(), torch.randn(2, 5, 40)
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("make", MADE)
+def test_inference_mode_leaves_nothing(make: Any, how: Any) -> None:
+    model, x = ragged(make), torch.randn(2, 5, 40)
     with execution(how):
         with torch.inference_mode():
             model(x)
@@ -186,6 +229,18 @@ def test_a_model_that_can_never_be_trained_is_refused(tmp_path: Path) -> None:
     model = copy.deepcopy(model)  # the remedy
     prune_attention(model, 0.5, data=[some(model)], progress=False)
     last(model(some(model))).sum().backward()
+
+
+@pytest.mark.parametrize("make", [encoder, bert])
+def test_a_teacher_may_be_one_that_can_never_be_trained(make: Any) -> None:
+    model, data = make(), [some(make()) for _ in range(4)]
+    with torch.inference_mode():
+        dense = make()
+    flags = [parameter.requires_grad for parameter in dense.parameters()]
+    prune_attention(model, 0.5)
+    attnprune.recover(model, dense, data, 1, progress=False)
+    attnprune.teacher_loss(dense)(model, data[0]).backward()
+    assert [parameter.requires_grad for parameter in dense.parameters()] == flags
 
 
 def test_what_is_kept_belongs_to_no_mode() -> None:

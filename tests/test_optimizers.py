@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map
 from attnprune import AttentionPruner, apply_plan, make_plan, masked, prune_attention, prune_channels, prune_heads
 from attnprune.errors import OptimizerStateError
 
+from .families import timm_module
+
 X = torch.randn(8, 5, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 50, (4, 5), generator=torch.Generator().manual_seed(1))
 
@@ -40,7 +42,7 @@ def bert() -> nn.Module:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
     def loss() -> Tensor:
         optimizer.zero_grad()
-        out: Any = model(X) if isinstance(model, nn.TransformerEncoderLayer) else model(IDS).last_hidden_state
+        out: Any = model(IDS).last_hidden_state if isinstance(model, transformers.PreTrainedModel) else model(X)
         found: Tensor = out[..., 0].square().mean()
         found.backward()  # type: ignore[no-untyped-call]
         return found
@@ -130,9 +132,19 @@ def test_two_optimizers_and_what_is_frozen() -> None:
 # names
 
 
+def two() -> nn.Module:
+    return nn.Sequential(layer(), layer())
+
+
+def packed() -> nn.Module:
+    return timm_module("timm.models.vision_transformer").Attention(32, 4, qkv_bias=True)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("make", [layer, bert, two, packed])
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_names_of_parameters_follow(prefix: str) -> None:
-    model = layer()
+def test_names_of_parameters_follow(prefix: str, make: Any) -> None:
+    model = make()
     named = [(prefix + name, parameter) for name, parameter in model.named_parameters()]
     biases = [pair for pair in named if "bias" in pair[0]]
     weights = [pair for pair in named if "bias" not in pair[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,11 +15,14 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
+    BertModel,
     CLIPConfig,
     CLIPModel,
     DynamicCache,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
 )
 from transformers import modeling_outputs as hf
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
@@ -395,12 +399,40 @@ def test_a_batch_that_does_not_fit_is_shown_with_the_signature(build: Any, batch
         assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("build", "given", "words"),
+    [
+        (encoder, {"src": X, "more": Y}, r"forward\(src, .*a dict \{src: \(4, 5, 16\), more: "),
+        (Masked, X, r"forward\(x, mask\)"),
+        (lambda: BertForQuestionAnswering(BertConfig(**SIZES)), {"ids": MASK.long()}, r"input_ids=None.*ids: \(4, 5\)"),
+    ],
+)
+def test_example_inputs_that_do_not_fit_are_shown_with_the_signature(
+    build: Any, given: Any, words: str, tmp_path: Path
+) -> None:
+    model = seeded(build)
+    before = copy.deepcopy(model.state_dict())
+    for call in (
+        lambda: attnprune.prune_attention(model, 0.5, example_inputs=given),
+        lambda: attnprune.make_plan(model, target_macs=0.9, example_inputs=given),
+        lambda: attnprune.sweep(model, lambda _: 1.0, ratios=[0.5], example_inputs=given, **QUIET),
+        lambda: attnprune.export_onnx(model, tmp_path / "model.onnx", given),
+    ):
+        with pytest.raises(DataError, match=rf"^example_inputs: .*{words}"):
+            call()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_errors_of_the_model_itself_pass() -> None:
     def broken(_: Any) -> Any:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         attnprune.calibrate(Wrapped(broken), [X], **QUIET)
+    with pytest.raises(ZeroDivisionError):
+        attnprune.prune_attention(Wrapped(broken), 0.5, example_inputs=X)
+    with pytest.raises(AssertionError):  # labels may be given by their place
+        attnprune.prune_attention(Labelled(), 0.5, example_inputs=(X, Y))
 
 
 # losses of targets
@@ -448,19 +480,65 @@ def test_targets_that_do_not_fit_are_not_broadcast(output: Any, targets: Any) ->
         loss_of(Fixed(), (output, targets), None)
 
 
+@pytest.mark.parametrize("targets", [torch.randn(4), torch.tensor([0, 1, 0, 1])], ids=["numbers", "classes"])
+@pytest.mark.parametrize("make", [encoder, lambda: Embedded(bert())], ids=["encoder", "BERT"])
+def test_one_output_for_each_sample_is_refused_wherever_losses_are(make: Any, targets: Tensor) -> None:
+    model = seeded(lambda: nn.Sequential(make(), nn.Flatten(), nn.Linear(80, 1)))
+    data, dense = [(X, targets)] * 2, copy.deepcopy(model)
+    calls: list[Any] = [
+        lambda: attnprune.make_plan(model, 0.5, data=data, scorer="fisher", **QUIET),
+        lambda: attnprune.make_plan(model, 0.5, data=data, scorer="taylor", **QUIET),
+        lambda: attnprune.AttentionPruner(model, 0.5, data=data, scorer="fisher", **QUIET).step(),
+        lambda: attnprune.recover(model, dense, data, 1, labels=1.0, **QUIET),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match="Pass loss_fn"):
+            call()
+    assert all(torch.equal(value, dense.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+class Embedded(nn.Module):
+    """A model of transformers on what its first layer is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(inputs_embeds=x).last_hidden_state
+
+
 # data that do not reach all
 
 
+def bert() -> nn.Module:
+    return BertModel(BertConfig(**SIZES, vocab_size=20), add_pooling_layer=False)
+
+
+def t5() -> nn.Module:
+    return T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
 class Towers(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, make: Any = encoder) -> None:
         super().__init__()
-        self.image, self.text = encoder(), encoder()
+        self.image, self.text = make(), make()
 
     def forward(self, image: Tensor, text: Tensor | None = None) -> Tensor:
-        found: Tensor = self.image(image) if text is None else self.image(image) + self.text(text)
-        return found
+        found: list[Any] = [self.image(image)] + ([] if text is None else [self.text(text)])
+        return sum(getattr(one, "last_hidden_state", one) for one in found)  # type: ignore[no-any-return]
 
 
+IDS = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(0))
+TOWERS = [
+    (encoder, X, r"text\.layers\.0\.self_attn"),
+    (bert, IDS, r"text\.encoder\.layer\.0\.attention"),
+    (t5, IDS, r"text\.encoder\.block\.0\.layer\.0\.SelfAttention"),
+]
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(("make", "x", "name"), TOWERS, ids=["encoder", "BERT", "T5, expanded"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"split": "auto"}, {"target_error": 0.1}, {"basis": "channels"}]
@@ -468,18 +546,40 @@ class Towers(nn.Module):
     + [{"scorer": "magnitude", "basis": "rotated"}],
     ids=str,
 )
-def test_attention_that_data_do_not_reach_is_named(options: Any) -> None:
-    model = seeded(Towers)
+def test_attention_that_data_do_not_reach_is_named(options: Any, make: Any, x: Tensor, name: str) -> None:
+    model = seeded(lambda: Towers(make))
     loss_fn: Any = {"loss_fn": lambda m, b: m(b).square().mean()} if "scorer" in options else {}
     ratio = None if "target_error" in options else 0.5
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(DataError, match=r"1 of 2 .*: text\.layers\.0\.self_attn\. .*exclude="):
-        attnprune.prune_attention(model, ratio, data=[X], **QUIET, **options, **loss_fn)
+    with pytest.raises(DataError, match=rf"1 of 2 .*: {name}\. .*exclude="):
+        attnprune.prune_attention(model, ratio, data=[x], **QUIET, **options, **loss_fn)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    attnprune.make_plan(model, ratio, data=[X], exclude="text.*", **QUIET, **options, **loss_fn)
+    attnprune.make_plan(model, ratio, data=[x], exclude="text.*", **QUIET, **options, **loss_fn)
     if loss_fn:
         loss_fn = {"loss_fn": lambda m, b: forward(m, b).square().mean()}
-    attnprune.make_plan(model, ratio, data=[X, {"image": X, "text": X}], **QUIET, **options, **loss_fn)
+    attnprune.make_plan(model, ratio, data=[x, {"image": x, "text": x}], **QUIET, **options, **loss_fn)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(("make", "x", "name"), TOWERS, ids=["encoder", "BERT", "T5, expanded"])
+@pytest.mark.parametrize("options", [{}, {"scorer": "taylor"}, {"scope": "local", "granularity": "head"}], ids=str)
+def test_attention_of_which_a_loop_saw_zeros_alone_is_named(options: Any, make: Any, x: Tensor, name: str) -> None:
+    """As ``zero_grad(set_to_none=False)`` leaves gradients of what a batch does not reach."""
+    model = seeded(lambda: Towers(make))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = attnprune.AttentionPruner(model, 0.5, steps=1, **options)
+    model(x, x).square().mean().backward()
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+        pruner.observe()
+    before = copy.deepcopy((model.state_dict(), pruner.state_dict()))
+    with pytest.raises(DataError, match=rf"1 of 2 .*: {name}\."):
+        pruner.step(optimizer)
+    assert str((model.state_dict(), pruner.state_dict())) == str(before)
+    model(x, x).square().mean().backward()
+    pruner.observe()
+    pruner.step(optimizer)
 
 
 def test_a_given_calibration_must_have_reached_all() -> None:

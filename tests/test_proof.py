@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from attnprune.families.proof.key import key_of
 from attnprune.families.registry import Survey
 
 from .conformance import fresh
+from .families import timm_module
 from .selection import examples
 
 CHANGES = {
@@ -233,6 +235,47 @@ def test_a_patched_class_is_proven_anew() -> None:
         expected = outputs(model)
     apply_plan(model, plan)
     torch.testing.assert_close(outputs(model), expected, rtol=1e-9, atol=1e-9)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
+GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+THEIRS: dict[str, Any] = {
+    "ViT": lambda: transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8)),
+    "GPT-2": lambda: transformers.GPT2Model(transformers.GPT2Config(**GPT)),
+    "timm": lambda: timm_module("timm.models.vision_transformer").Attention(32, 4),
+}
+GIVEN = {
+    "ViT": torch.randn(2, 3, 16, 16), "GPT-2": torch.randint(0, 50, (2, 5)), "timm": torch.randn(2, 5, 32),
+}  # fmt: skip
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("when", ["a subclass", "patched", "patched after the plan"])
+@pytest.mark.parametrize("kind", THEIRS)
+def test_classes_of_others_that_do_more(kind: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = THEIRS[kind]().eval(), GIVEN[kind]
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    module = model.get_submodule(find_attention(model)[0].name)
+    cls = type(module)
+    original = cls.forward
+
+    def more(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, 1.5 * hidden_states, *args, **kwargs)
+        return (found[0].abs(), *found[1:]) if isinstance(found, tuple) else found.abs()
+
+    if when == "a subclass":
+        module.__class__ = type(cls.__name__, (cls,), {"forward": more})
+    elif when == "patched":
+        monkeypatch.setattr(cls, "forward", more)
+    plan = make_plan(model, 0.5, scorer="magnitude", heads="ragged")
+    monkeypatch.setattr(cls, "forward", original if when == "a subclass" else more)
+    with masked(model, plan), torch.no_grad():
+        expected = model(x)
+    report = apply_plan(model, plan)
+    found = model(x)
+    torch.testing.assert_close(*(getattr(y, "last_hidden_state", y) for y in (found, expected)), rtol=1e-4, atol=1e-4)
+    assert all(way.startswith("expanded") for way in report.ways.values())
 
 
 class Told(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import attnprune
 from attnprune import (
@@ -231,6 +232,46 @@ def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
             find_attention(Mine(60))
         model = Other().eval()
         exact(model, torch.randn(2, 5, 24), make_plan(model, {"qk": 0.5}))
+    finally:
+        attnprune.unregister_adapter(adapter)
+
+
+class Pair(nn.Module):
+    """Returns its weights too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
+class Named(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return {"hidden": super().forward(x)[0]}
+
+
+class TokensFirst(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [Pair, Named, TokensFirst])
+def test_a_class_of_ones_own_that_returns_more_than_a_tensor(kind: Any) -> None:
+    adapter = attnprune.register_adapter(FusedQKVAdapter(kind))
+    try:
+        for options in ({"heads": "ragged"}, {"granularity": "head"}):
+            model, x = kind().double().eval(), torch.randn(2, 5, 24).double()
+            plan = make_plan(model, 0.5, scorer="random", **options)
+            with masked(model, plan):
+                expected = model(x)
+            apply_plan(model, plan)
+            first, wanted = (next(iter(tree_leaves(one))) for one in (model(x), expected))
+            torch.testing.assert_close(first, wanted)
+            assert type(model(x)) is type(expected)
     finally:
         attnprune.unregister_adapter(adapter)
 

@@ -86,20 +86,29 @@ def _inputs(inputs: Any) -> Iterator[Call]:
 
 
 def _takes(model: nn.Module, call: Call) -> bool:
-    """Whether the signature of a model's forward takes a call; a keyword at least must be one of its own names, and
-    labels that it can do without are not given by their place."""
+    """Whether the signature of a model's forward takes a call, and labels that it can do without are not given by their
+    place."""
+    given = _given(model, call)
+    if given is None or call.kwargs:
+        return given is not None
+    optional = [one.name for one in given if one.default is not one.empty]
+    return not any("label" in name or "target" in name for name in optional)
+
+
+def _given(model: nn.Module, call: Call) -> list[inspect.Parameter] | None:
+    """The parameters of a model's forward that a call gives, as far as its signature tells; None if it takes no such
+    call. Of keywords at least one must be one of its own names."""
     signature = _signature(model)
     if signature is None:
-        return True
+        return []
     try:
         bound = signature.bind(*call.args, **call.kwargs).arguments
     except TypeError:
-        return False
+        return None
     named = {key for key, one in signature.parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    if call.kwargs:
-        return not named or bool(named & bound.keys())
-    optional = [key for key in bound if signature.parameters[key].default is not inspect.Parameter.empty]
-    return not any("label" in key or "target" in key for key in optional)
+    if call.kwargs and named and not named & bound.keys():
+        return None
+    return [signature.parameters[key] for key in bound]
 
 
 def _signature(model: nn.Module) -> inspect.Signature | None:
@@ -109,31 +118,32 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return None
 
 
-def unfit(model: nn.Module, batch: Any) -> DataError:
+def unfit(model: nn.Module, batch: Any, where: str = "data") -> DataError:
     """The error of a batch that a model cannot be called with: shows the signature and the batch."""
     signature = _signature(model)
     parameters = [] if signature is None else signature.parameters.values()
     takes = ", ".join(str(one.replace(annotation=one.empty)) for one in parameters)
-    return DataError(
-        "data",
-        f"batches that are a mapping, a tensor, a pair (inputs, targets) or a tuple, for forward({takes[:160]})",
-        described(batch),
-        "rename or reorder what batches hold, or pass loss_fn, which then takes batches of any form",
-    )
+    expected, remedy = "a mapping, a tensor or a tuple", "rename or reorder them"
+    if where == "data":
+        expected = "batches that are a mapping, a tensor, a pair (inputs, targets) or a tuple"
+        remedy = "rename or reorder what batches hold, or pass loss_fn, which then takes batches of any form"
+    return DataError(where, f"{expected}, for forward({takes[:160]})", described(batch), remedy)
 
 
 def called(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str = "data") -> Any:
     """The output of ``model(*args, **kwargs)``.
 
     Raises:
-        DataError: it fails, and there is no tensor in what it is called with, or with one more dimension in front it
-            would not fail: that is a sample, not a batch.
+        DataError: it fails, and its signature takes no such call, there is no tensor in what it is called with, or with
+            one more dimension in front it would not fail: that is a sample, not a batch.
     """
     try:
         return model(*args, **kwargs)
     except (AttnPruneError, *MACHINE):
         raise
     except Exception as error:  # whatever a model raises where a dimension is missing
+        if _given(model, Call(args, kwargs)) is None:
+            raise unfit(model, kwargs or args, where) from error
         if next(tensors_in([args, kwargs]), None) is None:
             remedy = 'make tensors of them: torch.tensor(...), or return_tensors="pt" of a tokenizer'
             raise DataError(where, "tensors", described(kwargs or args), remedy) from error

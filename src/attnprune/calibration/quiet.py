@@ -13,6 +13,11 @@ from ..nn.attempt import undone
 from ..nn.unfused import Unfused
 
 
+def _settable(model: nn.Module) -> list[nn.Parameter]:
+    """Those that were not made in inference mode, whose flags nobody can put back."""
+    return [parameter for parameter in model.parameters() if not parameter.is_inference()]
+
+
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Modes, ``requires_grad`` flags and random state are, when the block ends, as they were.
@@ -24,8 +29,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     True
     """
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({p.device.index or 0 for p, _ in flags if p.device.type == "cuda"})
+    flags = [(parameter, parameter.requires_grad) for parameter in _settable(model)]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
     def back() -> None:
         for module, mode in modes:
@@ -52,7 +57,7 @@ def undisturbed(model: nn.Module, trainable: Iterable[nn.Parameter]) -> Iterator
     """Evaluation mode, :class:`Unfused`, gradients on and for ``trainable`` alone; all is :func:`restored`."""
     chosen = {id(parameter) for parameter in trainable}
     with evaluated(model), Unfused(), torch.enable_grad():
-        for parameter in model.parameters():
+        for parameter in _settable(model):
             parameter.requires_grad_(id(parameter) in chosen)
         yield
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..calibration.batches import called
 from ..calibration.quiet import evaluated, silenced
 from ..errors import DataError, ExportError, OptionError
 from ..families.registry import plain, sound_views
@@ -195,7 +196,7 @@ def _exported(
     """The ONNX program, and by input what its dimensions are called; without lengths if the exporter cannot do them."""
     failed: Exception | None = None
     samples = _batched(inputs) if batched else set()
-    outputs = _output_names(model(**inputs))
+    outputs = _output_names(called(model, (), inputs, "example_inputs"))
     for places in [lengths, {}] if lengths else [{}]:
         axes = {
             name: {**({0: "batch"} if name in samples else {}), **dict.fromkeys(places.get(name, ()), "length")}

@@ -14,14 +14,15 @@ from ..errors import DataError, OptionError
 from ..families.base import AttentionView
 from ..families.slots import gathered
 from ..planning.scorers import Fisher, Scorer, Taylor
-from ..planning.scorers.gradient import GradientScorer
+from ..planning.scorers.gradient import GradientScorer, check_reached
 from ..values.layout import PROJECTIONS, Projection
 from ..values.request import Request
 from ..values.scores import Scores
 
 Sums = tuple[Tensor, ...]
 UNITS = 3
-"""Sums of qk and vo channels and of heads; those of features follow."""
+"""Sums of qk and vo channels and of heads. Those of features follow, and last, ``(1,)``, in how many readings some
+gradient was not zero."""
 
 
 def observer(request: Request) -> GradientScorer:
@@ -75,7 +76,8 @@ def read(
             )  # fmt: skip
         with torch.no_grad():
             features = (scorer.reduce_features(view, grads, p) for p in which)
-            found[view.name] = tuple(part.double().cpu() for part in (*scorer.reduce(view, grads), *features))
+            reached = torch.stack([grad.any() for grad in grads.values()]).any().reshape(1)
+            found[view.name] = tuple(part.double().cpu() for part in (*scorer.reduce(view, grads), *features, reached))
     return found
 
 
@@ -123,6 +125,7 @@ class _Observed(Scorer):
         return self.scorer.name
 
     def score(self, model: nn.Module, views: Sequence[AttentionView], **_: Any) -> dict[str, Scores]:
+        check_reached({view.name: self.seen.sums[view.name][-1] for view in views})
         return {
             view.name: self.scorer.finish(view, *(part / self.seen.count for part in self.seen.sums[view.name][:UNITS]))
             for view in views
@@ -131,5 +134,5 @@ class _Observed(Scorer):
     def score_features(
         self, model: nn.Module, views: Sequence[AttentionView], which: Sequence[Projection], **_: Any
     ) -> dict[str, dict[Projection, Tensor]]:
-        seen = {view.name: dict(zip(self.which, self.seen.sums[view.name][UNITS:], strict=True)) for view in views}
+        seen = {view.name: dict(zip(self.which, self.seen.sums[view.name][UNITS:-1], strict=True)) for view in views}
         return {name: {p: own[p] / self.seen.count for p in which} for name, own in seen.items()}

@@ -245,7 +245,7 @@ class AttentionPruner:
 
         Raises:
             OptionError: all steps have been taken.
-            DataError: the scorer needs gradients, and none were observed since the last step.
+            DataError: the scorer needs gradients, and since the last step saw none, or of some attention zeros alone.
             PlanMismatchError: processes of ``torch.distributed`` came to different plans; raised in all of them.
             ProcessError: another of them failed.
         """

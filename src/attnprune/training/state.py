@@ -84,7 +84,7 @@ def _seen(state: Mapping[str, Any], plan: Plan, which: Sequence[Projection]) -> 
 
 
 def _sums(spec: AttentionSpec, parts: object, which: Sequence[Projection]) -> Sums:
-    shapes = [(sum(spec.qk_dims),), (sum(spec.vo_dims),), (spec.heads,), *((spec.width(p),) for p in which)]
+    shapes = [(sum(spec.qk_dims),), (sum(spec.vo_dims),), (spec.heads,), *((spec.width(p),) for p in which), (1,)]
     tensors = [part for part in parts if isinstance(part, Tensor)] if isinstance(parts, (list, tuple)) else []
     found = [tuple(part.shape) for part in tensors]
     if found != shapes or len(parts) != len(shapes):  # type: ignore[arg-type]
