@@ -198,6 +198,38 @@ def test_shapes_that_are_slow_where_they_were_measured_are_noted() -> None:
     assert prune_attention(encoder(512), 0.5, heads="ragged", scorer="random").notes == ()
 
 
+class Capped(nn.Module):
+    """Attention whose logits no forward of ours makes."""
+
+    def __init__(self, heads: str) -> None:
+        super().__init__()
+        setattr(self, heads, 2)
+        self.called = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (getattr(self, self.called), -1)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        found: torch.Tensor = self.o_proj((torch.tanh(q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return found
+
+
+def test_layers_that_run_expanded_are_noted_with_what_helps_them() -> None:
+    report = prune_attention(Capped("num_heads"), {"qk": 0.5}, heads="ragged", scorer="random")
+    assert report.ways[""].startswith("expanded")
+    (note,) = report.notes
+    assert note.startswith("may run no faster than dense, as 1 layers run expanded")
+    assert "uniform" not in note, "even heads would not help"
+    assert prune_attention(Capped("num_heads"), 0.5, granularity="head").notes == ()
+
+
+def test_what_is_missing_of_an_attention_is_said() -> None:
+    (skipped,) = attnprune.skipped_attention(nn.Sequential(Capped("parts")))
+    assert "a number of heads is not among its attributes" in skipped.why
+
+
 def test_a_plan_that_a_table_predicts_to_be_slow_warns() -> None:
     slow, fast = table(shares=(0.4, 0.4, 0.4, 0.3)), table()
     with pytest.warns(
