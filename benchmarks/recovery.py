@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,16 @@ def main() -> None:
     print(f"{args.task}, {args.split} split, {args.seeds} seeds; dense: {_shown(task, task.measure(task.model))}")
     figures: dict[str, Any] = {"seeds": list(range(args.seeds)), "dense": task.measure(task.model)}
     for ratio in args.ratios:
-        before, after, runs = [], [], []
+        before, after, runs, pruning, tuning = [], [], [], [], []
         for seed in range(args.seeds):
-            data, model = task.sample(seed), copy.deepcopy(task.model)
+            data, model, start = task.sample(seed), copy.deepcopy(task.model), time.process_time()
             attnprune.prune_attention(model, ratio, data=data, seed=seed, progress=False, **options)
+            pruning.append(time.process_time() - start)
             before.append(task.measure(model))
             said = attnprune.estimate_recovery(model, task.model, data, args.steps, seed=seed)
+            start = time.process_time()
             runs.append((said, attnprune.recover(model, task.model, data, args.steps, seed=seed)))
+            tuning.append(time.process_time() - start)
             after.append(task.measure(model))
             print(f"  seed {seed}: {_shown(task, before[-1])} -> {_shown(task, after[-1])}; {runs[-1][1]}", flush=True)
         seconds, said = (
@@ -67,7 +71,8 @@ def main() -> None:
         print(f"{ratio:.0%} removed, closed form: {_medians(task, before)}")
         print(f"{ratio:.0%} removed, {runs[0][1].steps} steps: {_medians(task, after)}; held-out loss x", end=" ")
         print(f"{statistics.median(ratios):.3f}; {seconds:.0f} s, said {said:.0f} s", flush=True)
-        own = {"steps": runs[0][1].steps, "held out": statistics.median(ratios), "seconds": seconds}
+        own: dict[str, Any] = {"steps": runs[0][1].steps, "held out": statistics.median(ratios), "seconds": seconds}
+        own["of a processor"] = {"pruning": statistics.median(pruning), "recovery": statistics.median(tuning)}
         figures[f"{ratio:.0%}"] = {**own, "before": _spreads(before), "after": _spreads(after)}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -46,7 +46,10 @@ LLAMA = ("benchmarks/byte_llama", "benchmarks/byte_llama.py", "benchmarks/byte_l
 RUNS = (
     Run("demo", "examples/demo.py --rounds 0", KEYWORDS),
     Run("accuracy_keywords", "benchmarks/accuracy.py keywords", KEYWORDS),
-    Run("recovery_keywords", "benchmarks/recovery.py keywords --ratios 0.75 0.5", (*KEYWORDS, "benchmarks/_tasks.py")),
+    Run("recovery_keywords", "benchmarks/recovery.py keywords --ratios 0.5 0.75 0.85",
+        (*KEYWORDS, "benchmarks/_tasks.py")),
+    Run("recovery_keywords_ragged", "benchmarks/recovery.py keywords --ratios 0.5 0.75 0.85 --ragged",
+        (*KEYWORDS, "benchmarks/_tasks.py")),
     Run("four_ratios_keywords", "benchmarks/four_ratios.py keywords", KEYWORDS),
     Run("outer_sides_keywords",
         "benchmarks/outer_sides.py keywords --count 128 --ratios 0.75 0.5 --shares 0 0.01 0.04 0.08",
