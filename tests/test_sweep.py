@@ -558,11 +558,13 @@ def test_the_command_is_the_function(place: Path, capsys: pytest.CaptureFixture[
 
 
 def test_wrong_words_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "needs_nowhere.py").write_text("import nowhere\n")
     for words, told in (
         (["--eval", "judge_of_sweep"], "--eval: expected module:name, found 'judge_of_sweep'"),
         (["--eval", "nowhere:at"], "--eval: expected a module nowhere, found none"),
         (["--eval", "judge_of_sweep.py:energy"], "--eval: expected module:name, found 'judge_of_sweep.py:energy'"),
         (["--eval", "judge_of_sweep:enery"], "found no such name. Names there are like ['energy'"),
+        (["--eval", "needs_nowhere:at"], "attnprune: No module named 'nowhere'. Install what is missing.\n"),
         (["--eval", "judge_of_sweep:X"], "--eval: expected a function of a model, found a Tensor"),
         (["--eval", "judge_of_sweep:energy", "--ways", "slow"], "ways: expected"),
     ):

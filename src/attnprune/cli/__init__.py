@@ -24,6 +24,8 @@ from ..values.rules import OPTIONS
 
 _MOST_THREADS = 1024
 PICTURES = (".png", ".svg", ".pdf")
+EXTRAS = {"transformers": "hf", "matplotlib": "plot", "huggingface_hub": "hub", "onnx": "export"}
+"""What brings along packages that commands need."""
 _A_MODEL = "a model: config.json and safetensors, dense or pruned; or owner/model of the Hugging Face Hub"
 
 
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ImportError as error:
-        message = f'{error}. Install what is missing, for example with pip install "attnprune[hf,plot,export]".'
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        message = f"{error}. Install what is missing" + (f': pip install "attnprune[{extra}]".' if extra else ".")
     except OSError as error:
         message = str(error)
     print(f"attnprune: {message}", file=sys.stderr)
