@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import attnprune
-from attnprune import AttentionPruner, AttentionSpec, LatencyTable, Request, errors, make_plan, prune_attention
+from attnprune import AttentionPruner, AttentionSpec, LatencyTable, Request, bars, errors, make_plan, prune_attention
 from attnprune.cli import main, timing
 from attnprune.cost.latency import timing as latency_timing
 from attnprune.cost.latency.table import Grid
@@ -173,6 +173,21 @@ def test_a_benchmark_ends_in_time(seconds: float, calls: int, monkeypatch: pytes
     assert found.rounds <= calls
     assert Model.now - start <= max(20.0, 4 * seconds) + 1e-6
     assert ("too few" in found.doubt) == (found.rounds < 5)
+
+
+def test_a_bar_expects_as_many_rounds_as_fit_into_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Shown(bars.Lines):
+        def update(self, n: int = 1) -> None:
+            super().update(n)
+            told.append((self.n, self.total or 0))
+
+    monkeypatch.setattr(latency_timing, "bar", lambda **how: Shown(None, how["what"], False, how["total"]))
+    monkeypatch.setattr(latency_timing, "perf_counter", lambda: Model.now)
+    monkeypatch.setattr(latency_timing.gc, "collect", lambda: 0)
+    timing.compare(Model([1.0]), Model([1.0]), {}, None, 1, 20.0)
+    assert told == [(n, 10) for n in range(1, 11)], "two seconds a round"
 
 
 def test_a_noisy_machine_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
