@@ -52,6 +52,7 @@ unit: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/links.py docs/_build/html
 
 pictures: $(STAMP)
 	$(BIN)/python examples/pictures.py

@@ -84,5 +84,20 @@ def setup(app):
     def put_back(app, what, name, obj, options, lines):
         lines[:] = written.pop(name, lines)
 
+    # From source to documentation viewcode knows one path of a module; where its names have several, it leads nowhere.
+    def lead_back(app, page, template, context, doctree):
+        if not page.startswith("_modules/attnprune"):
+            return
+        known = {anchor for *_, anchor, _ in app.env.domains["py"].get_objects()}
+
+        def mended(match):
+            parts = match[2].split(".")
+            ends = ["." + ".".join(parts[first:]) for first in range(1, len(parts))]
+            like = (path for end in ends for path in sorted(known) if path.endswith(end))
+            return match[1] + (match[2] if match[2] in known else next(like, match[2]))
+
+        context["body"] = re.sub(r'(class="viewcode-back" href="[^"#]*#)([\w.]+)', mended, context["body"])
+
+    app.connect("html-page-context", lead_back)
     app.connect("autodoc-process-docstring", keep, priority=100)
     app.connect("autodoc-process-docstring", put_back, priority=900)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import attnprune
-from attnprune import AttentionPruner, AttentionSpec, LatencyTable, Request, errors, make_plan, prune_attention
+from attnprune import AttentionPruner, AttentionSpec, LatencyTable, Request, bars, errors, make_plan, prune_attention
 from attnprune.cli import main, timing
 from attnprune.cost.latency import timing as latency_timing
 from attnprune.cost.latency.table import Grid
@@ -175,6 +175,21 @@ def test_a_benchmark_ends_in_time(seconds: float, calls: int, monkeypatch: pytes
     assert ("too few" in found.doubt) == (found.rounds < 5)
 
 
+def test_a_bar_expects_as_many_rounds_as_fit_into_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Shown(bars.Lines):
+        def update(self, n: int = 1) -> None:
+            super().update(n)
+            told.append((self.n, self.total or 0))
+
+    monkeypatch.setattr(latency_timing, "bar", lambda **how: Shown(None, how["what"], False, how["total"]))
+    monkeypatch.setattr(latency_timing, "perf_counter", lambda: Model.now)
+    monkeypatch.setattr(latency_timing.gc, "collect", lambda: 0)
+    timing.compare(Model([1.0]), Model([1.0]), {}, None, 1, 20.0)
+    assert told == [(n, 10) for n in range(1, 11)], "two seconds a round"
+
+
 def test_a_noisy_machine_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_timing, "perf_counter", lambda: Model.now)
     monkeypatch.setattr(latency_timing.gc, "collect", lambda: 0)
@@ -196,6 +211,38 @@ def test_shapes_that_are_slow_where_they_were_measured_are_noted() -> None:
     assert f"note: {note}" in str(ragged)
     assert prune_attention(encoder(), 0.5).notes == ()
     assert prune_attention(encoder(512), 0.5, heads="ragged", scorer="random").notes == ()
+
+
+class Capped(nn.Module):
+    """Attention whose logits no forward of ours makes."""
+
+    def __init__(self, heads: str) -> None:
+        super().__init__()
+        setattr(self, heads, 2)
+        self.called = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (getattr(self, self.called), -1)).transpose(1, 2)
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        found: torch.Tensor = self.o_proj((torch.tanh(q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return found
+
+
+def test_layers_that_run_expanded_are_noted_with_what_helps_them() -> None:
+    report = prune_attention(Capped("num_heads"), {"qk": 0.5}, heads="ragged", scorer="random")
+    assert report.ways[""].startswith("expanded")
+    (note,) = report.notes
+    assert note.startswith("may run no faster than dense, as 1 layers run expanded")
+    assert "uniform" not in note, "even heads would not help"
+    assert prune_attention(Capped("num_heads"), 0.5, granularity="head").notes == ()
+
+
+def test_what_is_missing_of_an_attention_is_said() -> None:
+    (skipped,) = attnprune.skipped_attention(nn.Sequential(Capped("parts")))
+    assert "a number of heads is not among its attributes" in skipped.why
 
 
 def test_a_plan_that_a_table_predicts_to_be_slow_warns() -> None:

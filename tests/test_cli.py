@@ -431,7 +431,7 @@ def test_what_is_not_installed_is_named(run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = run("report", "pruned", "--plot", tmp_path / "a.png")
     assert code == 1
-    assert "pip install" in err
+    assert 'pip install "attnprune[plot]"' in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -118,3 +118,24 @@ def test_files_that_the_documentation_names_exist():
     files = re.findall(r"``([\w/]+(?:\.py|/))``", table)
     assert len(files) > 20
     assert not [file for file in files if not (Path(attnprune.__file__).parent / file).exists()]
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    broken = runpy.run_path(str(DOCS / "links.py"))["broken"]
+    (tmp_path / "how to").mkdir()
+    page = tmp_path / "how to" / "page.html"
+    page.write_text(
+        '<a href="../index.html#here">x</a><a href="https://nowhere.invalid">x</a><a href="#">x</a><p id="top">'
+    )
+    index = tmp_path / "index.html"
+    index.write_text('<p id="here"><a href="how%20to/page.html#top">x</a><img src="picture.png"><a href="#here">x</a>')
+    assert broken(tmp_path) == [("index.html", "picture.png")]
+    (tmp_path / "picture.png").touch()
+    assert broken(tmp_path) == []
+    page.write_text('<a href="../index.html#there">x</a><a href="gone.html">x</a><a href="#top">x</a>')
+    assert broken(tmp_path) == [
+        ("how to/page.html", "../index.html#there"),
+        ("how to/page.html", "gone.html"),
+        ("how to/page.html", "#top"),
+        ("index.html", "how%20to/page.html#top"),
+    ]

@@ -164,7 +164,8 @@ def test_a_way_that_cannot_be_had_does_not_lose_the_rest() -> None:
     assert table.rows[0].error == "RuntimeError: out of memory"
     assert table.rows[2].score is None
     text = str(table)
-    assert "paper:PH-G-FI, 0.5, 0.75: DataError: data: expected a scalar loss" in text
+    assert "paper:PH-G-FI, 0.5, 0.75: DataError: data: expected labels, of which a scalar loss is made" in text
+    assert "a tensor of that name in a file" in text, "for whom the command line serves"
     assert table.best(within=1e9).error == ""
     assert table.plot() is not None
 
@@ -557,10 +558,13 @@ def test_the_command_is_the_function(place: Path, capsys: pytest.CaptureFixture[
 
 
 def test_wrong_words_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "needs_nowhere.py").write_text("import nowhere\n")
     for words, told in (
         (["--eval", "judge_of_sweep"], "--eval: expected module:name, found 'judge_of_sweep'"),
         (["--eval", "nowhere:at"], "--eval: expected a module nowhere, found none"),
-        (["--eval", "judge_of_sweep:enery"], "expected enery in judge_of_sweep, found torch, X, energy"),
+        (["--eval", "judge_of_sweep.py:energy"], "--eval: expected module:name, found 'judge_of_sweep.py:energy'"),
+        (["--eval", "judge_of_sweep:enery"], "found no such name. Names there are like ['energy'"),
+        (["--eval", "needs_nowhere:at"], "attnprune: No module named 'nowhere'. Install what is missing.\n"),
         (["--eval", "judge_of_sweep:X"], "--eval: expected a function of a model, found a Tensor"),
         (["--eval", "judge_of_sweep:energy", "--ways", "slow"], "ways: expected"),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, OptionError
 from ..nn.outputs import Output, OutputFn, outputs_of
-from .batches import call_of, forward, of_one_dtype
+from .batches import call_of, described, forward, of_one_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -48,14 +48,17 @@ def scalar_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, output_fn: O
             loss = _loss_of_targets(output, call.targets, output_fn)
         else:
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    if loss is None and loss_fn is None:
         raise DataError(
             "data",
-            "a scalar loss",
-            found,
-            "pass loss_fn(model, batch) that returns one, or mappings with labels, or pairs (inputs, targets)",
+            "labels, of which a scalar loss is made",
+            f"none in {described(batch)}",
+            "add them: a key of the mapping (labels, mostly; a tensor of that name in a file), or pairs (inputs, "
+            "targets); or pass loss_fn(model, batch), or a way that needs no labels",
         )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise DataError("data", "a scalar loss", found, "return one from loss_fn(model, batch), or give labels")
     return loss.reshape(())
 
 

@@ -24,6 +24,8 @@ from ..values.rules import OPTIONS
 
 _MOST_THREADS = 1024
 PICTURES = (".png", ".svg", ".pdf")
+EXTRAS = {"transformers": "hf", "matplotlib": "plot", "huggingface_hub": "hub", "onnx": "export"}
+"""What brings along packages that commands need."""
 _A_MODEL = "a model: config.json and safetensors, dense or pruned; or owner/model of the Hugging Face Hub"
 
 
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ImportError as error:
-        message = f'{error}. Install what is missing, for example with pip install "attnprune[hf,plot,export]".'
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        message = f"{error}. Install what is missing" + (f': pip install "attnprune[{extra}]".' if extra else ".")
     except OSError as error:
         message = str(error)
     print(f"attnprune: {message}", file=sys.stderr)
@@ -193,9 +196,11 @@ def _options(one: argparse.ArgumentParser) -> None:
 
 def _sweep(one: argparse.ArgumentParser) -> None:
     one.add_argument("--eval", required=True, metavar="MODULE:NAME", help="a function of a model that gives its score")
-    one.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75], metavar="R", help="shares to remove")
+    one.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75], metavar="R",
+                     help="shares to remove (default: .25 .5 .75)")  # fmt: skip
     one.add_argument("--ways", nargs="+", default=["default", "accurate", "fast", "paper:PH-G-FI"], metavar="WAY",
-                     help=f"default, {', '.join(PRESETS)}")  # fmt: skip
+                     help=f"of default, {', '.join(PRESETS)}; those that end in FI need labels in the data "
+                     "(default: %(default)s)")  # fmt: skip
     _inputs(one, batch=8, named=True)
     one.add_argument("--samples", type=_count, metavar="N", help="use the first N samples of a file only")
     one.add_argument("--lower-is-better", action="store_true", help="the score is a loss, an error, a perplexity")

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def named(text: str, option: str) -> Any:
         OptionError: no such module or name, or another form.
     """
     place, _, name = text.partition(":")
-    if not place or not name:
+    if not place or not name or place.endswith(".py"):
         raise OptionError(option, "module:name", repr(text), "write mymodule:accuracy for a function of mymodule.py")
     here = os.getcwd()
     if here not in sys.path:
@@ -68,8 +69,8 @@ def named(text: str, option: str) -> Any:
         raise OptionError(option, f"a module {place}", "none", remedy) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            known = ", ".join(one for one in vars(found) if not one.startswith("_"))
-            raise OptionError(option, f"{part} in {place}", known[:120] or "nothing", "check the name")
+            near = get_close_matches(part, [one for one in vars(found) if not one.startswith("_")], n=5, cutoff=0.0)
+            raise OptionError(option, f"{part} in {place}", "no such name", f"names there are like {near}")
         found = getattr(found, part)
     return found
 

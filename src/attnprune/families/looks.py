@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .names import K, Q, V, output_of, part_of
+from .names import K, Q, V, output_of, part_of, parts_of, tells_heads
 
 _CHILDREN = {"q_proj", "query", "q_lin", "to_q", "wq", "qkv", "to_qkv", "in_proj_qkv", "Wqkv", "qkv_proj",
              "query_key_value", "c_attn", "q_a_proj", "linear_q", "q_attn"}  # fmt: skip
@@ -93,6 +93,8 @@ def _unknown(module: nn.Module) -> str:
     if found == {"q", "k"} or (found == {"k", "v"} and output_of(module) is not None):
         return VALUELESS if "q" in found else LEARNED
     shown = ", ".join(children[:6]) or "none"
+    if parts_of(module) and output_of(module) is not None and not tells_heads(module):
+        return f"its projections are found ({shown}), and a number of heads is not among its attributes"
     return f"four projections and a number of heads are not found among its parts ({shown})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from operator import attrgetter
 from typing import NamedTuple
 from warnings import warn
 
@@ -171,10 +172,20 @@ def _check_partitioned(model: nn.Module) -> None:
             )
 
 
+REPEATING = {"GroundingDinoDecoder": "config.decoder_attention_heads", "GroundingDinoTextEnhancerLayer": "num_heads"}
+"""Hosts that repeat a mask for as many heads as this attribute says, by how their class names end."""
+
+
 def _tables(model: nn.Module) -> set[int]:
-    """Numbers of heads for which the model may hold a table of biases that it hands to its attention as masks."""
+    """Numbers of heads for which the model may hand masks to its attention: from a table of biases, or repeated."""
     words = ("bias_table", "relative", "position_bias", "rel_pos", "slopes", "alibi")
-    return {
+    repeated = {
+        attrgetter(heads)(module)
+        for module in model.modules()
+        for ending, heads in REPEATING.items()
+        if type(module).__name__.endswith(ending)
+    }
+    return repeated | {
         size
         for name, module in model.named_modules()
         for key, tensor in (*module._parameters.items(), *module._buffers.items())

@@ -344,7 +344,7 @@ def _check_reached(layers: Sequence[Layer], budget: _Budget, rules: Rules) -> No
         if target - budget.freed[key] >= unit:
             where = layers[0].spec.name if len(layers) == 1 else "all layers"
             raise AllocationError(
-                f"{where}: {key}",
+                where if key == "all" else f"{where}: {key}",
                 f"floors that allow {target / budget.total[key]:.1%} to go",
                 f"at most {budget.freed[key] / budget.total[key]:.1%} with min_heads={rules.min_heads}, "
                 f"min_channels={rules.min_channels}, round_to={rules.round_to}",

@@ -112,24 +112,37 @@ SMALL = 512
 def slow_shapes(views: Sequence[AttentionView], plan: Plan) -> tuple[str, ...]:
     """A note where shapes of this kind were measured to be no faster than dense ones, with what to do.
 
-    On a CPU these are ragged heads of narrow models, on other devices whatever leaves all heads and takes channels.
+    On a CPU these are ragged heads of narrow models, and whatever runs expanded there; on other devices whatever leaves
+    all heads and takes channels.
     """
     from ..cost.latency.measuring import slower_because
 
     changed = [view for view in views if not plan[view.name].empty]
     on_cpu = all(view.weight("q").device.type in ("cpu", "meta") for view in changed)
+    expanded = {
+        view.name
+        for view in changed
+        if on_cpu and view.spec.d_model < SMALL and view.way(plan[view.name].after) == "expanded"
+    }
     few = [
         layer
         for view in changed
         for layer in [plan[view.name]]
         if (layer.after.ragged and view.spec.d_model < SMALL if on_cpu else layer.after.qk_dims != layer.spec.qk_dims)
+        and view.name not in expanded
     ]
-    reasons = "; ".join(slower_because(Plan(tuple(few)), 1.0)) if few else ""
-    if not reasons:
-        return ()
-    return (
-        f'may run no faster than dense, as {reasons}; measure=True tells, preset="fast" or granularity="head" avoid it',
-    )
+    notes = []
+    if expanded:
+        notes.append(
+            f"may run no faster than dense, as {len(expanded)} layers run expanded, on dense dims (report.ways says "
+            'why); measure=True tells, granularity="head" mostly avoids it'
+        )
+    if few and (reasons := "; ".join(slower_because(Plan(tuple(few)), 1.0))):
+        notes.append(
+            f"may run no faster than dense, as {reasons}; measure=True tells, "
+            'preset="fast" or granularity="head" avoid it'
+        )
+    return tuple(notes)
 
 
 def warn_of_time(plan: Plan, latency: Any) -> None:

@@ -124,6 +124,8 @@ def _paired(
                 for key, value in found.items():
                     times.setdefault(key, []).append(value)
         done, spent = done + 1, perf_counter() - begun
+        if seconds is not None and spent > 0:
+            shown.total = min(warm_up + rounds, max(done, int(done * seconds / spent)))  # so many fit in
         shown.update()
         if seconds is not None and number >= 0 and spent * (done + 1) / done > seconds:
             break
