@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import attnprune
 from attnprune import (
@@ -33,6 +34,7 @@ from attnprune.checkpoint.skeleton import places
 from attnprune.checkpoint.source import Source
 from attnprune.checkpoint.tensors import DTYPES, Weights
 from attnprune.errors import CheckpointError, OptionError, StateDictError, WrappedModelError
+from attnprune.families.registry import all_views
 
 from .conformance import close, family, fresh, inputs
 from .families import FAMILIES
@@ -664,6 +666,47 @@ def test_what_only_a_run_shows_is_in_the_file(
     monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})
     with pytest.raises(CheckpointError):
         from_pretrained(tmp_path / "ours")
+
+
+def deberta() -> tuple[Any, dict[str, Tensor]]:
+    config = transformers.DebertaConfig(
+        vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=16,
+        max_position_embeddings=16, relative_attention=True, pos_att_type=["c2p", "p2c"],
+    )  # fmt: skip
+    return transformers.DebertaModel(config), {"input_ids": torch.randint(0, 30, (2, 6))}
+
+
+def bloom() -> tuple[Any, dict[str, Tensor]]:
+    config = transformers.BloomConfig(vocab_size=30, hidden_size=24, n_layer=2, n_head=3)
+    return transformers.BloomModel(config), {"input_ids": torch.randint(0, 30, (2, 6))}
+
+
+@pytest.mark.parametrize("make", [bloom, deberta])
+def test_the_order_that_only_a_run_shows_is_in_the_file(
+    make: Callable[[], tuple[Any, dict[str, Tensor]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q, K and V lie head by head in one projection; taken for three blocks they would be another model's."""
+    torch.manual_seed(0)
+    model, given = make()
+    for parameter in model.eval().parameters():
+        parameter.data.normal_(std=0.3)
+    with torch.no_grad():
+        model(**given)  # some make tables at their first call
+        prune_attention(model, 0.5, example_inputs=given, heads="ragged")
+        fixed = [view.fixed for view in all_views(model)]
+        folder = save_pruned(model, tmp_path)
+        monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})  # as in another process
+        again: Any = from_pretrained(folder)
+        assert torch.equal(again(**given)[0], model(**given)[0])
+        assert [view.fixed for view in all_views(again)] == fixed
+    manifest = json.loads((folder / "attnprune.json").read_text())
+    for change in ({"order": "qkv d h"}, {"order": 3}, {"heads": ["somehow"]}, {"fixed": 3}, {"fixed": {"x": "y"}}):
+        other = copy.deepcopy(manifest)
+        other["attention"][0]["seen"] |= change
+        (folder / "attnprune.json").write_text(json.dumps(other))
+        monkeypatch.setattr("attnprune.families.proof.verdict._KNOWN", {})
+        with pytest.raises(CheckpointError):
+            from_pretrained(folder)
 
 
 def test_data_parallel_is_saved_as_the_module_inside(tmp_path: Path) -> None:

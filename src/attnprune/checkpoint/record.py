@@ -14,7 +14,7 @@ from torch import nn
 from ..families.base import AttentionView
 from ..families.expansion import rescale
 from ..families.registry import all_views, sound_views
-from ..families.ways import Verdict
+from ..families.ways import EVERY, Verdict
 from ..nn.decoupled import mixin_class
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan, make_layer
@@ -30,7 +30,35 @@ LOADER = "attnprune.from_pretrained"
 says so, where it would otherwise build the dense model."""
 MARKS = {"attn_implementation": LOADER, "_attn_implementation_internal": LOADER}
 """That, as transformers 5 and 4 read it from ``config.json``."""
+_ORDER = "save the model again, or, where it was not saved by this version, prune it again from the dense one"
 _OTHER = "pass a dense model of the class that was saved"
+
+
+class Seen(NamedTuple):
+    """What a run of the user's model showed of an attention, beside how it may run."""
+
+    order: str = ""
+    """In which several projections lay in one; empty where they lay apart."""
+    fixed: Mapping[Kind, str] = {}
+    """Kinds whose channels may not be mixed, and why."""
+    heads: tuple[str, ...] = tuple(sorted(EVERY))
+    """Ways to run in which whole heads may go."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return {"order": self.order, "fixed": dict(self.fixed), "heads": list(self.heads)}
+
+    @classmethod
+    def read(cls, where: str, raw: object) -> Seen:
+        """Reads :meth:`to_dict`'s mapping, trusting nothing."""
+        found = fields.mapping(where, raw, {"order", "fixed", "heads"})
+        known: set[str] = {kind for kind in KINDS if isinstance(found["fixed"], dict) and kind in found["fixed"]}
+        fixed = fields.mapping(f"{where}.fixed", found["fixed"], known)
+        heads = tuple(fields.string(f"{where}.heads", one) for one in fields.array(f"{where}.heads", found["heads"]))
+        if not set(heads) <= EVERY:
+            fields.fail(f"{where}.heads", f"some of {', '.join(sorted(EVERY))}", list(heads))
+        reasons = {kind: fields.string(f"{where}.fixed.{kind}", fixed[kind]) for kind in KINDS if kind in fixed}
+        return cls(fields.string(f"{where}.order", found["order"]), reasons, heads)
 
 
 class Saved(NamedTuple):
@@ -44,6 +72,8 @@ class Saved(NamedTuple):
     expanded; None where it is of no matter which ones were kept."""
     way: str = ""
     """How it runs (:func:`way_of`), where nothing but a run of the user's model can show how it may."""
+    seen: Seen | None = None
+    """What else such a run showed."""
 
 
 class _Written(NamedTuple):
@@ -69,7 +99,9 @@ class Record:
     def of(cls, views: Sequence[AttentionView]) -> Record:
         return cls(
             tuple(
-                Saved(view.spec, _kept(view), view.numbers if view.tells_channels else None, way_of(view))
+                Saved(
+                    view.spec, _kept(view), view.numbers if view.tells_channels else None, way_of(view), seen_of(view)
+                )
                 for view in views
             )
         )
@@ -80,6 +112,7 @@ class Record:
             fields.to_dict(_Written(one.spec, one.kept))
             | ({} if one.channels is None else {"channels": {kind: [*map(list, one.channels[kind])] for kind in KINDS}})
             | ({"way": one.way} if one.way else {})
+            | ({} if one.seen is None else {"seen": one.seen.to_dict()})
             for one in self.attention
         ]
 
@@ -94,14 +127,16 @@ class Record:
         with reading(where):
             for i, each in enumerate(fields.array("attention", raw)):
                 here, known = f"attention[{i}]", dict(each) if isinstance(each, dict) else each
-                numbers, way = (
-                    known.pop(key, None) if isinstance(known, dict) else None for key in ("channels", "way")
+                numbers, way, seen = (
+                    known.pop(key, None) if isinstance(known, dict) else None for key in ("channels", "way", "seen")
                 )
                 one = Saved(*fields.read(_Written, known, here))
                 if numbers is not None:
                     one = one._replace(channels=_channels(f"{here}.channels", numbers, one.spec))
                 if way is not None:
                     one = one._replace(way=fields.string(f"{here}.way", way))
+                if seen is not None:
+                    one = one._replace(seen=Seen.read(f"{here}.seen", seen))
                 if len(one.kept) != one.spec.heads or list(one.kept) != sorted(set(one.kept)):
                     fields.fail(f"attention[{i}].kept", f"{one.spec.heads} ascending numbers", list(one.kept))
                 saved.append(one)
@@ -187,19 +222,30 @@ def way_of(view: AttentionView) -> str:
     return "" if mixin is None else mixin.__name__
 
 
-def told(view: AttentionView, way: str, where: str) -> AttentionView:
+def seen_of(view: AttentionView) -> Seen | None:
+    """What nothing but a run of the user's model can show of a pruned attention beside its way."""
+    state = view.state
+    return None if state is None or not state.recorded else Seen(state.order, view.fixed, tuple(state.heads))
+
+
+def told(view: AttentionView, saved: Saved, where: str) -> AttentionView:
     """A view that runs as :func:`way_of` said, where running it shows nothing.
 
     Raises:
-        CheckpointError: it has no such way to run.
+        CheckpointError: it has no such way to run, or its projections may lie in several orders, and which one is not
+            said.
     """
+    way, seen = saved.way, saved.seen or Seen()
     if not way or view.verdict is None or view.verdict.ran:
         return view
+    if len(view.orders) > 1 and seen.order not in view.orders and way != "stock":
+        refuse(f"{where}: {view.name}", f"one of the orders {list(view.orders)}", repr(seen.order)[:60], _ORDER)
     own = {"stock": Verdict(stock=True), "expanded": Verdict(expanded=True), "read": Verdict(expanded=True, read=True)}
     ours = {one.__name__: Verdict(decoupled=one) for one in view.adapter.decoupled_for(view)}
     if way not in own | ours:
         refuse(f"{where}: {view.name}", "a way to run that its class has", repr(way)[:60], _OTHER)
-    return replace(view, verdict=replace((own | ours)[way], recorded=True, ran=False))  # a run may still show more
+    found = replace((own | ours)[way], fixed=seen.fixed, heads=frozenset(seen.heads), order=seen.order)
+    return replace(view.lying(seen.order), verdict=replace(found, recorded=True, ran=False))  # a run may show more
 
 
 def _kept(view: AttentionView) -> tuple[int, ...]:

@@ -52,8 +52,8 @@ def take_shapes(model: nn.Module, record: Record, sizes: Sizes, where: str, alon
         if sizes:
             with reading(where):
                 _narrow(model, record, sizes, where)
-        ways = {one.spec.name: one.way for one in record.attention}
-        views = [told(view, ways[view.name], where) for view in all_views(model, ways)]
+        saved = {one.spec.name: one for one in record.attention}
+        views = [told(view, saved[view.name], where) for view in all_views(model, saved)]
         plan = record.plan(views, where)
         Surgeon.prepare(model, views, plan, blank=True).commit()
         record.settle(model, where)

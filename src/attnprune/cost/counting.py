@@ -12,10 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..calibration.batches import called, of_one_dtype
-from ..calibration.quiet import evaluated, undisturbed
+from ..calibration.quiet import undisturbed
 from ..families.base import AttentionView
 from ..nn import execution
-from ..nn.unfused import Unfused
 from ..surgery import as_called
 from ..values.layout import Kind
 from ..values.spec import AttentionSpec
@@ -45,7 +44,8 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         example_inputs: a mapping (keywords), a tuple or list (positional), or a tensor.
     """
     counter = FlopCounterMode(display=False)
-    with evaluated(model), Unfused(), _countable(), counter:
+    # a parameter that is an argument of a module has no gradient's function here, which the counter would ask for
+    with undisturbed(model, ()), torch.no_grad(), _countable(), counter:
         run(model, example_inputs)
     return int(counter.get_total_flops()) // 2
 

@@ -282,7 +282,9 @@ class AttentionView:
         stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
         recorded = self.verdict.recorded if self.verdict is not None else before is not None and before.recorded
         known = next_state(before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=heads)
-        return known._replace(recorded=recorded)
+        if self.verdict is None:
+            return known._replace(recorded=recorded, order="" if before is None else before.order)
+        return known._replace(recorded=recorded, order=self.verdict.order or next(iter(self.orders), ""))
 
 
 class Adapter(ABC):

@@ -44,6 +44,8 @@ class State(NamedTuple):
     """Whether it was never pruned, so that its host's own forward runs it too."""
     recorded: bool = False
     """Whether calls of the user's own model had to show how it may run."""
+    order: str = ""
+    """The order in which several projections lay in one, where calls of the user's own model had to show it."""
     dense_qk: int = 0
     """Channels of the dot product in a head before any pruning, where a forward of ours needs to know."""
 
