@@ -172,7 +172,12 @@ def _check_partitioned(model: nn.Module) -> None:
             )
 
 
-REPEATING = {"GroundingDinoDecoder": "config.decoder_attention_heads", "GroundingDinoTextEnhancerLayer": "num_heads"}
+REPEATING = {
+    "GroundingDinoDecoder": "config.decoder_attention_heads",
+    "GroundingDinoTextEnhancerLayer": "num_heads",
+    "EomtForUniversalSegmentation": "config.num_attention_heads",
+    "EomtDinov3ForUniversalSegmentation": "config.num_attention_heads",
+}
 """Hosts that repeat a mask for as many heads as this attribute says, by how their class names end."""
 
 
