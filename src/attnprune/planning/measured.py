@@ -37,6 +37,8 @@ SAMPLES = 64
 """That outputs are compared on, spread evenly over the data."""
 APART = 1e-9
 """Of the dearest channel: keeps those in their order that lose alike."""
+TELLING = 1e-9
+"""Sums of scores below this share of all tell nothing to scale."""
 Maps = Callable[[Plan, Sequence[AttentionView]], Plan]
 """Gives a plan the maps of what stays."""
 
@@ -106,19 +108,20 @@ def rescaled(costs: Sequence[float], points: Mapping[int, float]) -> list[float]
     >>> [round(cost, 3) for cost in rescaled([1.0, 1.0, 2.0, 4.0], {2: 6.0, 4: 24.0})]
     [3.0, 3.0, 6.0, 12.0]
     """
-    sums, places = [0.0, *accumulate(costs)], sorted(points)
-    ratios = [points[place] / sums[place] if sums[place] > 0 else 0.0 for place in places]
+    sums = [0.0, *accumulate(costs)]
+    places = [place for place in sorted(points) if sums[place] > TELLING * sums[-1]]
+    ratios = [points[place] / sums[place] for place in places]
     if not any(ratios):
         return list(costs)
     heights = [sums[place] * _between(place, places, ratios) for place in range(len(sums))]
     blocks: list[tuple[float, int]] = []  # those that would fall share their mean
     for low, high in pairwise(heights):
-        mean, size = max(high - low, 0.0), 1
+        mean, size = high - low, 1
         while blocks and blocks[-1][0] >= mean:
             before, more = blocks.pop()
             mean, size = (before * more + mean * size) / (more + size), more + size
         blocks.append((mean, size))
-    rising = [mean for mean, size in blocks for _ in range(size)]
+    rising = [max(mean, 0.0) for mean, size in blocks for _ in range(size)]
     return [cost + APART * rising[-1] * number for number, cost in enumerate(rising)]
 
 
