@@ -14,7 +14,7 @@ from torch import nn
 from ..families.base import AttentionView
 from ..families.expansion import rescale
 from ..families.registry import all_views, sound_views
-from ..families.ways import EVERY, Verdict
+from ..families.ways import Verdict
 from ..nn.decoupled import mixin_class
 from ..values import fields
 from ..values.layer_plan import Channels, LayerPlan, make_layer
@@ -22,6 +22,7 @@ from ..values.layout import KINDS, PROJECTIONS, Kind
 from ..values.plan import Plan
 from ..values.spec import AttentionSpec, Features
 from .folder import OTHER_SHAPE, reading, refuse
+from .seen import Seen, seen_of
 
 ENTRY = "attnprune"
 """The entry of a Hugging Face config that holds a record."""
@@ -32,33 +33,6 @@ MARKS = {"attn_implementation": LOADER, "_attn_implementation_internal": LOADER}
 """That, as transformers 5 and 4 read it from ``config.json``."""
 _ORDER = "save the model again, or, where it was not saved by this version, prune it again from the dense one"
 _OTHER = "pass a dense model of the class that was saved"
-
-
-class Seen(NamedTuple):
-    """What a run of the user's model showed of an attention, beside how it may run."""
-
-    order: str = ""
-    """In which several projections lay in one; empty where they lay apart."""
-    fixed: Mapping[Kind, str] = {}
-    """Kinds whose channels may not be mixed, and why."""
-    heads: tuple[str, ...] = tuple(sorted(EVERY))
-    """Ways to run in which whole heads may go."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return {"order": self.order, "fixed": dict(self.fixed), "heads": list(self.heads)}
-
-    @classmethod
-    def read(cls, where: str, raw: object) -> Seen:
-        """Reads :meth:`to_dict`'s mapping, trusting nothing."""
-        found = fields.mapping(where, raw, {"order", "fixed", "heads"})
-        known: set[str] = {kind for kind in KINDS if isinstance(found["fixed"], dict) and kind in found["fixed"]}
-        fixed = fields.mapping(f"{where}.fixed", found["fixed"], known)
-        heads = tuple(fields.string(f"{where}.heads", one) for one in fields.array(f"{where}.heads", found["heads"]))
-        if not set(heads) <= EVERY:
-            fields.fail(f"{where}.heads", f"some of {', '.join(sorted(EVERY))}", list(heads))
-        reasons = {kind: fields.string(f"{where}.fixed.{kind}", fixed[kind]) for kind in KINDS if kind in fixed}
-        return cls(fields.string(f"{where}.order", found["order"]), reasons, heads)
 
 
 class Saved(NamedTuple):
@@ -222,12 +196,6 @@ def way_of(view: AttentionView) -> str:
     return "" if mixin is None else mixin.__name__
 
 
-def seen_of(view: AttentionView) -> Seen | None:
-    """What nothing but a run of the user's model can show of a pruned attention beside its way."""
-    state = view.state
-    return None if state is None or not state.recorded else Seen(state.order, view.fixed, tuple(state.heads))
-
-
 def told(view: AttentionView, saved: Saved, where: str) -> AttentionView:
     """A view that runs as :func:`way_of` said, where running it shows nothing.
 
@@ -244,8 +212,11 @@ def told(view: AttentionView, saved: Saved, where: str) -> AttentionView:
     ours = {one.__name__: Verdict(decoupled=one) for one in view.adapter.decoupled_for(view)}
     if way not in own | ours:
         refuse(f"{where}: {view.name}", "a way to run that its class has", repr(way)[:60], _OTHER)
-    found = replace((own | ours)[way], fixed=seen.fixed, heads=frozenset(seen.heads), order=seen.order)
-    return replace(view.lying(seen.order), verdict=replace(found, recorded=True, ran=False))  # a run may show more
+    found = replace(
+        (own | ours)[way], fixed=seen.fixed, heads=frozenset(seen.heads), order=seen.order, rotary=seen.rotary,
+        rotary_dim=seen.rotary_dim, recorded=True, ran=False,
+    )  # fmt: skip  # a run may still show more
+    return replace(view.lying(seen.order), verdict=found, spec=found.told(view.spec))
 
 
 def _kept(view: AttentionView) -> tuple[int, ...]:

@@ -280,11 +280,9 @@ class AttentionView:
         """What the module will know once it has this shape."""
         before, heads = self.state, sorted(self.heads_may_go)
         stock = self.verdict.stock if self.verdict is not None else before is None or before.stock
-        recorded = self.verdict.recorded if self.verdict is not None else before is not None and before.recorded
         known = next_state(before, self.spec, spec, kept, stock=stock, fixed=self.fixed, heads=heads)
-        if self.verdict is None:
-            return known._replace(recorded=recorded, order="" if before is None else before.order)
-        return known._replace(recorded=recorded, order=self.verdict.order or next(iter(self.orders), ""))
+        seen, order = self.verdict or before or known, next(iter(self.orders), "")
+        return known._replace(recorded=seen.recorded, order=seen.order or order, rotary_dim=seen.rotary_dim)
 
 
 class Adapter(ABC):

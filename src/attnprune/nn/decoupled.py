@@ -46,6 +46,8 @@ class State(NamedTuple):
     """Whether calls of the user's own model had to show how it may run."""
     order: str = ""
     """The order in which several projections lay in one, where calls of the user's own model had to show it."""
+    rotary_dim: int = 0
+    """How many channels of a dense head a rotary embedding rotates, where such calls showed it."""
     dense_qk: int = 0
     """Channels of the dot product in a head before any pruning, where a forward of ours needs to know."""
 
