@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from .selection import ALIKE, ALL, covering
+from .selection import ALIKE, ALL, covering, few
 
 settings.register_profile(
     "attnprune",
@@ -58,10 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if ALL:
         return
     kept: list[pytest.Item] = []
-    for _, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+    for name, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
         cases: list[Any] = [item for item in group if item.get_closest_marker("long") is None and not _alike(item)]
         marker = cases[0].get_closest_marker("covering") if cases else None
-        kept += cases if marker is None else covering({case: _values(case) for case in cases}, *marker.args)
+        cases = cases if marker is None else covering({case: _values(case) for case in cases}, *marker.args)
+        kept += few(cases, name)
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 ALL = os.environ.get("ATTNPRUNE_ALL") == "1"
@@ -17,6 +17,43 @@ ALIKE = {
 ``test_stages.py`` runs some configurations."""
 LIKE = ("AST", "CLIPText", "Seq2Seq")
 """Families that others stand for where nothing but the dtype, or the file, is another."""
+FEW: Mapping[str, int] = {
+    **{
+        f"tests/test_laws.py::test_{law}": 4
+        for law in (
+            "all_or_nothing",
+            "shapes",
+            "nothing_else_moves",
+            "empty_plan_changes_no_bit",
+            "deterministic",
+            "plans",
+            "any_plan",
+        )
+    },
+    "tests/test_auto.py::test_it_is_the_model_that_our_own_loader_gives": 2,
+    "tests/test_calibrate.py::test_every_family_is_calibrated_merged_resumed_and_left_alone": 5,
+    "tests/test_checkpoint.py::test_round_trip_is_bit_exact": 4,
+    "tests/test_cli.py::test_plan_and_prune_are_those_of_the_library": 5,
+    "tests/test_closed_form.py::test_exact_at_full_rank": 5,
+    "tests/test_compat.py::test_exact": 12,
+    "tests/test_compat.py::test_files": 3,
+    "tests/test_compat.py::test_files_of_two_prunings": 5,
+    "tests/test_deploy.py::test_torch_export_with_dynamic_batch_and_length": 2,
+    "tests/test_elsewhere.py::test_pruning": 4,
+    "tests/test_exact.py::test_exact_in_every_layout": 5,
+    "tests/test_exact.py::test_exact_in_float32": 4,
+    "tests/test_expanded.py::test_check_family": 2,
+    "tests/test_expanded.py::test_exact": 10,
+    "tests/test_fused.py::test_hosts_of_transformers": 5,
+    "tests/test_interrupts.py::test_faults": 8,
+    "tests/test_pruner.py::test_a_malformed_state_is_refused_and_changes_nothing": 12,
+    "tests/test_pruner.py::test_training_goes_on_as_if_the_rows_had_been_zero": 10,
+    "tests/test_scorers.py::test_memory_between_batches": 4,
+    "tests/test_scorers.py::test_torch_pruning_importances": 16,
+    "tests/test_windows.py::test_scores_of_a_batch_are_those_of_its_samples": 7,
+    "tests/test_windows.py::test_the_default_with_data_prunes_them": 10,
+}
+"""Of tests that take long, how many of their cases ``make test`` runs."""
 Case = TypeVar("Case", bound=Hashable)
 
 
@@ -28,6 +65,19 @@ def telling(names: Iterable[str]) -> list[str]:
 def examples(number: int) -> int:
     """How many random cases hypothesis draws of a law that every family is tried for: an eighth, or all."""
     return number if ALL else -(-number // 8)
+
+
+def few(cases: Sequence[Case], name: str) -> Sequence[Case]:
+    """As many cases of a test as :data:`FEW` says, evenly spread; of another test others, so that all are met.
+
+    >>> "".join(few("abcdefghijk", "tests/test_laws.py::test_shapes"))
+    'bdgj'
+    """
+    count = FEW.get(name, len(cases))
+    if count >= len(cases):
+        return cases
+    start = list(FEW).index(name)
+    return [cases[i] for i in sorted((start + step * len(cases) // count) % len(cases) for step in range(count))]
 
 
 def spread(*axes: Iterable[Case], strength: int = 1) -> list[tuple[Case, ...]]:

@@ -434,7 +434,7 @@ def exporting_to_onnx(name: str, tmp_path: Path) -> Make:
 
 def registering(name: str, _: Path) -> Make:
     def make() -> Trial:
-        _ADAPTERS[:] = BUILT_IN
+        _ADAPTERS[:] = [one for one in _ADAPTERS if getattr(one, "kind", None) is not _Own]
         return Trial(lambda: attnprune.register_adapter(_Own, **PARTS), lambda: len(_ADAPTERS))
 
     return make
@@ -442,14 +442,13 @@ def registering(name: str, _: Path) -> Make:
 
 def unregistering(name: str, _: Path) -> Make:
     def make() -> Trial:
-        _ADAPTERS[:] = BUILT_IN
+        _ADAPTERS[:] = [one for one in _ADAPTERS if getattr(one, "kind", None) is not _Own]
         adapter = attnprune.register_adapter(_Own, **PARTS)
         return Trial(lambda: attnprune.unregister_adapter(adapter), lambda: len(_ADAPTERS))
 
     return make
 
 
-BUILT_IN = [*_ADAPTERS]
 PARTS: Any = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out", "heads": "heads"}
 
 
