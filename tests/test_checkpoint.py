@@ -709,6 +709,22 @@ def test_the_order_that_only_a_run_shows_is_in_the_file(
             from_pretrained(folder)
 
 
+def test_masks_on_the_meta_device_hide_nothing(tmp_path: Path) -> None:
+    """GPT-Neo keeps its causal mask in a buffer, and does not scale its logits; with nothing to attend to, both would
+    be of no matter, and its own forward seem to run smaller heads."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        vocab_size=30, hidden_size=24, num_layers=2, num_heads=3, attention_types=[[["global", "local"], 1]],
+        window_size=4, intermediate_size=16, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = transformers.GPTNeoModel(config).eval(), torch.randint(0, 30, (2, 6))
+    skeleton = copy.deepcopy(model).to("meta")
+    assert [one.verdict.stock for one in all_views(skeleton)] == [one.verdict.stock for one in all_views(model)]  # type: ignore[union-attr]
+    prune_attention(model, 0.4, scope="local")
+    again: Any = from_pretrained(save_pruned(model, tmp_path))
+    assert torch.equal(again(ids)[0], model(ids)[0])
+
+
 def test_data_parallel_is_saved_as_the_module_inside(tmp_path: Path) -> None:
     """Into one again, and into a plain model."""
     model, given = nn.DataParallel(fresh("ViT", 0)), inputs("ViT", 0)

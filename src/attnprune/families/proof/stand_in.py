@@ -139,11 +139,24 @@ def _random(like: nn.Parameter, shape: torch.Size, dtype: torch.dtype, generator
     return nn.Parameter(run.repeat(-(-count // max(len(run), 1)))[:count].view(shape))
 
 
+def _unknown(buffer: Tensor) -> Tensor:
+    """In place of values that nobody knows, those that hide least of what a host does.
+
+    A mask of zeros would leave nothing to attend to, and tables of zeros no queries: truth values are those of a causal
+    mask, real numbers ones. Whole numbers may be places in a table, which all have a place 0.
+    """
+    if buffer.dtype == torch.bool:
+        known = torch.ones(buffer.shape, dtype=torch.bool, device="cpu")
+        return known.tril() if known.dim() > 1 else known
+    fill = 1 if buffer.is_floating_point() or buffer.is_complex() else 0
+    return torch.full(buffer.shape, fill, dtype=buffer.dtype, device="cpu")
+
+
 def _buffer(buffer: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """A buffer's values, those of real numbers scaled one by one, so that no special value hides what it does; what
     holds zeros and ones, a mask, stays."""
     if buffer.is_meta:
-        buffer = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+        buffer = _unknown(buffer)
     buffer = buffer.detach().cpu()
     if not buffer.is_floating_point():
         return buffer.clone()
