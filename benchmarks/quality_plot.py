@@ -82,7 +82,7 @@ def hero(found: dict[str, Any]) -> Figure:
 def every(found: dict[str, Any]) -> Figure:
     """All ways on all models, a dot for a share."""
     names = [name for name in TITLES if name in found["dense"]]
-    figure = Figure(figsize=(4.2 * len(names) + 2, 6.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(2.5 * len(names) + 2.9, 7.2), dpi=130, layout="constrained")
     rows = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     ways = WAYS[::-1]
     for place, (name, axes) in enumerate(zip(names, rows, strict=True)):
@@ -94,12 +94,13 @@ def every(found: dict[str, Any]) -> Figure:
                     axes.scatter(value, row, s=34, color=BLUE if way in OURS else INK, marker=marks[ratio], zorder=3)
         dense = found["dense"][name][0]
         axes.axvline(dense, color=INK, lw=0.8, ls=":")
-        shares = "40 %" if name == "whisper" else "circle 50 %, diamond 75 %"
-        axes.set_title(f"{TITLES[name]}\n{shares} removed; dense {dense:.3g}", loc="left", fontsize=11)
+        title = TITLES[name].replace(", ", "\n", 1)
+        axes.set_title(f"{title}\ndense {dense:.3g}", loc="left", fontsize=11)
         axes.set_xlabel(found["units"][name][0])
         axes.grid(axis="y", color="#eeeeee")
         if place == 0:
             axes.set_yticks(range(len(ways)), ways)
+    figure.suptitle("circle: 50 % of attention removed (Whisper 40 %); diamond: 75 %", x=0.01, ha="left", fontsize=11)
     return figure
 
 
