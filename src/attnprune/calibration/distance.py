@@ -24,7 +24,8 @@ class Distance:
     ``attention_mask`` leaves out do not count. In evaluation mode, without gradients.
 
     Args:
-        model: as it is now; what it says of the batches is kept.
+        model: as it is now; what it says of the batches is kept, on its device: of a language model a number for each
+            token and word.
         batches: what it is called with.
         loss_fn: calls it, where it does not take batches itself.
         output_fn: takes what it returns and gives the tensors to compare.
