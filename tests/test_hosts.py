@@ -471,3 +471,14 @@ def test_attention_without_one_of_the_four() -> None:
     )
     why = {one.name: one.why for one in skipped_attention(model)}
     assert why == {"learned": looks.LEARNED, "pointer": looks.VALUELESS}
+
+
+@pytest.mark.parametrize("heads", ["four", [4], {"all": 4}, nn.Linear(1, 1), torch.zeros(3), None, math.nan])
+def test_attributes_that_are_no_numbers(heads: Any) -> None:
+    """Names that usually hold a number of heads, or their dim, may hold anything."""
+    model = nn.ModuleDict({"attention": Returning()})
+    expected = all_views(model)[0].spec
+    for name in ("num_heads", "n_heads", "head_dim", "scale"):
+        changed = copy.deepcopy(model)
+        changed["attention"].__dict__[name] = heads
+        assert [view.spec for view in all_views(changed)] == [expected], name

@@ -171,3 +171,16 @@ def test_between_points_the_scores_say_how_it_rises() -> None:
     assert rescaled([1.0, 3.0, 4.0], {3: 16.0}) == pytest.approx([2.0, 6.0, 8.0])
     assert rescaled([1.0, 1.0, 1.0], {1: 3.0, 3: 3.0}) == pytest.approx([1.0, 1.0, 1.0])  # what falls shares its mean
     assert rescaled([0.0, 0.0], {1: 5.0, 2: 9.0}) == [0.0, 0.0]
+
+
+def test_of_outputs_that_take_much_memory_some_tokens_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(8, 50), [torch.randn(2, 64, 8), torch.randn(2, 64, 8)]
+    whole = Distance(model, x)
+    monkeypatch.setattr("attnprune.calibration.distance.ROOM", whole.size // 4)
+    some = Distance(model, x)
+    assert some.size <= whole.size // 4
+    with torch.no_grad():
+        model.weight.mul_(1.1)
+    assert some() == pytest.approx(whole(), rel=0.3)
+    assert some() != whole()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ASTConfig, ASTForAudioClassification, BertConfig, BertForSequenceClassification
 
 from attnprune import LayerPlan, Plan, Scores, apply_plan, find_attention, make_plan, masked, prune_channels
-from attnprune.errors import DataError
+from attnprune.errors import DataError, NonFiniteError
 from attnprune.families import find_views
 from attnprune.planning.scorers import Fisher, Gate, Magnitude, Random, Scorer, Taylor, TorchPruning
 
@@ -914,3 +914,13 @@ def test_scores_of_a_ragged_model(make: Callable[[], Scorer], build: Callable[[]
     rotated: dict[str, Any] = {"basis": "rotated", "compensate": True}
     plan = make_plan(pruned, 0.3, heads="ragged", scorer=make(), data=data, loss_fn=loss, **rotated)
     apply_plan(pruned, plan)
+
+
+def test_torch_pruning_of_zeros_says_why_nothing_is_finite() -> None:
+    model = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    with torch.no_grad():
+        model.self_attn.in_proj_weight.zero_()
+    with pytest.raises(NonFiniteError, match=r"self_attn: .*GroupMagnitude.*8 of 8.*normalizer=None"):
+        make_plan(model, 0.5, scorer=tp.importance.GroupMagnitudeImportance(p=2))
+    plan = make_plan(model, 0.5, scorer=tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
+    assert len(plan.layers) == 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..bars import bar
 from ..errors import AttnPruneError, DataError, OptionError
-from ..nn.attempt import MACHINE
+from ..nn.attempt import MACHINE, undone
 from ..nn.nested import tensors_in
 
 
@@ -218,6 +218,15 @@ def _words(value: Any) -> str:
 def forward(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch (:func:`call_of`)."""
     return call_of(model, batch).run(model, batch)
+
+
+@contextmanager
+def answers(model: nn.Module) -> Iterator[list[Any]]:
+    """Collects what a model returns, call by call, while the block lasts."""
+    found: list[Any] = []
+    with undone() as undo:
+        undo.append(model.register_forward_hook(lambda module, inputs, output: found.append(output)).remove)
+        yield found
 
 
 def batches(data: Iterable[Any] | None, device: torch.device, progress: bool, what: str) -> Iterator[Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..nn.attempt import undone
 from ..nn.outputs import Output, OutputFn, outputs_of
-from .batches import forward
+from .batches import answers, forward
 from .losses import LossFn, token_mask
 from .processes import pooled
 from .quiet import evaluated
+
+ROOM = 2**28
+"""Bytes of outputs that are kept."""
 
 
 class Distance:
@@ -24,8 +27,8 @@ class Distance:
     ``attention_mask`` leaves out do not count. In evaluation mode, without gradients.
 
     Args:
-        model: as it is now; what it says of the batches is kept, on its device: of a language model a number for each
-            token and word.
+        model: as it is now; what it says of the batches is kept, on its device: at most :data:`ROOM` bytes; of more,
+            tokens evenly spread.
         batches: what it is called with.
         loss_fn: calls it, where it does not take batches itself.
         output_fn: takes what it returns and gives the tensors to compare.
@@ -47,46 +50,73 @@ class Distance:
         self, model: nn.Module, batches: Sequence[Any], loss_fn: LossFn | None = None, output_fn: OutputFn | None = None
     ) -> None:
         self.model, self.batches, self.loss_fn, self.output_fn = model, batches, loss_fn, output_fn
+        self._room = ROOM // max(len(batches), 1)
         with evaluated(model):
-            self.before = [self._said(batch) for batch in batches]
+            self.before = [[one.kept() for one in self._said(batch)] for batch in batches]
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return sum(one.rows.nbytes for said in self.before for one in said)
 
     def __call__(self) -> float:
         with evaluated(self.model):
             pairs = zip(self.batches, self.before, strict=True)
-            found = [_apart(self._said(batch), before, token_mask(batch)) for batch, before in pairs]
+            found = [_apart(self._said(batch), before) for batch, before in pairs]
         total, count = pooled((sum(found), float(len(found))))
         return total / max(count, 1.0)
 
-    def _said(self, batch: Any) -> tuple[Output, ...]:
-        if self.loss_fn is None:
-            answers = [forward(self.model, batch)]
-        else:
-            answers = []
-            with undone() as undo:
-                hook = self.model.register_forward_hook(lambda module, inputs, output: answers.append(output))
-                undo.append(hook.remove)
+    def _said(self, batch: Any) -> list[_Said]:
+        with answers(self.model) as found:
+            if self.loss_fn is None:
+                forward(self.model, batch)
+            else:
                 self.loss_fn(self.model, batch)
-        if not answers:
-            found, remedy = "one that calls parts of it", 'let it call the model, or pass split="auto"'
-            raise DataError("loss_fn", "a loss that calls the model itself", found, remedy)
-        return outputs_of(answers[-1], self.output_fn)
+        if not found:
+            said, remedy = "one that calls parts of it", 'let it call the model, or pass split="auto"'
+            raise DataError("loss_fn", "a loss that calls the model itself", said, remedy)
+        outputs = outputs_of(found[-1], self.output_fn)
+        return [_Said.of(one, token_mask(batch), self._room // len(outputs)) for one in outputs]
 
 
-def _apart(mine: Sequence[Output], before: Sequence[Output], mask: Tensor | None) -> float:
-    total = 0.0
-    for one, other in zip(mine, before, strict=True):
-        x, y, dim = one.tensor.float(), other.tensor.float(), one.classes
+class _Said(NamedTuple):
+    """What counts of one output."""
+
+    rows: Tensor
+    """``(tokens, numbers)``"""
+    logits: bool
+
+    @classmethod
+    def of(cls, output: Output, mask: Tensor | None, room: int) -> _Said:
+        """The rows of an output that the mask lets count; where they take more than ``room`` bytes, as many of them,
+        evenly spread, as do not."""
+        x = output.tensor if output.classes is None else output.tensor.movedim(output.classes, -1)
         counts = mask is not None and x.dim() > 1 and mask.shape == x.shape[:2]
-        if dim is not None:
-            logs = x.log_softmax(dim), y.log_softmax(dim)
-            each = nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(dim)
-        else:
-            each = (x - y).square()
-            y = y.square()
+        x = x.unsqueeze(-1) if x.dim() < 2 or (counts and x.dim() == 2) else x
+        rows = x.reshape(-1, x.shape[-1])
+        places = torch.arange(len(rows), device=x.device)
         if counts:
             assert mask is not None
-            each, y = each[mask != 0], y[mask != 0]
-        total += float(each.mean()) if dim is not None else float(each.sum() / y.sum().clamp_min(1e-30))
+            places = places[(mask != 0).reshape(*mask.shape, *[1] * (x.dim() - 3)).expand(x.shape[:-1]).flatten()]
+        most = max(room // (rows.shape[1] * rows.element_size()), 1)
+        if len(places) > most:
+            places = places[torch.linspace(0, len(places) - 1, most, device=x.device).long()]
+        return cls(rows if len(places) == len(rows) else rows[places], output.classes is not None)
+
+    def kept(self) -> _Said:
+        """The same in memory of its own, so that the whole output may go."""
+        return self._replace(rows=self.rows.clone())
+
+
+def _apart(mine: Sequence[_Said], before: Sequence[_Said]) -> float:
+    total = 0.0
+    for one, other in zip(mine, before, strict=True):
+        x, y = one.rows.float(), other.rows.float()
+        if one.logits:
+            each = nn.functional.kl_div(x.log_softmax(1), y.log_softmax(1), reduction="none", log_target=True)
+            total += float(each.sum() / max(len(x), 1))
+        else:
+            total += float((x - y).square().sum() / y.square().sum().clamp_min(1e-30))
     if not total < float("inf"):
         raise DataError("data", "finite outputs of the model", "others", "check the batches and the model's weights")
     return max(total, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -71,12 +72,28 @@ def tells_heads(module: nn.Module) -> bool:
 
 def heads_of(module: nn.Module, channels: int) -> int:
     """The number of heads that a module says, itself or by their dim in so many channels, or its config; 1 if none."""
-    name, dim = first(HEADS, module.__dict__), first(HEAD_DIM, module.__dict__)
-    if name is not None:
-        found = getattr(module, name)
-    else:
-        found = _of_config(module) if dim is None else channels // (int(getattr(module, dim)) or 1)
-    return int(found or 1)
+    own = (_number(module.__dict__.get(name)) for name in HEADS)
+    found = next((number for number in own if number is not None), None)
+    if found is None:
+        dims = (_number(module.__dict__.get(name)) for name in HEAD_DIM)
+        dim = next((number for number in dims if number), None)
+        found = channels // dim if dim else _of_config(module)
+    return found or 1
+
+
+def finite(value: Any) -> float | None:
+    """A value as a number; None if it is none, or not finite."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _number(value: Any) -> int | None:
+    """A value as a whole number; None if it is none."""
+    if isinstance(value, (list, tuple, dict)):
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError, RuntimeError):  # a module of that name, several numbers, a word
+        return None
 
 
 def _of_config(module: nn.Module) -> int | None:

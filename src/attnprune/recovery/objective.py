@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..calibration.batches import forward
+from ..calibration.batches import answers, forward
 from ..calibration.losses import LossFn, scalar_of, token_mask
 from ..errors import DataError
 from ..families.calls import CACHES
@@ -73,10 +73,8 @@ class Objective:
 
     def told(self, model: nn.Module, batch: Any, labels: bool = False) -> Told:
         """What a model says of a batch."""
-        answers: list[Any] = []
         loss: Any = None
-        with undone() as undo, capture(model, self.names) as seen:
-            undo.append(model.register_forward_hook(lambda module, inputs, output: answers.append(output)).remove)
+        with answers(model) as said, capture(model, self.names) as seen:
             if labels:
                 loss = scalar_of(model, batch, self.loss_fn, self.output_fn)
             elif self.loss_fn is not None:
@@ -84,7 +82,7 @@ class Objective:
             else:
                 forward(model, batch)
         try:
-            outputs = outputs_of(answers[-1], self.output_fn) if answers else ()
+            outputs = outputs_of(said[-1], self.output_fn) if said else ()
         except DataError:
             if self.loss_fn is None:  # else it picks what counts
                 raise

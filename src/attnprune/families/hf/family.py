@@ -17,7 +17,7 @@ from ...nn.rotary import Turning, of_all, pairs_of
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import is_linear, size_of
-from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, first, heads_of, output_of, parts_of, tells_heads
+from ..names import HEAD_DIM, HEADS, KEY_HEADS, SCALE, SHARES, finite, first, heads_of, output_of, parts_of, tells_heads
 from ..states import numbers_known
 from .forward import (
     HFClosedSelfAttention,
@@ -147,4 +147,4 @@ def _scale(module: nn.Module) -> float | None:
         used = ()
     name = first(SCALE, used) or first(SCALE, module.__dict__)
     value = None if name is None else getattr(module, name, None)
-    return float(value) if isinstance(value, (int, float)) else None
+    return finite(value)

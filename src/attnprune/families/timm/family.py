@@ -12,7 +12,7 @@ from ...nn import Decoupled, host_class
 from ...values.spec import AttentionSpec
 from ..base import Adapter, AttentionView
 from ..linears import is_linear, linear_of, may_attend, size_of
-from ..names import SCALE, first, heads_of, output_of, parts_of, tells_heads
+from ..names import SCALE, finite, first, heads_of, output_of, parts_of, tells_heads
 from .forward import DecoupledFusedAttention, calls_kernel
 
 
@@ -68,7 +68,7 @@ class FusedQKVAdapter(Adapter):
             scale = None  # timm leaves the scale to the kernel
         return self.of_linears(
             name, module, heads=heads_of(module, size_of(parts["o"])[1]),
-            scale=None if scale is None else _number(getattr(module, scale)), **parts,
+            scale=None if scale is None else finite(getattr(module, scale)), **parts,
         )  # fmt: skip
 
     def decoupled_for(self, view: AttentionView) -> Sequence[type[Decoupled]]:
@@ -108,7 +108,3 @@ def _parts(module: nn.Module) -> dict[str, Any]:
     """The fused projection and O; empty unless the module has both."""
     parts, o = parts_of(module), output_of(module)
     return {**parts, "o": o} if "qkv" in parts and is_linear(o) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...calibration.processes import pooled
-from ...errors import ScorerError
+from ...errors import NonFiniteError, ScorerError
 from ...families.base import AttentionView
 from ...families.slots import gathered
 from ...surgery import as_called
@@ -147,7 +147,16 @@ class TorchPruning(Scorer):
                 found,
                 "use an importance that scores Linear layers by weight or gradient",
             )
-        return value.detach().double().cpu()
+        value = value.detach().double().cpu()
+        if not bool(value.isfinite().all()):
+            raise NonFiniteError(
+                f"{view.name}: {self.name}",
+                f"a finite importance for each {kind if 'feature' in kind else f'{kind} channel'}",
+                f"{int((~value.isfinite()).sum())} of {channels} NaN or infinite",
+                "it divides by their mean, which is 0 where all weights or gradients are: give it normalizer=None, or "
+                "exclude this module; else look for overflow in the loss",
+            )
+        return value
 
 
 def _lend(view: AttentionView, projection: Projection, grads: Mapping[str, Tensor]) -> Iterator[nn.Linear]:
