@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from attnprune import Plan, from_pretrained, load_pruned, make_plan, prune_attention, save_pruned
-from attnprune.checkpoint.record import digest_of
+from attnprune.checkpoint.entry import digest_of
 from attnprune.errors import AttnPruneError
 
 SECONDS, BYTES = 1.0, 100 << 20

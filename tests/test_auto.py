@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from attnprune import find_attention, from_pretrained, prune_attention
@@ -151,3 +153,57 @@ def test_without_it_transformers_refuses(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"attnprune\.from_pretrained"):
         transformers.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Swinv2", "Gemma2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_no_file_holds_has_the_dtype_that_transformers_gives_it(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Frequencies of rotary embeddings stay exact; coordinates that parameters multiply are as these."""
+    common = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 10}
+    configs = {
+        "Llama": {**common, "num_hidden_layers": 1},
+        "Gemma2": {**common, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 8},
+        "Swinv2": {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2},
+    }
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**configs[kind])).eval()
+    model.save_pretrained(tmp_path)
+    pixels, ids = {"pixel_values": torch.randn(1, 3, 8, 8).to(dtype)}, {"input_ids": torch.tensor([[1, 2]])}
+    example: Any = pixels if kind == "Swinv2" else ids
+    theirs = type(model).from_pretrained(tmp_path, dtype=dtype)
+    for written in (False, True):
+        ours = from_pretrained(tmp_path, dtype=dtype)
+        found = {name: buffer.dtype for name, buffer in ours.named_buffers()}
+        assert found == {name: buffer.dtype for name, buffer in theirs.named_buffers()}, written
+        assert torch.get_default_dtype() == torch.float32
+        ours(**example)
+        prune_attention(ours, 0.5, example_inputs=example)
+        ours.save_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NomicBertModel"), reason="a class of newer transformers")
+@pytest.mark.parametrize("loaded", [False, True])
+def test_projections_that_files_held_in_one_tensor_are_saved_apart(loaded: bool, tmp_path: Path) -> None:
+    """Transformers splits such a tensor in three equal parts, which ragged heads do not have."""
+    config = transformers.NomicBertConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16
+    )
+    model = transformers.NomicBertModel(config).eval()
+    if loaded:
+        model.save_pretrained(tmp_path / "dense")
+        with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
+            assert any("Wqkv" in key for key in file.keys()), "one tensor"  # noqa: SIM118
+        model = transformers.NomicBertModel.from_pretrained(tmp_path / "dense").eval()
+    prune_attention(model, {"qk": 0.5, "vo": 0.25}, heads="ragged")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    expected = model(ids).last_hidden_state
+    model.save_pretrained(tmp_path / "pruned")
+    for again in (from_pretrained(tmp_path / "pruned"), load(transformers.NomicBertModel, tmp_path / "pruned")):
+        same(model, again)
+        close(again(ids).last_hidden_state, expected, 0.0, "read again")
+        again.save_pretrained(tmp_path / "again")
+        same(model, from_pretrained(tmp_path / "again"))
+    later = copy.deepcopy(model)
+    later.save_pretrained(tmp_path / "copied")
+    same(model, from_pretrained(tmp_path / "copied"))

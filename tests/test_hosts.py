@@ -482,3 +482,32 @@ def test_attributes_that_are_no_numbers(heads: Any) -> None:
         changed = copy.deepcopy(model)
         changed["attention"].__dict__[name] = heads
         assert [view.spec for view in all_views(changed)] == [expected], name
+
+
+class Stand(nn.Module):
+    """Computes what nn.Linear computes, and is none."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = inner.weight, inner.bias
+        self.out_features, self.in_features = inner.out_features, inner.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "head"])
+def test_projections_of_a_class_of_ones_own_know_their_new_sizes(granularity: Any) -> None:
+    module = Returning()
+    for name in ("query", "key", "value", "out_lin"):
+        setattr(module, name, Stand(getattr(module, name)))
+    model = nn.ModuleDict({"attention": module})
+    plan = make_plan(model, 0.5, granularity=granularity)
+    apply_plan(model, plan)
+    (spec,) = (view.spec for view in all_views(model))
+    assert spec == plan.layers[0].after
+    for name, (rows, columns) in (("query", (sum(spec.qk_dims), 24)), ("out_lin", (24, sum(spec.vo_dims)))):
+        linear = model["attention"].get_submodule(name)
+        assert (linear.out_features, linear.in_features) == (rows, columns) == linear.weight.shape
+    apply_plan(model, make_plan(model, 0.5, granularity=granularity))
+    assert model["attention"](torch.randn(2, 3, 24))[0].shape == (2, 3, 24)

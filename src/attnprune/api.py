@@ -240,7 +240,7 @@ def prepare_plan(
     Raises:
         DataError: ``verify=True`` and nothing to run the model on.
     """
-    from .checkpoint.record import ConfigEntry
+    from .checkpoint.entry import ConfigEntry
 
     if measure and example_inputs is None:
         raise no_inputs_to_run()

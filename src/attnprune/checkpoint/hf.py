@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..values import fields
+from .entry import ENTRY
 from .folder import Folder, foreign, reading, refuse
-from .record import ENTRY
 from .tensors import Entry
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -68,10 +68,22 @@ _FLOATS = ("Infinity", "-Infinity", "NaN")
 def config_of(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     """A config object without what would lead elsewhere: code, other files, kernels to fetch."""
     kind, own = raw.get("model_type"), getattr(cls.config_class, "model_type", None)
-    if kind is not None and kind != own:
+    known = cls.config_class if kind in (None, own) else _shared(cls, kind)
+    if known is None:
         refuse(f"{CONFIG}: model_type", f"{own!r}, as {cls.__name__} has", repr(kind)[:60], _REMEDY)
     with foreign(CONFIG, f"a config of {cls.__name__}", _REMEDY):
-        return cls.config_class.from_dict(_clean(raw, CONFIG, 0))
+        return known.from_dict(_clean(raw, CONFIG, 0))
+
+
+def _shared(cls: type[Any], kind: object) -> Any:
+    """The class of configs of another kind, where transformers builds models of that kind by this class."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    names = [table.get(kind, ()) for table in tables] if isinstance(kind, str) else []
+    built = {one for given in names for one in ((given,) if isinstance(given, str) else given)}
+    return CONFIG_MAPPING[kind] if cls.__name__ in built else None
 
 
 def _clean(value: Any, where: str, depth: int) -> Any:
@@ -132,45 +144,6 @@ def weight_files(folder: Folder) -> tuple[str, ...]:
             fields.fail("weight_map", "a mapping", found)
         names = [fields.string("weight_map", one) for one in found["weight_map"].values()]
     return tuple(sorted(set(names)))
-
-
-def names_in(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """For every tensor of a checkpoint, its name in the model: checkpoints keep names that classes had earlier.
-
-    Raises:
-        CheckpointError: tensors would have to be merged or split, not just renamed.
-    """
-    found, merged = _renamed(model, entries)
-    if merged:
-        remedy = (
-            "load it with transformers, from_pretrained(..., quantization_config=AttnPruneConfig()), which merges them"
-        )
-        refuse(merged[0][:80], "a tensor that is one of the model's", "a part of one", remedy)
-    return found
-
-
-def merges(model: nn.Module, entries: Mapping[str, Entry]) -> bool:
-    """Whether tensors of a checkpoint are merged or split on their way into the model."""
-    return bool(_renamed(model, entries)[1])
-
-
-def _renamed(model: nn.Module, entries: Mapping[str, Entry]) -> tuple[dict[str, str], list[str]]:
-    """Names in the model, and the tensors that are no more than a part of one there."""
-    state = model.state_dict(keep_vars=True)
-    if entries.keys() <= state.keys():
-        return {key: key for key in entries}, []
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # transformers 4
-        return {key: key for key in entries}, []
-    with foreign(CONFIG, "a config whose class transformers knows", _REMEDY):
-        rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    prefix = getattr(model, "base_model_prefix", None) or None
-    told = {key: rename_source_key(key, renamings, converters, prefix, state) for key in entries}
-    return {key: name for key, (name, _) in told.items()}, [key for key, (_, part) in told.items() if part is not None]
 
 
 def check_size(model: nn.Module, entries: Mapping[str, Entry]) -> None:

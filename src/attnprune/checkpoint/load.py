@@ -13,11 +13,11 @@ from ..errors import OptionError
 from ..families.registry import undressed
 from ..nn.kept import ordinary
 from ..values.hub_names import is_hub_name
-from . import hf
+from . import conversions, hf
+from .entry import ConfigEntry
 from .folder import foreign, refuse
 from .hub import fetched, name_of
 from .manifest import MANIFEST
-from .record import ConfigEntry
 from .shapes import resized, take_shapes
 from .skeleton import Filling, check_buffers, unsaved
 from .source import Source
@@ -80,6 +80,8 @@ def load_pruned(
             inner = undressed(model)
             check_buffers(inner)
             _filled(inner, *_fitted(inner, source, weights, narrower=narrower), place, dtype)
+            if place is not None or dtype is not None:
+                inner.to(device=place, dtype=dtype)
             return model if isinstance(model, nn.DataParallel) else inner
         return _built(source, weights, place, dtype)
 
@@ -142,18 +144,19 @@ def _built(source: Source, weights: Weights, device: torch.device | None, dtype:
     with foreign(hf.CONFIG, "a config of the model"):  # numbers that the class itself can make nothing of
         model = source.skeleton(entries)
         if source.renamed and not source.record.attention:
-            if hf.merges(model, entries):
+            if conversions.merges(model, entries):
                 hf.check_size(model, entries)
                 return hf.dense(source.folder, source.config, device, dtype)
             known = model.state_dict(keep_vars=True)  # dense checkpoints may hold more than their class has
-            names = {key: name for key, name in hf.names_in(model, entries).items() if name in known}
+            names = {key: name for key, name in conversions.names_in(model, entries).items() if name in known}
         filling, pruned = _fitted(model, source, weights, names)
         if size := sum(b.numel() * b.element_size() for _, b in unsaved(model)):
             if size > _ROOM:
                 refuse(hf.CONFIG, f"buffers of at most {_ROOM} bytes", str(size), "check the config")
-            model = source.skeleton(entries, buffers=True)
+            model = source.skeleton(entries, buffers=True, dtype=dtype)
             filling, pruned = _fitted(model, source, weights, names)
     model = _filled(model, filling, pruned, device, dtype).eval()
+    model = model if device is None else model.to(device)  # dtypes are as the class makes them
     hf.set_generation(source.folder, model)
     return model
 
@@ -183,4 +186,4 @@ def _filled(
     filling.run(device, dtype)
     if pruned:
         ConfigEntry(model).commit()
-    return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+    return model

@@ -11,8 +11,9 @@ from typing import Annotated, Any, NamedTuple
 
 from ..errors import CheckpointError
 from ..values import fields
+from .entry import digest_of
 from .folder import Folder, reading, refuse
-from .record import Record, digest_of
+from .record import Record
 
 FORMAT, VERSION = "attnprune.model", 4
 MANIFEST = "attnprune.json"

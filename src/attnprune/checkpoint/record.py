@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +10,7 @@ from torch import nn
 
 from ..families.base import AttentionView
 from ..families.expansion import rescale
-from ..families.registry import all_views, sound_views
+from ..families.registry import all_views
 from ..families.ways import Verdict
 from ..nn.decoupled import mixin_class
 from ..values import fields
@@ -24,13 +21,6 @@ from ..values.spec import AttentionSpec, Features
 from .folder import OTHER_SHAPE, reading, refuse
 from .seen import Seen, seen_of
 
-ENTRY = "attnprune"
-"""The entry of a Hugging Face config that holds a record."""
-LOADER = "attnprune.from_pretrained"
-"""What configs of pruned models name as the implementation of their attention. Transformers has none of this name, and
-says so, where it would otherwise build the dense model."""
-MARKS = {"attn_implementation": LOADER, "_attn_implementation_internal": LOADER}
-"""That, as transformers 5 and 4 read it from ``config.json``."""
 _ORDER = "save the model again, or, where it was not saved by this version, prune it again from the dense one"
 _OTHER = "pass a dense model of the class that was saved"
 
@@ -125,8 +115,13 @@ class Record:
         if bool(inner) == hasattr(model, prefix[:-1]):
             return self
         if inner:
-            return Record(tuple(_renamed(one, one.spec.name[len(prefix) :]) for one in inner))
+            return self.below(prefix)
         return Record(tuple(_renamed(one, prefix + one.spec.name) for one in self.attention))
+
+    def below(self, prefix: str) -> Record:
+        """The attention modules whose names begin so, by the rest of their names."""
+        inner = [one for one in self.attention if one.spec.name.startswith(prefix)]
+        return Record(tuple(_renamed(one, one.spec.name[len(prefix) :]) for one in inner))
 
     def plan(self, views: Sequence[AttentionView], where: str) -> Plan:
         """What gives attention modules the shapes of the record; which channels go is of no matter.
@@ -292,102 +287,3 @@ def _features(spec: AttentionSpec, saved: AttentionSpec, where: str) -> Features
         found.append(tuple(sorted(goes - has)))
     q, k, v, o = found
     return q, k, v, o
-
-
-# the same record as an entry of a Hugging Face config
-
-
-def to_entry(record: Record) -> dict[str, Any]:
-    """A JSON-ready mapping that detects changes to itself."""
-    attention = record.to_list()
-    return {"version": 1, "attention": attention, "sha256": digest_of(attention)}
-
-
-def from_entry(raw: object, where: str) -> Record:
-    """Reads :func:`to_entry`'s mapping, trusting nothing."""
-    with reading(where):
-        found = fields.mapping("attnprune", raw, {"version", "attention", "sha256"})
-        fields.integer("attnprune.version", found["version"], low=1, high=1)
-    record = Record.from_list(found["attention"], where)
-    if found["sha256"] != digest_of(record.to_list()):
-        refuse(where, "an entry as it was written", "one that was changed")
-    return record
-
-
-def in_config(config: Mapping[str, Any], where: str = "config.json") -> Record:
-    """The record in a config; an empty one where it has none, as dense models do."""
-    return Record(()) if config.get(ENTRY) is None else from_entry(config[ENTRY], where)
-
-
-def unmarked(value: Any) -> Any:
-    """A config as JSON without what pruning left in it."""
-    if isinstance(value, list):
-        return [unmarked(one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: unmarked(one) for key, one in value.items() if key not in (ENTRY, *MARKS)}
-
-
-def marked(config: Mapping[str, Any], record: Record | None = None) -> dict[str, Any]:
-    """A dense model's config as JSON, with what plain transformers must not pass over in it, and in those inside it."""
-    inner = {key: marked(one) for key, one in config.items() if isinstance(one, Mapping) and "model_type" in one}
-    return {**config, **inner, **MARKS, **({} if record is None else {ENTRY: to_entry(record)})}
-
-
-def digest_of(value: object) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-class ConfigEntry:
-    """Writes the record of a Hugging Face model into its config, so that ``model.save_pretrained`` saves it too.
-
-    Configs are often shared between models, so the model gets a copy of its own, in every module that holds it. A step
-    of :func:`attnprune.surgery.commit_all`; models of other kinds stay as they are.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._undo: list[Callable[[], None]] = []
-
-    def commit(self) -> None:
-        tops: dict[int, tuple[str, Any]] = {}  # by config, the outermost model that has it
-        for name, module in self.model.named_modules():
-            if is_pretrained(module) and hasattr(module.__dict__.get("config"), "to_json_string"):
-                tops.setdefault(id(module.config), (name, module.config))
-        if not tops:
-            return
-        memo: dict[int, Any] = {}
-        own = {key: copy.deepcopy(config, memo) for key, (_, config) in tops.items()}
-        views = sound_views(self.model)
-        for key, (name, _) in tops.items():
-            prefix = f"{name}." if name else ""
-            inside = Record(
-                tuple(
-                    _renamed(one, one.spec.name[len(prefix) :])
-                    for one in Record.of(views).attention
-                    if one.spec.name.startswith(prefix)
-                )
-            )
-            if inside.attention:
-                setattr(own[key], ENTRY, to_entry(inside))
-                own[key].attn_implementation = LOADER  # for the file; how it runs here is another attribute
-        for module in self.model.modules():
-            config = module.__dict__.get("config")
-            if id(config) in own:
-                self._undo.append(_setter(module, config))
-                module.__dict__["config"] = own[id(config)]
-
-    def undo(self) -> None:
-        for each in self._undo:
-            each()
-        self._undo = []
-
-
-def _setter(module: nn.Module, config: Any) -> Callable[[], None]:
-    return lambda: module.__dict__.__setitem__("config", config)
-
-
-def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, which need not be imported to tell."""
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)

@@ -23,10 +23,11 @@ from ..nn.kept import ordinary
 from ..surgery import check_views
 from ..values import fields
 from .card import CARD, base_of, card_of, is_free
+from .entry import ENTRY, is_pretrained, marked, unmarked
 from .folder import Folder
 from .hf import CONFIG, GENERATION, INDEX, maker
 from .manifest import BY_DIGEST, MANIFEST, WEIGHTS, Manifest, Shard, Sizes
-from .record import ENTRY, Record, is_pretrained, marked, unmarked
+from .record import Record
 from .shapes import smaller_than
 from .skeleton import class_name, items_of, places
 from .tensors import Item, shards, write_tensors

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..nn import host_class
+from ..nn.attempt import undone
 from .folder import OTHER_SHAPE, refuse
 from .tensors import Entry, Item, Weights
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a model can be made in."""
 
 
 class Place(NamedTuple):
@@ -93,17 +98,42 @@ class _Counter:
         return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
-def blank(make: Callable[[], nn.Module], entries: Mapping[str, Entry], buffers: bool = False) -> nn.Module:
+def blank(
+    make: Callable[[], nn.Module],
+    entries: Mapping[str, Entry],
+    buffers: bool = False,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """A model whose parameters have no data, and take no memory.
 
     Args:
         make: builds the dense model.
         entries: what the weights hold; a model with far more parameters is refused before it is complete.
         buffers: whether buffers have data.
+        dtype: of numbers that the class makes of parameters, or of what it leaves to PyTorch; None: as most weights.
     """
     counter = nn.modules.module.register_module_parameter_registration_hook(_Counter(4 * len(entries) + 64))
-    with counter, nullcontext() if buffers else torch.device("meta"):
+    with counter, _default(dtype or _usual(entries)), nullcontext() if buffers else torch.device("meta"):
         return make()
+
+
+def _usual(entries: Mapping[str, Entry]) -> torch.dtype | None:
+    """The dtype of most numbers of a checkpoint."""
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in entries.values():
+        sizes[entry.dtype] += entry.size if entry.dtype in FLOATS else 0
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes.total() else None
+
+
+@contextmanager
+def _default(dtype: torch.dtype | None) -> Iterator[None]:
+    """Models are made in this dtype; as they are where there is none."""
+    before = torch.get_default_dtype()
+    with undone() as undo:
+        undo.append(lambda: torch.set_default_dtype(before))
+        if dtype in FLOATS:
+            torch.set_default_dtype(dtype)
+        yield
 
 
 def unsaved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

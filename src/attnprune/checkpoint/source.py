@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from . import hf
+from . import conversions, hf
+from .entry import in_config
 from .folder import Folder, refuse
 from .manifest import MANIFEST, Manifest, Sizes
-from .record import Record, in_config
+from .record import Record
 from .skeleton import blank
 from .tensors import Entry, Weights
 
@@ -146,10 +148,12 @@ class Source:
                     return source, weights
                 source = now
 
-    def skeleton(self, entries: Mapping[str, Entry], *, buffers: bool = False) -> nn.Module:
+    def skeleton(
+        self, entries: Mapping[str, Entry], *, buffers: bool = False, dtype: torch.dtype | None = None
+    ) -> nn.Module:
         """The dense model of the config, for weights of these entries; arguments as for :func:`.skeleton.blank`."""
-        return blank(hf.maker(self.config, entries), entries, buffers)
+        return blank(hf.maker(self.config, entries), entries, buffers, dtype)
 
     def names(self, model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, str]:
         """For every tensor of the weights, its name in the model."""
-        return hf.names_in(model, entries) if self.renamed else {key: key for key in entries}
+        return conversions.names_in(model, entries) if self.renamed else {key: key for key in entries}

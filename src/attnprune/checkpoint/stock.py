@@ -20,9 +20,9 @@ from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
 from ..values.spec import AttentionSpec
 from .card import CARD, is_free
+from .entry import ENTRY, is_pretrained
 from .folder import Folder
 from .manifest import BY_DIGEST, MANIFEST
-from .record import ENTRY, is_pretrained
 from .shapes import smaller_than
 
 _STALE = re.compile(

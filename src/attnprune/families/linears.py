@@ -303,8 +303,8 @@ def put(owner: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(owner, name, parameter)
     if name != "weight":
         return
-    if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = parameter.shape
+    if hasattr(owner, "out_features") and not transposed(owner):
+        owner.out_features, owner.in_features = parameter.shape  # type: ignore[assignment]
     elif transposed(owner):
         owner.__dict__.update(nx=parameter.shape[0], nf=parameter.shape[1])
 

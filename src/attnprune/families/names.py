@@ -83,7 +83,8 @@ def heads_of(module: nn.Module, channels: int) -> int:
 
 def finite(value: Any) -> float | None:
     """A value as a number; None if it is none, or not finite."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
 
 
 def _number(value: Any) -> int | None:

@@ -183,7 +183,7 @@ REPEATING = {
 
 def _tables(model: nn.Module) -> set[int]:
     """Numbers of heads for which the model may hand masks to its attention: from a table of biases, or repeated."""
-    words = ("bias_table", "relative", "position_bias", "rel_pos", "slopes", "alibi")
+    words = ("bias_table", "relative", "position_bias", "rel_pos", "rpb", "slopes", "alibi")
     repeated = {
         attrgetter(heads)(module)
         for module in model.modules()
@@ -194,7 +194,7 @@ def _tables(model: nn.Module) -> set[int]:
         size
         for name, module in model.named_modules()
         for key, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and any(word in f"{name.rpartition('.')[2]}.{key}" for word in words)
+        if tensor is not None and any(word in f"{'.'.join(name.split('.')[-2:])}.{key}" for word in words)
         for size in tensor.shape
     }
 

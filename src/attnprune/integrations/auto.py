@@ -11,8 +11,8 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.describe import shrunk
+from ..checkpoint.entry import ENTRY, LOADER, ConfigEntry, from_entry
 from ..checkpoint.hf import CONFIG
-from ..checkpoint.record import ENTRY, LOADER, ConfigEntry, from_entry
 from ..nn.selected import Selected
 
 METHOD = "attnprune"

@@ -142,11 +142,13 @@ def _random(like: nn.Parameter, shape: torch.Size, dtype: torch.dtype, generator
 def _unknown(buffer: Tensor) -> Tensor:
     """In place of values that nobody knows, those that hide least of what a host does.
 
-    A mask of zeros would leave nothing to attend to, and tables of zeros no queries: truth values are those of a causal
-    mask, real numbers ones. Whole numbers may be places in a table, which all have a place 0.
+    A mask of zeros would leave nothing to attend to, and tables of zeros no queries: truth values, and real numbers
+    for pairs of tokens, are those of a causal mask, other real numbers ones. Whole numbers may be places in a table,
+    which all have a place 0.
     """
-    if buffer.dtype == torch.bool:
-        known = torch.ones(buffer.shape, dtype=torch.bool, device="cpu")
+    pairs = buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1
+    if buffer.dtype == torch.bool or (buffer.is_floating_point() and pairs):
+        known = torch.ones(buffer.shape, dtype=buffer.dtype, device="cpu")
         return known.tril() if known.dim() > 1 else known
     fill = 1 if buffer.is_floating_point() or buffer.is_complex() else 0
     return torch.full(buffer.shape, fill, dtype=buffer.dtype, device="cpu")
