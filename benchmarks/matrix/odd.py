@@ -34,6 +34,7 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "llama4": {"vision_config": {"intermediate_size": 256, "vision_output_dim": 64,
                                  "projector_input_dim": 64, "projector_output_dim": 64}},
     "longcat_flash": {"head_dim": 8},
+    "oneformer": {"conv_dim": 64, "mask_dim": 64},  # else parts that no file holds lie between them
     "lxmert": {"l_layers": 1, "x_layers": 1, "r_layers": 1},
     "levit": {"hidden_sizes": (64, 64, 64), "num_attention_heads": (4, 4, 4), "patch_size": 16},
     "maskformer": {"backbone_config": {"embed_dim": 48}},
