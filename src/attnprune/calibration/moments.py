@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -183,6 +183,10 @@ class LayerMoments:
         pairs = zip(self.parts(), other.parts(), strict=True)
         q, k, c, x = (tuple(a.merge(b) for a, b in zip(*pair, strict=True)) for pair in pairs)
         return LayerMoments(self.spec, q, k, c, self.relative or other.relative, x)
+
+    def renamed(self, name: str) -> LayerMoments:
+        """The same for an attention of another name."""
+        return replace(self, spec=replace(self.spec, name=name))
 
     def parts(self) -> tuple[tuple[Moments, ...], ...]:
         """Those of queries, keys, contexts, and of what Q, K and V read."""

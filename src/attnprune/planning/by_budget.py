@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from math import fsum, lcm
 from typing import NamedTuple
@@ -40,18 +40,26 @@ class Costs:
     table: LatencyTable | None = None
     limit: Limit | None = None
     """What was asked for, in its own words; None: the budget itself."""
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """Attention that loses what another one loses, as it has the same projections; prices are of both."""
+
+    def _share(self, spec: AttentionSpec) -> float:
+        """Of the latency, by an attention of this shape and all that have its projections."""
+        assert self.table is not None
+        names = [spec.name, *(name for name, first in self.twins.items() if first == spec.name)]
+        return fsum(self.table.share(replace(spec, name=name)) for name in names)
 
     def of(self, spec: AttentionSpec) -> float:
         """What an attention costs in some shape, up to a constant of its own."""
         if self.table is not None:
-            return self.table.share(spec)
+            return self._share(spec)
         return total(spec, self.prices[spec.name])
 
     def shape(self, spec: AttentionSpec, heads: Sequence[int], qk: int, vo: int) -> float:
         """The same where these query heads are left, with equal dims."""
         keys = len(spec.keys_of(heads))
         if self.table is not None:
-            return self.table.share(spec.keep(heads, [qk] * keys, [vo] * keys))
+            return self._share(spec.keep(heads, [qk] * keys, [vo] * keys))
         prices = self.prices[spec.name]
         return len(heads) * spec.q_extra * prices["qk"][0] + sum(
             dim * (len(heads) * outer + keys * inner)

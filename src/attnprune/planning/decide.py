@@ -20,6 +20,7 @@ from ..calibration.refit import with_maps
 from ..calibration.sample import spread
 from ..calibration.taps import check_calibration, moments_of
 from ..families.base import AttentionView
+from ..families.twins import twins_of
 from ..surgery import masked_views
 from ..values.amount import MaxError
 from ..values.layer_plan import LayerPlan
@@ -54,12 +55,14 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         request: with a number to round to (:func:`attnprune.planning.costs.fitted`).
         costs: what shapes cost, where a budget is asked for.
     """
+    twins = twins_of(views)
+    alone = [view for view in views if view.name not in twins]
     specs = [view.spec for view in views]
     amount, rules, method = request.amount, request.rules, request.decided
     if isinstance(amount, Ratios) and request.evidence.has_data:
         check_request(specs, amount, rules)
     if costs is not None:
-        check_budget(specs, costs, rules)
+        check_budget([view.spec for view in alone], costs, rules)
     which = uneven(amount, rules) if isinstance(amount, Ratios) else ()
     evidence, moments, bases = _bases(
         model,
@@ -72,16 +75,18 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
     )
     if isinstance(amount, MaxError):
         _check_reached(views, moments)
-        plan = allocate_error(specs, bases, amount.share, rules)
+        plan = _alike(allocate_error(specs, bases, amount.share, rules), views, twins)
     else:
         chosen, scores = _scores(model, views, bases, method, rules, evidence)
         _check_reached(views, moments)
 
         def allocated(by: Mapping[str, Scores]) -> Plan:
             if isinstance(amount, Ratios):
-                return allocate(specs, by, amount, rules, chosen)
+                by = {**by, **{name: by[first] for name, first in twins.items()}}
+                return _alike(allocate(specs, by, amount, rules, chosen), views, twins)
             assert costs is not None
-            return allocate_budget(specs, by, costs, rules, chosen)
+            found = allocate_budget([view.spec for view in alone], by, costs, rules, chosen)
+            return _alike(found, views, twins)
 
         # a pruner tries shapes before it has looked at any data
         if rules.split == "measured" and evidence.data is not None:
@@ -96,13 +101,22 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
                 gates = Gate(seed=method.seed).score_features(model, views, PROJECTIONS, **_learned(evidence))
                 losses = partial(_losses, views, bases, moments, gates)
                 plan = beside(plan, scores, amount, rules, losses)
+            plan = _alike(plan, views, twins)
     assert plan.asked is not None
     plan = replace(plan, asked=plan.asked.by(method))
     if not method.needs_maps:
         return plan
-    if method.sequential:
-        return _in_sequence(model, views, plan, bases, moments, method, evidence)
-    return _with_maps(plan, views, bases, moments, method.refits)
+    if not method.sequential:
+        return _with_maps(plan, views, bases, moments, method.refits)
+    once = replace(plan, layers=tuple(layer for layer in plan if layer.spec.name not in twins))
+    return _alike(_in_sequence(model, alone, once, bases, moments, method, evidence), views, twins)
+
+
+def _alike(plan: Plan, views: Sequence[AttentionView], twins: Mapping[str, str]) -> Plan:
+    """The plan, in which attention that shares its projections with another loses what that one loses."""
+    by_name = {layer.spec.name: layer for layer in plan}
+    layers = [by_name[twins.get(view.name, view.name)].renamed(view.name) for view in views]
+    return replace(plan, layers=tuple(layers)) if twins else plan
 
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
@@ -141,10 +155,23 @@ def _bases(
             moments = moments_of(model, views, data, evidence.loss_fn, method.refits, evidence.progress, reads)
         else:
             moments = {view.name: white_moments(view) for view in views}
+    moments = _together(moments, views)
     bases = {
         view.name: head_bases(view, moments[view.name], method.rotated, method.refits) for view in views if moments
     }
     return replace(evidence, data=data), moments, bases
+
+
+def _together(moments: Mapping[str, LayerMoments], views: Sequence[AttentionView]) -> Mapping[str, LayerMoments]:
+    """The moments, those of attention that shares its projections of all that runs through them."""
+    twins = twins_of(views)
+    if not twins:
+        return moments
+    merged = dict(moments)
+    for name, first in twins.items():
+        if name in merged:
+            merged[first] = merged[first].merge(merged[name].renamed(first))
+    return merged | {name: merged[first].renamed(name) for name, first in twins.items() if name in merged}
 
 
 def _scores(
@@ -160,7 +187,9 @@ def _scores(
         return "energy", {view.name: energy_scores(bases[view.name]) for view in views}
     if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
-        found = chosen.score(model, views, **_learned(evidence))
+        found = dict(chosen.score(model, views, **_learned(evidence)))
+        for name, first in twins_of(views).items():  # a channel is gone wherever it runs
+            found[first] = found[first].plus(found[name])
         return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
     chosen, learned = _scorer(method, evidence)
     with in_bases(model, views, bases) if method.rotated else nullcontext():
@@ -232,8 +261,9 @@ def _measured(
     assert evidence.data is not None
     batches = [to_device(batch, device_of(model)) for batch in spread(evidence.data, MEASURED)]
     distance = Distance(model, batches, evidence.loss_fn, evidence.output_fn)
-    seen = measured(model, views, scores, rules, distance, maps, evidence.progress)
-    plans = [allocated(by) for by in (scores, seen, between(scores, seen))]
+    alone = [view for view in views if view.name not in twins_of(views)]
+    seen = measured(model, alone, scores, rules, distance, maps, evidence.progress)
+    plans = [allocated(by) for by in (scores, seen, between(seen, scores))]
 
     def lost(plan: Plan) -> float:
         with masked_views(model, views, maps(plan, views)):

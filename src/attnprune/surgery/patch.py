@@ -14,6 +14,7 @@ from ..families.base import AttentionView
 from ..families.expansion import REST, expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
 from ..families.slots import Slot
+from ..families.twins import twins_of
 from ..families.ways import Way
 from ..nn.attempt import Snapshot
 from ..nn.expanded import ExpandedApart
@@ -89,6 +90,13 @@ class _Tensors:
         found = replace(found, new=successor(old, found.values(old.detach()), torch.clone, 1.0))
         self.changes[id(old)] = [(found, Slot(owner, "bias", len(old)))]
         return found.new
+
+    def share(self, view: AttentionView) -> None:
+        """Another attention that has all of these parameters gets their successors too."""
+        for slot in (*view.slots.values(), Slot(view.owner("o"), "bias", 0)):
+            old = slot.owner._parameters.get(slot.name)
+            if id(old) in self.users:
+                self.users[id(old)].add((id(slot.owner), slot.name))
 
     def check_ties(self, model: nn.Module) -> None:
         """Raises if a parameter that changes is also used where nothing changes."""
@@ -196,7 +204,14 @@ class Operation(NamedTuple):
 def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
     """What gives attention modules their new shapes, and every new tensor."""
     tensors, operations = _Tensors(), []
+    twins = twins_of([view for view, _ in work])
+    done: dict[str, Operation] = {}
     for view, layer in work:
+        first = done.get(twins.get(view.name, ""))
+        if first is not None and view.way(layer.after) == first.way and layer.same(first.layer):
+            operations.append(first._replace(view=view, layer=layer))
+            tensors.share(view)
+            continue
         maps, features, way = channel_maps(view, layer), feature_changes(view, layer), view.way(layer.after)
         assert way is not None, "check_expressible found one"
         if way == "expanded":
@@ -227,6 +242,7 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operat
         if gains(layer):
             bias = tensors.shift(f"{view.name}: o.bias", view, layer)
         operations.append(Operation(view, layer, way, new, bias))
+        done[view.name] = operations[-1]
     return operations, tensors
 
 

@@ -68,6 +68,14 @@ class LayerPlan:
         if self.refit is not None:
             self.refit.check(self.spec.name, *self._widths, self.spec.layout.channels("o"))
 
+    def renamed(self, name: str) -> LayerPlan:
+        """The same for an attention of another name."""
+        return replace(self, spec=replace(self.spec, name=name))
+
+    def same(self, other: LayerPlan | None) -> bool:
+        """Whether another attention loses the same."""
+        return other is not None and self == other.renamed(self.spec.name)
+
     def _check_features(self, projection: Projection, gone: tuple[int, ...]) -> None:
         present, what = self.spec.present(projection), "input" if projection in "qkv" else "output"
         if gone and (list(gone) != sorted(set(gone)) or not set(gone) <= set(present) or len(gone) == len(present)):

@@ -49,6 +49,10 @@ class Scores:
         """The channel scores of ``"qk"`` or ``"vo"``."""
         return self.qk if kind == "qk" else self.vo
 
+    def plus(self, other: Scores) -> Scores:
+        """The sum of both, unit by unit."""
+        return Scores(self.qk + other.qk, self.vo + other.vo, self.head + other.head)
+
     def plot(self, path: str | os.PathLike[str] | None = None, *, name: str = "") -> Any:
         """A picture of every channel, a row per head. Needs matplotlib.
 

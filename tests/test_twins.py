@@ -1,0 +1,169 @@
+"""Attention modules that share their parameters, as those of tied encoders and decoders do."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnprune import AttentionPruner, apply_plan, load_pruned, make_plan, masked, prune_attention, save_pruned
+from attnprune.errors import TiedWeightsError
+from attnprune.families import find_views
+from attnprune.families.twins import twins_of
+
+HEADS, WIDTH = 4, 32
+ONE = torch.zeros(1, 5, WIDTH, dtype=torch.float64)
+
+
+class Tied(nn.Module):
+    """The third layer has the attention's parameters of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True) for _ in "abc")
+        for one, other in zip(self.layers[2].self_attn.modules(), self.layers[0].self_attn.modules(), strict=True):
+            one._parameters.update(other._parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def make() -> tuple[Any, list[Tensor]]:
+    torch.manual_seed(0)
+    model = Tied().double().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "self_attn" in name and p.dim() == 1:
+                p.normal_(std=0.3)
+    return model, [torch.randn(3, 5, WIDTH, dtype=torch.float64) for _ in range(4)]
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+WAYS: dict[str, Any] = {
+    "magnitude": {},
+    "heads": {"granularity": "head"},
+    "joint": {"granularity": "joint", "split": "auto"},
+    "local": {"scope": "local"},
+    "data": {"data": True},
+    "ragged": {"data": True, "heads": "ragged", "split": "auto"},
+    "measured": {"data": True, "split": "measured"},
+    "sequential": {"data": True, "sequential": True},
+    "paper": {"data": True, "preset": "paper:PH-G-FI", "loss_fn": loss},
+    "four ratios": {"data": True, "qkvo_ratios": (0.6, 0.5, 0.4, 0.5)},
+    "features": {"data": True, "heads": "ragged", "split": "all"},
+    "multiply-adds": {
+        "data": True,
+        "qkvo_ratios": None,
+        "target_macs": 0.8,
+        "example_inputs": ONE,
+    },
+    "parameters": {"qkvo_ratios": None, "target_params": 0.8, "heads": "ragged"},
+    "error": {"data": True, "qkvo_ratios": None, "target_error": 0.05},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_they_lose_the_same_and_stay_one(way: str, tmp_path: Path) -> None:
+    model, data = make()
+    options = {"qkvo_ratios": 0.5, "progress": False, **WAYS[way]}
+    ratios = options.pop("qkvo_ratios")
+    if options.get("data"):
+        options["data"] = data
+    plan = make_plan(model, ratios, **options)
+    first, _, third = plan.layers
+    assert not first.empty
+    assert third.same(first)
+    with masked(model, plan):
+        expected = model(data[0])
+    if first.fold is None and first.refit is None:
+        zeroed = copy.deepcopy(model)
+        for layer in (zeroed.layers[0], zeroed.layers[1]):
+            _zero(layer.self_attn, plan.layers[0 if layer is zeroed.layers[0] else 1])
+        assert torch.equal(zeroed(data[0]), expected)
+    report = apply_plan(model, plan, example_inputs=data[0])
+    assert (model(data[0]) - expected).abs().max() < 1e-10
+    parts = [dict(model.layers[i].self_attn.named_parameters()) for i in (0, 2)]
+    assert all(p is parts[1][name] for name, p in parts[0].items())
+    if ratios == 0.5:
+        unit = 1 / 3 / (HEADS if way == "heads" else WIDTH // HEADS)
+        assert abs(sum(report.achieved.values()) / 4 - 0.5) <= unit + 1e-9
+    folder = save_pruned(model, tmp_path)
+    again = load_pruned(folder, make()[0])
+    assert torch.equal(again(data[0]), model(data[0]))
+    parts = [dict(again.layers[i].self_attn.named_parameters()) for i in (0, 2)]
+    assert all(p is parts[1][name] for name, p in parts[0].items())
+
+
+def _zero(attention: Any, layer: Any) -> None:
+    """Rows of Q, K and V and columns of O, of a dense module; the outer side too."""
+    dim = WIDTH // HEADS
+    with torch.no_grad():
+        for head in range(HEADS):
+            whole = list(range(dim)) if head in layer.heads else []
+            qk, vo = ([head * dim + c for c in (whole or gone[head])] for gone in (layer.qk, layer.vo))
+            for part, rows in ((0, qk), (1, qk), (2, vo)):
+                for row in rows:
+                    attention.in_proj_weight[part * WIDTH + row] = 0
+                    attention.in_proj_bias[part * WIDTH + row] = 0
+            attention.out_proj.weight[:, vo] = 0
+
+
+def test_moments_and_gates_are_those_of_both() -> None:
+    """What runs where one of them stands counts as much as what runs where the other does."""
+    model, data = make()
+    with torch.no_grad():  # what runs through the third is ten times as large
+        model.layers[1].norm2.weight.mul_(10)
+    both = make_plan(model, 0.5, data=data, progress=False)
+    apart = copy.deepcopy(model)
+    for module in apart.layers[2].self_attn.modules():
+        own = {key: nn.Parameter(p.detach().clone()) for key, p in module._parameters.items() if p is not None}
+        module._parameters.update(own)
+    one = make_plan(apart, 0.5, data=data, progress=False)
+    assert both.layers[0].fold != one.layers[0].fold
+    assert both.layers[0].fold == both.layers[2].fold
+
+
+def test_an_optimizer_follows_once() -> None:
+    model, data = make()
+    optimizer = torch.optim.Adam(model.parameters())
+    loss(model, data[0]).backward()
+    optimizer.step()
+    prune_attention(model, 0.5, data=data, optimizer=optimizer, progress=False)
+    assert model.layers[0].self_attn.q_proj.weight is model.layers[2].self_attn.q_proj.weight
+    own = {id(p) for p in model.parameters()}
+    assert own == {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert all(p in optimizer.state for p in model.parameters())
+    optimizer.zero_grad()
+    loss(model, data[0]).backward()
+    optimizer.step()
+
+
+def test_a_pruner_takes_them_in_steps() -> None:
+    model, data = make()
+    pruner = AttentionPruner(model, 0.5, steps=2, data=data, progress=False)
+    while not pruner.done:
+        pruner.step()
+    first, _, third = pruner.plan.layers
+    assert third.same(first)
+    assert abs(sum(pruner.report.achieved.values()) / 4 - 0.5) < 0.09
+
+
+def test_what_shares_some_parameters_is_refused_where_they_would_lose_others() -> None:
+    model, _ = make()
+    attention = model.layers[2].self_attn
+    attention.out_proj.weight = nn.Parameter(attention.out_proj.weight.detach().clone())
+    assert not twins_of(find_views(model))
+    before = copy.deepcopy(model.state_dict())
+    plan = make_plan(model, 0.5, include="layers.0.*")
+    with pytest.raises(TiedWeightsError, match=r"in_proj_weight"):
+        apply_plan(model, plan)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
