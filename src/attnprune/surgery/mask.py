@@ -38,8 +38,8 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
     by_name = {view.name: view for view in views}
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])
-    twins, first = twins_of([view for view, _ in work]), {view.name: layer for view, layer in work}
-    work = [(view, layer) for view, layer in work if not layer.same(first.get(twins.get(view.name, "")))]
+    twins, layers = twins_of([view for view, _ in work]), {view.name: layer for view, layer in work}
+    work = [(view, layer) for view, layer in work if view.name not in twins or not layer.same(layers[twins[view.name]])]
     _check_shared(work)
     with undone() as undo:
         for view, layer in work:

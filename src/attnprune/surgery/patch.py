@@ -207,7 +207,7 @@ def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operat
     twins = twins_of([view for view, _ in work])
     done: dict[str, Operation] = {}
     for view, layer in work:
-        first = done.get(twins.get(view.name, ""))
+        first = done.get(twins[view.name]) if view.name in twins else None
         if first is not None and view.way(layer.after) == first.way and layer.same(first.layer):
             operations.append(first._replace(view=view, layer=layer))
             tensors.share(view)

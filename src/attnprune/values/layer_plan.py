@@ -72,9 +72,9 @@ class LayerPlan:
         """The same for an attention of another name."""
         return replace(self, spec=replace(self.spec, name=name))
 
-    def same(self, other: LayerPlan | None) -> bool:
+    def same(self, other: LayerPlan) -> bool:
         """Whether another attention loses the same."""
-        return other is not None and self == other.renamed(self.spec.name)
+        return self == other.renamed(self.spec.name)
 
     def _check_features(self, projection: Projection, gone: tuple[int, ...]) -> None:
         present, what = self.spec.present(projection), "input" if projection in "qkv" else "output"
