@@ -30,8 +30,8 @@ SINGLE = 1e-5
 PASSED, NOTHING = "passed", "-"
 PLANS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "channels": (0.5, {}),
-    "heads": (0.5, {"granularity": "head"}),
-    "ragged": (0.4, {"heads": "ragged"}),
+    "heads": (0.5, {"granularity": "head", "scope": "local"}),
+    "ragged": (0.4, {"heads": "ragged", "scope": "local"}),
     "qk != vo": ({"qk": 0.5, "vo": 0.25}, {}),
 }
 """What is asked for, and how, by cell."""
@@ -65,6 +65,14 @@ class Case:
         """A plan for a model of the family; without data, by magnitude."""
         with quiet():
             return attnprune.make_plan(model, ratio, example_inputs=self.given, **options)
+
+    def single(self) -> tuple[list[str], bool]:
+        """Names of attention with one head, which cannot lose it, and whether there is no other."""
+        model = self.host.make()
+        with quiet():
+            found = Survey(model, run=lambda: run(model, self.given)).views
+        names = [view.name for view in found if len(view.spec.head_units) == 1]
+        return names, len(names) == len(found)
 
 
 @contextmanager
@@ -134,6 +142,11 @@ def by_plan(name: str) -> Callable[[Case], dict[str, Any]]:
 
     def cell(case: Case) -> dict[str, Any]:
         ratio, options = PLANS[name]
+        if name == "heads":
+            exclude, every = case.single()
+            if every:
+                return {name: f"{NOTHING} one head"}
+            options = {**options, "exclude": exclude}
         said, report, model = _compared(case, ratio, options)
         found: dict[str, Any] = {name: said}
         if report is not None and name == "channels":
@@ -180,7 +193,12 @@ def cache(case: Case) -> dict[str, Any]:
         return {"cache": f"{NOTHING} the dense model does not generate ({short(error)})"}
     if dense:
         return {"cache": f"{NOTHING} {dense} of the dense model too"}
-    return {"cache": _cached(pruned, given, case.limit) or PASSED}
+    found, model = _cached(pruned, given, case.limit), case.host.make()
+    if not found:
+        return {"cache": PASSED}
+    with attnprune.masked(model, case.plan(model, *PLANS["channels"])):  # where rounding decides who is attended to
+        masked = _cached(model, given, case.limit)
+    return {"cache": f"{NOTHING} {masked} of the dense model with zeros too" if masked else found}
 
 
 def _cached(model: Any, given: Mapping[str, Any], limit: float) -> str:
