@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,3 +42,40 @@ def test_heads_of_grounding_dino_go_without_inputs() -> None:
     assert [spec.heads for spec in report.plan.after] == [2, 2]
     with torch.no_grad():
         torch.testing.assert_close(decoder(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+BIASED: dict[str, tuple[str, dict[str, object]]] = {
+    "a table for each layer": ("Beit", {**VISION, "use_relative_position_bias": True}),
+    "a table for all layers": ("Beit", {**VISION, "use_shared_relative_position_bias": True}),
+    "the same in a copied class": ("Data2VecVision", {**VISION, "use_shared_relative_position_bias": True}),
+    "of the first layer, for all": (
+        "T5Encoder",
+        {"vocab_size": 20, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 4},
+    ),
+    "slopes": ("Bloom", {"vocab_size": 20, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "slopes, made anew": ("Mpt", {"vocab_size": 20, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 16}),
+}
+
+
+@pytest.mark.parametrize("granularity", ["head", "joint"])
+@pytest.mark.parametrize("kind", BIASED)
+def test_heads_go_where_masks_are_made_for_dense_heads(kind: str, granularity: Any) -> None:
+    name, settings = BIASED[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name.removesuffix('Encoder')}Config")(**settings)
+    model = getattr(transformers, f"{name}Model")(config).eval().double()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "bias" in key:  # tables that begin as zeros tell no head from another
+                p.normal_()
+    x = torch.randn(2, 3, 16, 16).double() if "image_size" in settings else torch.randint(1, 20, (2, 5))
+    plan = make_plan(model, 0.5, granularity=granularity, scorer="random", example_inputs=x)
+    with torch.no_grad(), masked(model, plan):
+        expected = model(x)[0]
+    apply_plan(model, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[0], expected, rtol=1e-9, atol=1e-9)
