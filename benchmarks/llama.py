@@ -38,6 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "the default with data": {},
     "uniform, split found": {"split": "auto"},
     "ragged, split found": {"split": "auto", "heads": "ragged"},
+    "uniform, split measured": {"split": "measured"},
+    "ragged, split measured": {"split": "measured", "heads": "ragged"},
 }
 MEASURED, CALIBRATED = 96, 64  # pieces of 256 bytes
 PROMPT = b"class Reader:\n    def __init__(self, "

@@ -13,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from attnprune import find_attention, from_pretrained, prune_attention
+from attnprune import find_attention, from_pretrained, prune_attention, save_pruned
 from attnprune.errors import CheckpointError
 from attnprune.integrations.auto import AttnPruneConfig
 
@@ -207,3 +207,38 @@ def test_projections_that_files_held_in_one_tensor_are_saved_apart(loaded: bool,
     later = copy.deepcopy(model)
     later.save_pretrained(tmp_path / "copied")
     same(model, from_pretrained(tmp_path / "copied"))
+
+
+@pytest.mark.skipif("internlm3" not in transformers.CONFIG_MAPPING, reason="a kind of newer transformers")
+def test_kinds_that_transformers_builds_by_another_kinds_class(tmp_path: Path) -> None:
+    config = transformers.CONFIG_MAPPING["internlm3"](
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=16,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert type(model).config_class.model_type != config.model_type
+    prune_attention(model, 0.5)
+    ids = torch.tensor([[1, 2, 3]])
+    save_pruned(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again: Any = from_pretrained(tmp_path / folder)
+        assert type(again.config) is type(config)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    told = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({**told, "model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="model_type"):
+        from_pretrained(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("kind", ["OpenAIGPT", "GPT2", "ImageGPT"])
+def test_causal_masks_that_no_file_holds(kind: str, tmp_path: Path) -> None:
+    """A class that multiplies scores with its mask is known also where the mask has no values yet."""
+    config = getattr(transformers, f"{kind}Config")(vocab_size=30, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    prune_attention(model, 0.5, example_inputs={"input_ids": ids})
+    save_pruned(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    same(model, again)
+    assert torch.equal(again(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)

@@ -167,10 +167,10 @@ def llama(results: Results) -> Iterator[Quote]:
     best = [
         min(own["added"] for way in PAPER if (own := ways[way].get(share)) and _kept(own, share)) for share in shares
     ]
-    ours = [ways["uniform, split found"][share]["added"] for share in shares]
+    ours = [ways[f"uniform, split {how}"][share]["added"] for how in ("found", "measured") for share in shares]
     yield Quote(
-        "), dense {}: at 25, 50 and 75 % the best of the paper's ways {}, {}, {}; uniform, split found {}, {}, {} "
-        "(`python benchmarks/llama.py`)",
+        "), dense {}: at 25, 50 and 75 % the best of the paper's ways {}, {}, {}; uniform, split found {}, {}, {}, "
+        "split measured {}, {}, {} (`python benchmarks/llama.py`)",
         f"{found['dense']:.3f}", *(signed(one, 3) for one in (*best, *ours)),
     )  # fmt: skip
     cached = {share: own for share, own in results["llama_generate"].items() if share != "seeds"}
