@@ -51,3 +51,14 @@ def test_sweep_of_keywords(capsys: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert lines[-2].startswith("on 20 test clips that chose nothing: dense ")
     assert lines[-1].startswith("best by params: ")
     assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(("folder", "expected"), [("CHECKPOINT", 90.0), ("WIDE", 96.29)])
+def test_keyword_models_are_as_good_as_their_page_says(
+    folder: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from keywords import data
+
+    features, labels, _ = data.load_split("validation")
+    assert data.accuracy(data.load_model(getattr(data, folder)), features, labels) == pytest.approx(expected, abs=0.6)

@@ -16,6 +16,7 @@ from transformers import ASTForAudioClassification
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE / "checkpoint"
+WIDE = HERE / "checkpoint_wide"  # the same model, trained longer and on wider voices
 FEATURES = HERE / "features"
 SPLITS = ("train", "validation", "test")
 VOCABULARY = (
@@ -57,9 +58,9 @@ def load_split(name: str) -> tuple[Tensor, Tensor, list[str]]:
     return read_features(FEATURES / f"{name}.safetensors")
 
 
-def load_model() -> ASTForAudioClassification:
-    """Load the shipped checkpoint (stored as float16) as a float32 model in evaluation mode."""
-    return ASTForAudioClassification.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+def load_model(checkpoint: Path = CHECKPOINT) -> ASTForAudioClassification:
+    """Load a shipped checkpoint (stored as float16) as a float32 model in evaluation mode."""
+    return ASTForAudioClassification.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 @torch.inference_mode()

@@ -34,6 +34,8 @@ SNR_DB = (10.0, 30.0)
 GAIN_DB = (-30.0, -6.0)  # root mean square of the spoken word, relative to full scale
 PITCH = (20, 80)  # espeak-ng -p
 SPEED = (120, 200)  # espeak-ng -s, words per minute
+WIDENED = (0.75, 1.4)  # by which formants and pitch of training clips after the first PLAIN are multiplied
+PLAIN = 12_250
 
 ACCENTS = [
     "en-gb",
@@ -89,12 +91,22 @@ def variants(split: str) -> list[str]:
     return sorted(names.difference(EXCLUDED, " ".join(HELD_OUT.values()).split()))
 
 
-def speak(text: str, voice: str, pitch: int, speed: int) -> np.ndarray:
-    """Speech as float64 samples at 16 kHz, silence at both ends removed."""
-    wave = espeak("-v", voice, "-p", str(pitch), "-s", str(speed), "--stdout", text)
+def speak(text: str, voice: str, pitch: int, speed: int, widened: float = 1.0) -> np.ndarray:
+    """Speech as float64 samples at 16 kHz, silence at both ends removed; its frequencies multiplied."""
+    wave = espeak("-v", voice, "-p", str(pitch), "-s", str(max(round(speed / widened), 80)), "--stdout", text)
     audio = resample(np.frombuffer(wave[44:], "<i2") / 32768)
+    if widened != 1.0:
+        places = np.arange(0, len(audio) - 1, widened)
+        audio = np.interp(places, np.arange(len(audio)), lowpassed(audio, 1 / widened))
     loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
     return audio[loud[0] : loud[-1] + 1]
+
+
+def lowpassed(audio: np.ndarray, share: float) -> np.ndarray:
+    """Audio without what lies above a share of its highest frequency."""
+    spectrum = np.fft.rfft(audio)
+    spectrum[int(min(share, 1.0) * len(spectrum)) :] = 0
+    return np.fft.irfft(spectrum, len(audio))
 
 
 def resample(audio: np.ndarray) -> np.ndarray:
@@ -132,10 +144,11 @@ def noise(split: str, seed: int, rng: np.random.Generator, size: int = RATE) -> 
     return audio / np.sqrt(np.mean(audio**2))
 
 
-def clip(word: str, split: str, seed: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+def clip(word: str, split: str, seed: int, rng: np.random.Generator, wide: bool = False) -> tuple[np.ndarray, str]:
     """One second of noisy speech, float32 (16000,) in [-1, 1], and its voice."""
     voice, pitch, speed = random_voice(split, rng)
-    speech = speak(word, voice, pitch, speed)[:RATE]
+    widened = float(np.exp(rng.uniform(*np.log(WIDENED)))) if wide else 1.0
+    speech = speak(word, voice, pitch, speed, widened)[:RATE]
     speech /= np.sqrt(np.mean(speech**2))
     audio = noise(split, seed, rng) * 10 ** (-rng.uniform(*SNR_DB) / 20)
     start = rng.integers(RATE - len(speech) + 1)
@@ -159,7 +172,7 @@ def example(job: tuple[str, int, int]) -> tuple[np.ndarray, str]:
     """Packed features, uint8 (96, 32), and voice of clip number ``index`` of a split; job is (split, index, seed)."""
     split, index, seed = job
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    audio, voice = clip(LABELS[index % len(LABELS)], split, seed, rng)
+    audio, voice = clip(LABELS[index % len(LABELS)], split, seed, rng, wide=split == "train" and index >= PLAIN)
     return pack(cached_extractor()(audio, sampling_rate=RATE)["input_values"][0]), voice
 
 
