@@ -13,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from attnprune import find_attention, from_pretrained, prune_attention, save_pruned
+from attnprune import find_attention, from_pretrained, load_pruned, prune_attention, save_pruned
 from attnprune.errors import CheckpointError
 from attnprune.integrations.auto import AttnPruneConfig
 
@@ -242,3 +242,29 @@ def test_causal_masks_that_no_file_holds(kind: str, tmp_path: Path) -> None:
     again = from_pretrained(tmp_path)
     same(model, again)
     assert torch.equal(again(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+
+
+def test_parameters_that_a_class_computes_are_in_no_file(tmp_path: Path) -> None:
+    """Marian's positions, which ``save_pretrained`` leaves out."""
+    config = transformers.MarianConfig(
+        vocab_size=20, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    model: Any = transformers.MarianMTModel(config).eval()
+    x = {"input_ids": torch.tensor([[3, 4, 5, 1]]), "decoder_input_ids": torch.tensor([[0, 6, 7]])}
+    model.save_pretrained(tmp_path / "dense")
+    with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
+        assert not any("embed_positions" in key for key in file.keys())  # noqa: SIM118
+    dense = from_pretrained(tmp_path / "dense")
+    assert torch.equal(dense(**x).logits, model(**x).logits)
+    assert not dense.model.encoder.embed_positions.weight.requires_grad
+    prune_attention(model, {"qk": 0.5, "vo": 0.25}, example_inputs=x)
+    model.save_pretrained(tmp_path / "pruned")
+    save_pruned(model, tmp_path / "ours")
+    for folder in ("pruned", "ours"):
+        again: Any = from_pretrained(tmp_path / folder)
+        same(model, again)
+        assert torch.equal(again(**x).logits, model(**x).logits)
+    own = load_pruned(tmp_path / "pruned", transformers.MarianMTModel(config).eval())
+    assert torch.equal(own(**x).logits, model(**x).logits)

@@ -185,7 +185,11 @@ class _Tap:
             self._add(context)
 
     def _add(self, context: Tensor) -> None:
-        contexts, (q_input, q) = sequences(context), self.seen["q"]
+        contexts = sequences(context)
+        if "q" not in self.seen:  # O runs once more in the same call, as for tokens that all attend to
+            self._add_contexts(contexts, None)
+            return
+        q_input, q = self.seen["q"]
         queries, keys = sequences(q), None
         if "k" in self.seen:  # a cache may stand in for K
             keys = sequences(self.seen["k"][1])
@@ -210,10 +214,14 @@ class _Tap:
             if keys is not None:
                 own = keys[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
                 self._add_keys(self.k[i], own, b.k_start, len(b.keys), real_keys)
-            if not self.across_heads:
-                self.c[i].add(tokens_of(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real_queries))
+        self._add_contexts(contexts, real_queries)
+
+    def _add_contexts(self, contexts: Tensor, real: Tensor | None) -> None:
         if self.across_heads:
-            self.c[0].add(tokens_of(contexts, 1, real_queries))
+            self.c[0].add(tokens_of(contexts, 1, real))
+            return
+        for moments, b in zip(self.c, self.view.spec.layout.buckets, strict=True):
+            moments.add(tokens_of(contexts[..., b.vo_start : b.vo_stop], len(b.heads), real))
 
     def _fitted(self, mask: Tensor, queries: Sequence[int], keys: int | None) -> Tensor:
         """A mask for as many sequences and keys as there are; windows of a sample lie one after another, and masks of

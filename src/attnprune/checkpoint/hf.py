@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -151,6 +151,28 @@ def check_size(model: nn.Module, entries: Mapping[str, Entry]) -> None:
     wanted, held = sum(p.numel() for p in model.parameters()), sum(e.size // e.dtype.itemsize for e in entries.values())
     if wanted > 2 * held + (1 << 20):
         refuse(CONFIG, f"a model of about {held} numbers, as the weights hold", str(wanted), "check the config")
+
+
+def computed(model: nn.Module, held: Collection[str]) -> list[str]:
+    """Names of parameters that files of a class never hold, as it computes them; where they have no data, they get it.
+
+    Args:
+        model: of transformers, or any other, which has none.
+        held: names of what the files hold.
+    """
+    names = sorted(set(getattr(model, "_keys_to_ignore_on_save", None) or ()) - set(held))
+    found = []
+    for name in names:
+        where, _, key = name.rpartition(".")
+        owner = dict(model.named_modules()).get(where)
+        old = None if owner is None else owner._parameters.get(key)
+        if isinstance(owner, nn.Embedding) and old is not None and key == "weight":
+            if old.is_meta:
+                made = type(owner)(owner.num_embeddings, owner.embedding_dim).to(old.dtype)
+                model._init_weights(made)  # type: ignore[operator]
+                owner.weight = nn.Parameter(made.weight.detach(), old.requires_grad)
+            found.append(name)
+    return found
 
 
 def set_generation(folder: Folder, model: nn.Module) -> None:

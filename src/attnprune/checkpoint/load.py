@@ -177,7 +177,8 @@ def _fitted(
         sizes = {**sizes, **resized(model, {name: entry.shape for name, entry in weights.entries.items()})}
     shaped = take_shapes(model, source.record.inside(model), sizes, MANIFEST, source.alone(weights.entries))
     names = source.names(model, weights.entries) if names is None else names
-    return Filling(model, weights, names, source.tied, MANIFEST), not shaped.plan.empty
+    known = hf.computed(model, names.values()) if source.renamed else ()
+    return Filling(model, weights, names, source.tied, MANIFEST, known), not shaped.plan.empty
 
 
 def _filled(

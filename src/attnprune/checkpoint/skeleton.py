@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -148,7 +148,13 @@ class Filling:
     """How the tensors of a checkpoint get into a model: everything is checked first, then they are read one by one."""
 
     def __init__(
-        self, model: nn.Module, weights: Weights, names: Mapping[str, str], tied: Mapping[str, str], where: str
+        self,
+        model: nn.Module,
+        weights: Weights,
+        names: Mapping[str, str],
+        tied: Mapping[str, str],
+        where: str,
+        known: Collection[str] = (),
     ) -> None:
         """
         Args:
@@ -157,6 +163,7 @@ class Filling:
             names: for every tensor of the weights, its name in the model.
             tied: names in the model of tensors that are one with another that the weights hold.
             where: the file that says what the model is, for messages.
+            known: names of parameters whose values are in the model, and in no file.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape, or is none of the model's.
@@ -173,6 +180,8 @@ class Filling:
         for group in groups(self.found):
             own, others = [one for one in group if one in back], [tied[one] for one in group if one in tied]
             name = next(iter(own + others), None)
+            if name is None and not set(group).isdisjoint(known):
+                continue
             if name is None:
                 remedy = "pass a dense model of the class saved as model="
                 refuse(f"{where}: {group[0][:80]}", "a tensor for it in the weights", "none", remedy)
