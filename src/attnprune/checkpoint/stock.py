@@ -142,7 +142,9 @@ def check_stock(model: nn.Module, after: Sequence[AttentionSpec]) -> dict[str, A
             found, remedy = f"{shown}, all that its class can have", "use save_pruned"
             raise NotExpressibleError(spec.name, f"{spec.describe()}, from its config", found, remedy)
     for name, size in smaller_than(stock, model, all_views(model)).items():
-        found, remedy = f"{size}, as another tool left it", "use save_pruned"
+        inside = any(name.startswith(f"{spec.name}.") for spec in after)
+        why = "which pruning attention does not cut" if inside else "as another tool left it"
+        found, remedy = f"{size}, {why}", "use save_pruned"
         raise NotExpressibleError(name, "the size that its config says", found, remedy)
     return theirs
 
