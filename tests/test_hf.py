@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import attnprune
-from attnprune import apply_plan, make_plan, prune_attention
+from attnprune import apply_plan, find_attention, make_plan, masked, prune_attention
 from attnprune.families.registry import all_views
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 16, "num_attention_heads": 4}
@@ -207,3 +207,50 @@ def test_saved_and_loaded_by_state_dict(tmp_path: Any) -> None:
     other.load_state_dict(torch.load(tmp_path / "weights.pt"))
     with torch.no_grad():
         assert torch.equal(other(image()).last_hidden_state, model(image()).last_hidden_state)
+
+
+def test_projections_that_hand_on_more_than_a_tensor() -> None:
+    """I-BERT's hand on the scale of their numbers."""
+    config = transformers.IBertConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    model = transformers.IBertModel(config).eval()
+    data = [{"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 2]])}]
+    plan = make_plan(model, 0.5, data=data, compensate=False, progress=False)
+    assert plan.layers[0].fold is not None
+    with masked(model, plan), torch.no_grad():
+        expected = model(**data[0]).last_hidden_state
+    apply_plan(model, plan)
+    torch.testing.assert_close(model(**data[0]).last_hidden_state.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert find_attention(model)[0].qk_dims == (4, 4, 4, 4)
+    prune_attention(model, 0.5)
+    assert find_attention(model)[0].qk_dims == (2, 2, 2, 2)
+
+
+def test_attention_that_is_told_its_place_in_the_cache() -> None:
+    """Zamba's layers share one attention, which is called with the number of the layer."""
+    zamba = pytest.importorskip("transformers.models.zamba.modeling_zamba")
+    config = transformers.ZambaConfig(
+        hidden_size=16, attention_hidden_size=32, num_attention_heads=4, num_key_value_heads=4, attention_head_dim=8,
+        num_hidden_layers=2, layers_block_type=["hybrid", "hybrid"], use_mamba_kernels=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    attention = zamba.ZambaAttention(config, None).eval().double()
+    model = torch.nn.ModuleDict({"attention": attention})
+    x = torch.randn(1, 3, 32, dtype=torch.float64)
+
+    def steps() -> torch.Tensor:
+        cache, found = transformers.DynamicCache(), []
+        for token in x.split(1, 1):
+            for layer in (0, 1):
+                key = "cache" if "cache" in inspect.signature(attention.forward).parameters else "past_key_values"
+                found.append(attention((layer + 1) * token, layer_idx=layer, attention_mask=None, **{key: cache})[0])
+        return torch.cat(found)
+
+    plan = make_plan(model, 0.4, heads="ragged", scorer="random")
+    with masked(model, plan), torch.no_grad():
+        expected = steps()
+    apply_plan(model, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(steps(), expected, rtol=1e-9, atol=1e-9)

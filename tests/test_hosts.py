@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnprune import apply_plan, load_pruned, make_plan, masked, save_pruned, skipped_attention
+from attnprune import apply_plan, calibrate, load_pruned, make_plan, masked, save_pruned, skipped_attention
 from attnprune.families import looks
 from attnprune.families.registry import Survey, all_views
 
@@ -511,3 +511,31 @@ def test_projections_of_a_class_of_ones_own_know_their_new_sizes(granularity: An
         assert (linear.out_features, linear.in_features) == (rows, columns) == linear.weight.shape
     apply_plan(model, make_plan(model, 0.5, granularity=granularity))
     assert model["attention"](torch.randn(2, 3, 24))[0].shape == (2, 3, 24)
+
+
+class OfPositions(Whole):
+    """Its Q takes positions too, of another number (SEW-D), or its O writes a second context (Pegasus-X)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.table = kind, nn.Buffer(torch.randn(9, 24))
+
+    def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
+        q, k, v = (self.split(part(hidden_states)) for part in (self.query, self.key, self.value))
+        if self.kind == "positions":
+            self.query(self.table[None])
+        context = ((0.4 * q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        out = self.out_lin(context)
+        return (out, self.out_lin(context[:, :1])) if self.kind == "a second context" else out
+
+
+@pytest.mark.parametrize("kind", ["positions", "a second context", "plain"])
+def test_moments_are_those_of_the_tokens_that_attend(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"attention": OfPositions(kind)}).eval(), torch.randn(2, 5, 24)
+    moments = calibrate(model, [x], loss_fn=lambda model, x: model["attention"](x), progress=False)["attention"]
+    q = model["attention"].query(x).flatten(0, 1).double().unflatten(1, (4, 6)).transpose(0, 1)
+    expected = q.mT @ q / 10
+    for head, found in enumerate(moments.queries()):
+        torch.testing.assert_close(found, expected[head], rtol=1e-4, atol=1e-5)
+    assert moments.tokens["vo"] == (12 if kind == "a second context" else 10)

@@ -144,7 +144,7 @@ class _Tap:
         self.mask: Tensor | None = None
         self.turning: Turning | None = None
         self.relative = False
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
         buckets = view.spec.layout.buckets
         self.q = [Running(len(b.heads), b.qk_dim) for b in buckets]
         self.k = [Running(len(b.keys), b.qk_dim, centred=True) for b in buckets]
@@ -176,7 +176,7 @@ class _Tap:
 
     def _keep(self, projection: str) -> Any:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.seen[projection] = (inputs[0], output)
+            self.seen.setdefault(projection, []).append((inputs[0], output))
 
         return keep
 
@@ -186,13 +186,14 @@ class _Tap:
 
     def _add(self, context: Tensor) -> None:
         contexts = sequences(context)
-        if "q" not in self.seen:  # O runs once more in the same call, as for tokens that all attend to
+        seen = self._of_these(contexts)
+        if "q" not in seen:  # O runs once more in the same call, as for tokens that all attend to
             self._add_contexts(contexts, None)
             return
-        q_input, q = self.seen["q"]
+        q_input, q = seen["q"]
         queries, keys = sequences(q), None
-        if "k" in self.seen:  # a cache may stand in for K
-            keys = sequences(self.seen["k"][1])
+        if "k" in seen:  # a cache may stand in for K
+            keys = sequences(seen["k"][1])
         real_queries = real_keys = None
         if self.mask is not None:
             queries, contexts = (batch_first(x, self.mask) for x in (queries, contexts))
@@ -201,10 +202,10 @@ class _Tap:
             real_queries = mask.any(-1).any(1).expand(queries.shape[:2])
             if keys is not None:
                 real_keys = mask.any(1).any(1).expand(keys.shape[:2])
-                if same(q_input, self.seen["k"][0]):  # of a padded token, the query is padding too
+                if same(q_input, seen["k"][0]):  # of a padded token, the query is padding too
                     real_queries = real_queries & real_keys
         if self.inputs is not None:
-            self.inputs.add({p: sequences(x) for p, (x, _) in self.seen.items()}, self.mask, real_queries, real_keys)
+            self.inputs.add({p: sequences(x) for p, (x, _) in seen.items()}, self.mask, real_queries, real_keys)
         self.seen.clear()
         if self.turning is not None and keys is not None and len(self.turning.cos[0]) == keys.shape[1]:
             self._add_rotated(keys, self.turning)
@@ -215,6 +216,13 @@ class _Tap:
                 own = keys[..., b.k_start : b.k_start + len(b.keys) * b.qk_dim]
                 self._add_keys(self.k[i], own, b.k_start, len(b.keys), real_keys)
         self._add_contexts(contexts, real_queries)
+
+    def _of_these(self, contexts: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What projections read and wrote of the tokens of some contexts: they may run for other tokens too, or for
+        relative positions."""
+        calls, shape = self.seen.get("q", []), contexts.shape[:2]
+        number = next((i for i, (_, q) in enumerate(calls) if sequences(q).shape[:2] == shape), len(calls) - 1)
+        return {p: own[min(number, len(own) - 1)] for p, own in self.seen.items()}
 
     def _add_contexts(self, contexts: Tensor, real: Tensor | None) -> None:
         if self.across_heads:

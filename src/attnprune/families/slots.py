@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,9 @@ class Port:
 
             return self.owner.register_forward_pre_hook(before)
 
-        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+            if isinstance(output, tuple):  # I-BERT's hands on its scale too
+                return (after(module, inputs, output[0]), *output[1:])
             return self._changed(output, lambda own: change(module, inputs, own))
 
         return self.owner.register_forward_hook(after)

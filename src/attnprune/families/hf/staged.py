@@ -128,7 +128,7 @@ class HFStaged(HFAttention):
 
     def _keys_and_values(self, x: Tensor, source: Tensor | None, angles: Any, cache: Any, given: Any) -> Projected:
         """Queries, keys and values, from a cache too."""
-        own, layer = cache, self.__dict__.get("layer_idx")
+        own, layer = cache, given.get("layer_idx", self.__dict__.get("layer_idx"))  # Zamba says where it runs
         paired = cache is not None and hasattr(cache, "cross_attention_cache")
         if paired:
             own = cache.self_attention_cache if source is None else cache.cross_attention_cache
