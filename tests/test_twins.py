@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnprune import AttentionPruner, apply_plan, load_pruned, make_plan, masked, prune_attention, save_pruned
+from attnprune import (
+    AttentionPruner,
+    apply_plan,
+    export_stock,
+    freeze,
+    load_pruned,
+    make_plan,
+    masked,
+    pack_qkv,
+    prune_attention,
+    save_pruned,
+    thaw,
+)  # fmt: skip
 from attnprune.errors import TiedWeightsError
 from attnprune.families import find_views
 from attnprune.families.twins import twins_of
@@ -171,3 +183,39 @@ def test_what_shares_some_parameters_is_refused_where_they_would_lose_others() -
     with pytest.raises(TiedWeightsError, match=r"in_proj_weight"):
         apply_plan(model, plan)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("heads", ["uniform", "ragged"])
+def test_frozen_and_packed(heads: Any) -> None:
+    model, data = make()
+    prune_attention(model, 0.4, heads=heads, scorer="random")
+    with torch.no_grad():
+        expected = model(data[0])
+        pack_qkv(model)
+        assert (model(data[0]) - expected).abs().max() < 1e-12
+        for change in (freeze, thaw):
+            change(model)
+            assert (model(data[0]) - expected).abs().max() < 1e-12
+    assert model.layers[0].self_attn.q_proj.weight is model.layers[2].self_attn.q_proj.weight
+
+
+def test_stock_checkpoints_scale_shared_queries_once(tmp_path: Path) -> None:
+    """Zamba's hybrid layers share one transformer layer."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.ZambaConfig(
+        hidden_size=16, attention_hidden_size=32, num_attention_heads=4, num_key_value_heads=4, attention_head_dim=8,
+        num_hidden_layers=2, layers_block_type=["hybrid", "hybrid"], use_mamba_kernels=False, vocab_size=20,
+        mamba_d_state=4, mamba_expand=2, n_mamba_heads=2, mamba_headdim=16, intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ZambaModel(config).eval()
+    assert len(twins_of(find_views(model))) == 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    prune_attention(model, 0.5, stock=True, scorer="random")
+    expected = model(ids, use_cache=False).last_hidden_state
+    export_stock(model, tmp_path)
+    again = transformers.ZambaModel.from_pretrained(tmp_path).eval()
+    assert (again(ids, use_cache=False).last_hidden_state - expected).abs().max() < 1e-5

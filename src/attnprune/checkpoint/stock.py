@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import NotExpressibleError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, plain
+from ..families.twins import twins_of
 from ..nn import host_class
 from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
@@ -59,7 +60,9 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         if hasattr(module, "config"):
             module.config = config
     with torch.no_grad():
-        for view in all_views(stock):
+        own = all_views(stock)
+        twins = twins_of(own)
+        for view in (view for view in own if view.name not in twins):  # what several share changes once
             gain = view.spec.scale / theirs[view.name].scale
             for key, slot in view.slots.items():
                 if key.startswith("q."):
