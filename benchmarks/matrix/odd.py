@@ -44,6 +44,8 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "tvp": {"backbone_config": {"out_features": ["stage4"]}, "max_img_size": 32, "visual_prompt_size": 8,
             "num_frames": 2},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "seamless_m4t": {"feature_projection_input_dim": 32},
+    "seamless_m4t_v2": {"feature_projection_input_dim": 32},
     "xlm": {"emb_dim": 64, "n_words": 128, "mask_index": 5},
     "flaubert": {"emb_dim": 64, "n_words": 128},
     "xmod": {"default_language": "en_XX"},

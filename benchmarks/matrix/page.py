@@ -240,7 +240,7 @@ def rendered(result: Mapping[str, Any]) -> str:
         "does it again, without a download; ``benchmarks/results/matrix.json`` has every reason in full.", "",
         f"Of {usual:,} families with four projections around a softmax, {complete:,} are pruned completely "
         f"({complete / max(usual, 1):.1%}).", "",
-        *([f"{older} rows are of an earlier state of the code.", ""] if older else []),
+        *([f"{older} rows are of another state of the code.", ""] if older else []),
         summary(attending), "",
         f"A cell is {MARKS[PASSED]} passed, {FAILED} a reason (by its number, below), {MARKS[NOTHING]} without a "
         "meaning for the family, or for its dense model, "
