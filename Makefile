@@ -132,7 +132,7 @@ test-compat:
 TORCH ?= torch
 test-latest:
 	$(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/pip install -q -U --upgrade-strategy eager $(TORCH) -e ".[dev]"
+	.venv-latest/bin/pip install -q -U --upgrade-strategy eager $(TORCH) -e ".[dev,docs]"
 	.venv-latest/bin/pip install -q -U --no-deps timm
 	.venv-latest/bin/pip list
 	.venv-latest/bin/pytest -n $(JOBS) --dist loadgroup
