@@ -64,7 +64,7 @@ def test_equal_models_lose_nothing_and_pruned_ones_do(name: str) -> None:
     loss_fn = teacher_loss(teacher, hidden=2.0)
     before = [(m, m.training, dict(m._forward_hooks)) for one in (teacher, student) for m in one.modules()]
     student.eval()
-    assert abs(float(loss_fn(student, batch).detach())) < 1e-12  # kernels differ where gradients are off
+    assert 0 <= float(loss_fn(student, batch).detach()) < 1e-12  # kernels differ where gradients are off
     student.train()
     assert before == [(m, m.training, dict(m._forward_hooks)) for one in (teacher, student) for m in one.modules()]
     prune_attention(student, 0.5, scorer="random")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from attnprune import apply_plan, calibrate, load_pruned, make_plan, masked, save_pruned, skipped_attention
 from attnprune.families import looks
+from attnprune.families.names import HEADS
 from attnprune.families.registry import Survey, all_views
 
 
@@ -473,12 +474,17 @@ def test_attention_without_one_of_the_four() -> None:
     assert why == {"learned": looks.LEARNED, "pointer": looks.VALUELESS}
 
 
-@pytest.mark.parametrize("heads", ["four", [4], {"all": 4}, nn.Linear(1, 1), torch.zeros(3), None, math.nan])
+@pytest.mark.parametrize("heads", ["four", [4], {"all": 4}, nn.Linear(1, 1), torch.zeros(3), None, math.nan, math.inf])
 def test_attributes_that_are_no_numbers(heads: Any) -> None:
     """Names that usually hold a number of heads, or their dim, may hold anything."""
     model = nn.ModuleDict({"attention": Returning()})
+    attention = model["attention"]
+    attention.__class__ = type("Named", (Returning,), {"num_attention_heads": 4})
+    del attention.__dict__["num_attention_heads"]
+    attention.__dict__[HEADS[-1]] = 4  # its number is found under the last of these names alone
     expected = all_views(model)[0].spec
-    for name in ("num_heads", "n_heads", "head_dim", "scale"):
+    assert expected.heads == 4
+    for name in (*(one for one in HEADS[:-1] if one != "num_attention_heads"), "head_dim", "scale"):
         changed = copy.deepcopy(model)
         changed["attention"].__dict__[name] = heads
         assert [view.spec for view in all_views(changed)] == [expected], name

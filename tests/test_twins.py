@@ -21,8 +21,9 @@ from attnprune import (
     pack_qkv,
     prune_attention,
     save_pruned,
+    score_attention,
     thaw,
-)  # fmt: skip
+)
 from attnprune.errors import TiedWeightsError
 from attnprune.families import find_views
 from attnprune.families.twins import twins_of
@@ -119,7 +120,7 @@ def test_they_lose_the_same_and_stay_one(way: str, tmp_path: Path) -> None:
 
 
 def _zero(attention: Any, layer: Any) -> None:
-    """Rows of Q, K and V and columns of O, of a dense module; the outer side too."""
+    """Rows of Q, K and V and columns of O, of a dense module."""
     dim = WIDTH // HEADS
     with torch.no_grad():
         for head in range(HEADS):
@@ -139,6 +140,8 @@ def test_moments_and_gates_are_those_of_both(amount: Any) -> None:
     with torch.no_grad():  # what runs through the third is larger, and other
         model.layers[1].norm2.weight.normal_(std=5)
     both = make_plan(model, data=data, progress=False, **amount)
+    scores = score_attention(model, data=data, progress=False)
+    assert torch.equal(scores["layers.0.self_attn"].qk, scores["layers.2.self_attn"].qk)
     apart = copy.deepcopy(model)
     for module in apart.layers[2].self_attn.modules():
         own = {key: nn.Parameter(p.detach().clone()) for key, p in module._parameters.items() if p is not None}

@@ -347,6 +347,8 @@ def test_buffers_that_no_file_holds_are_few(tmp_path: Path, monkeypatch: pytest.
     model = transformers.LlamaModel(config)
     model.save_pretrained(tmp_path)
     assert len([*model.buffers()]), "frequencies of the rotary embedding"
+    read = dict(from_pretrained(tmp_path, dtype=torch.float64).named_buffers())
+    assert all(torch.equal(read[name], own) and read[name].dtype == own.dtype for name, own in model.named_buffers())
     monkeypatch.setattr("attnprune.checkpoint.load._ROOM", 8)
     with pytest.raises(CheckpointError, match="buffers of at most 8 bytes"):
         from_pretrained(tmp_path)

@@ -106,8 +106,15 @@ class ConfigEntry:
                 self._set(module, "_weight_conversions", conversions)
 
     def _set(self, module: nn.Module, key: str, value: Any) -> None:
-        before = {key: module.__dict__[key]} if key in module.__dict__ else {}
-        self._undo.append(lambda: (module.__dict__.pop(key, None), module.__dict__.update(before))[1])
+        had, before = key in module.__dict__, module.__dict__.get(key)
+
+        def back() -> None:
+            if had:
+                module.__dict__[key] = before
+            else:
+                module.__dict__.pop(key, None)
+
+        self._undo.append(back)
         module.__dict__[key] = value
 
     def undo(self) -> None:

@@ -93,7 +93,7 @@ def _number(value: Any) -> int | None:
         return None
     try:
         return int(value)
-    except (TypeError, ValueError, RuntimeError):  # a module of that name, several numbers, a word
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a module, several numbers, a word, infinity
         return None
 
 

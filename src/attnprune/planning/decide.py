@@ -190,6 +190,7 @@ def _scores(
         found = dict(chosen.score(model, views, **_learned(evidence)))
         for name, first in twins_of(views).items():  # a channel is gone wherever it runs
             found[first] = found[first].plus(found[name])
+        found |= {name: found[first] for name, first in twins_of(views).items()}
         return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
     chosen, learned = _scorer(method, evidence)
     with in_bases(model, views, bases) if method.rotated else nullcontext():

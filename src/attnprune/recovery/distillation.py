@@ -67,7 +67,8 @@ def _apart(student: Output, teacher: Output, temperature: float, mask: Tensor | 
     if dim is None:
         return _mean((s - t).square().mean(-1) if s.dim() else (s - t).square(), mask)
     s, t = F.log_softmax(s / temperature, dim), F.log_softmax(t / temperature, dim)
-    return _mean(F.kl_div(s, t, reduction="none", log_target=True).sum(dim) * temperature**2, mask)
+    apart = _mean(F.kl_div(s, t, reduction="none", log_target=True).sum(dim) * temperature**2, mask)
+    return apart - apart.detach().clamp_max(0)  # rounding alone makes it negative; gradients are as they were
 
 
 def hidden_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], *, mask: Tensor | None = None) -> Tensor:
