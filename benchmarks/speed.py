@@ -10,6 +10,10 @@ call of the kernel for every head shape and nothing padded (``attnprune.nn.execu
 bfloat16 and float16 on an NVIDIA GPU, eager, compiled, and compiled into CUDA graphs ("graphs"), timed by CUDA events.
 Batches above 1 and compiled models are timed with --few-layers layers, as every layer is alike. Memory is the peak of
 what an eager forward pass allocates, over the dense model's. --out writes speed.json, speed.md and speed.png.
+
+    python benchmarks/speed.py --busy 1 --again 5 --models ast146 ast1214 --batches 1 --layers 3
+
+times beside a process that keeps a core busy, five times over; the table then also has the slowest of the five medians.
 """
 
 from __future__ import annotations
@@ -18,8 +22,12 @@ import argparse
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
@@ -165,9 +173,21 @@ def naive(run: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]
     return separate
 
 
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Processes beside this one, each of which keeps a core busy."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+
+
 def cell(
     setting: Setting, batch: int, mode: str, dtype: torch.dtype, device: str, layers: int, rounds: int,
-    plans: Sequence[str],
+    plans: Sequence[str], busy: int = 0, again: int = 1,
 ) -> Any:  # fmt: skip
     """Ratios of latency and of multiply-adds of every variant."""
     torch.manual_seed(0)
@@ -181,12 +201,17 @@ def cell(
             f"{name}, naive": naive(runs[name]) for name in NAIVE if name in models
         }  # compiled again, as the layout is another one
     with torch._dynamo.config.patch(recompile_limit=len(runs) + 1):  # they may share code
-        times = paired(runs, rounds, warm_up=2 if mode == "eager" else 4)
+        found = []
+        for _ in range(again):
+            with neighbours(busy):
+                found.append(paired(runs, rounds, warm_up=2 if mode == "eager" else 4))
+    ratios = {name: [ratio(times, name, "dense") for times in found] for name in runs}
     memory = {name: peak(model, x) for name, model in models.items()}
     return {
         name: {
-            "latency": ratio(times, name, "dense"),
-            "seconds": sorted(times[name])[len(times[name]) // 2],
+            "latency": median(ratios[name]),
+            "most": max(ratios[name]),
+            "seconds": median(second for times in found for second in times[name]),
             "macs": macs[name.partition(",")[0]] / macs["dense"],
             "memory": memory[name.partition(",")[0]] / memory["dense"],
         }
@@ -207,6 +232,8 @@ def main() -> None:
     parser.add_argument("--few-layers", type=int, help="elsewhere (default: 3 on a CPU, 12 on a GPU)")
     parser.add_argument("--rounds", type=int, default=0, help="0: by the size of the input")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", type=int, default=0, help="processes beside it that keep a core busy (0)")
+    parser.add_argument("--again", type=int, default=1, help="how often all rounds are run (1)")
     parser.add_argument("--json", type=Path, help="write every figure there, beside those of other settings")
     parser.add_argument("--plot", type=Path, help="draw a picture there")
     parser.add_argument("--out", type=Path, help="a directory for speed.json, speed.md and speed.png")
@@ -243,7 +270,7 @@ def main() -> None:
 
 
 def _key(one: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(one.get(name, "cpu") for name in ("model", "batch", "mode", "dtype", "device"))
+    return tuple(one.get(name, 0) for name in ("model", "batch", "mode", "dtype", "device", "busy"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -261,8 +288,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     few = 25 if batch * setting.tokens < 1000 else 9
                     rounds = args.rounds or (50 if args.device == "cuda" else few)
                     key = {"model": model, "tokens": setting.tokens, "batch": batch, "mode": mode, "layers": layers,
-                           "dtype": dtype, "device": args.device}  # fmt: skip
-                    ratios = cell(setting, batch, mode, getattr(torch, dtype), args.device, layers, rounds, args.plans)
+                           "dtype": dtype, "device": args.device, "busy": args.busy}  # fmt: skip
+                    ratios = cell(
+                        setting, batch, mode, getattr(torch, dtype), args.device, layers, rounds, args.plans,
+                        args.busy, args.again,
+                    )  # fmt: skip
                     cells.append({**key, "variants": ratios})
                     print(markdown({"cells": cells[-1:]}), flush=True)
     return {"environment": env, "cells": cells}
@@ -280,7 +310,10 @@ def markdown(found: dict[str, Any]) -> str:
             found_limit = limit(one, name, value["macs"])
             said = "" if found_limit is None else verdict(value["latency"], round(found_limit, 3))
             quotient = f"{value['latency'] / value['macs']:.3f}"
-            rows.append([*map(str, how), f"{value['latency']:.3f}", f"{value['macs']:.3f}", quotient, said, memory])
+            latency = f"{value['latency']:.3f}"
+            if value.get("most", 0) > value["latency"]:
+                latency += f" (at most {value['most']:.3f})"
+            rows.append([*map(str, how), latency, f"{value['macs']:.3f}", quotient, said, memory])
     header = [
         "model",
         "tokens",

@@ -132,13 +132,14 @@ def head_by_head(
     batch=st.integers(1, 3), queries=st.integers(1, 7), keys=st.integers(1, 7), alike=st.integers(1, 3),
     whole=st.sampled_from([0, 20, 60, 1 << 60]), each=st.booleans(),
     piece=st.sampled_from([1, 9, 25, 70, 1 << 20]), mask=st.sampled_from(["none", "bool", "additive", "causal"]),
-    single=st.booleans(),
+    single=st.booleans(), threads=st.sampled_from([1, 2, 3]),
 )  # fmt: skip
 def test_products(
     seed: int, dims: list[tuple[int, int]], batch: int, queries: int, keys: int, alike: int, whole: int, each: bool,
-    piece: int, mask: str, single: bool,
+    piece: int, mask: str, single: bool, threads: int,
 ) -> None:  # fmt: skip
-    """Whole or in pieces of any size: what the fused kernel gives, with queries that may attend to nothing."""
+    """Whole, in pieces of any size, or shared by threads: what the fused kernel gives, with queries that may attend to
+    nothing."""
     g = torch.Generator().manual_seed(seed)
     layout = HeadLayout(*map(tuple, zip(*dims * alike, strict=True)))
     q, k, v = (
@@ -160,6 +161,9 @@ def test_products(
         patch.setattr(products, "WHOLE", whole)
         patch.setattr(products, "PIECE", piece)
         patch.setattr(products, "CAUSAL", 3)
+        patch.setattr(products, "OWN", piece)
+        patch.setattr(products, "MANY", 0)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         found = products.products(q, k, v, layout, Plain(0.3, given, causal, of))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -299,11 +303,17 @@ def test_places_found_in_inference_mode_serve_training() -> None:
     assert [one.device.type for one in found] == ["meta", "meta"]
 
 
-def test_buffers_are_no_larger_than_what_is_worked_on() -> None:
-    assert products._size(8, 512, 512) == products.WHOLE, "four heads at a time"
-    assert products._size(2, 1024, 700) == 1024 * 700, "one"
-    assert products._size(12, 4096, 4096) == products.PIECE, "a run of its queries"
-    assert products._size(1, 3, products.PIECE + 1) == products.PIECE + 1, "one query"
+def test_pieces_are_no_larger_than_what_is_worked_on() -> None:
+    assert products.cut(8, 512, 512, False) == (8, 512), "all heads"
+    assert products.cut(12, 1214, 1214, False) == (6, 405), "some heads, a run of their queries"
+    assert products.cut(12, 4096, 4096, False) == (2, 512)
+    assert products.cut(1, 3, products.PIECE + 1, False) == (1, 1), "one query"
+    assert products.cut(12, 1024, 1024, True)[1] == products.CAUSAL
+    assert products._run(1214, 1214, products.OWN, False) == 607
+    assert products._run(1024, 512, products.OWN, True) == products.CAUSAL
+    for heads, queries, keys in ((8, 512, 512), (12, 1214, 1214), (12, 4096, 4096)):
+        together, run = products.cut(heads, queries, keys, False)
+        assert together * run * keys <= products.PIECE
 
 
 def on(device: str, dtype: torch.dtype, batch: int, tokens: int) -> Any:

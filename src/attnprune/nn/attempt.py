@@ -23,7 +23,8 @@ _TURN: dict[str, int] = {}
 """Which thread's call is at work; one at a time, as random state and several settings of PyTorch are the process's."""
 _RUNNING = threading.local()
 """Of every thread, the innermost attempt."""
-os.register_at_fork(after_in_child=_TURN.clear)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_TURN.clear)
 MACHINE = MemoryError, OSError, torch.cuda.OutOfMemoryError
 """What fails for reasons of the machine, and so says nothing about a model that was tried: it is passed on."""
 PATIENCE = 60.0

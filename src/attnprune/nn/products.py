@@ -1,13 +1,13 @@
 """Attention by plain matrix products, every head at its own dims.
 
 On a CPU a fused kernel wants equal qk and vo dims, and what it pads for ragged or decoupled heads costs more than what
-it saves. Plain products take any dims. Where the scores of all heads fit a cache, they are made at once; else a head,
-and a run of its queries, at a time in one buffer that stays there.
+it saves. Plain products take any dims. Where the scores of all heads fit a cache, they are made at once; else those of
+some heads, and a run of their queries, at a time in one buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,16 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.layout import KINDS, Bucket, HeadLayout
+from .crew import shared
 from .policy import autocasts, forced
 
 WHOLE = 1 << 20
 """Scores (batch x heads x queries x keys) up to which several heads are one batched product."""
 PIECE = 1 << 22
-"""Scores of one head that are worked on at a time: 16 MB in float32."""
+"""Scores that are worked on at a time: 16 MB in float32."""
+OWN = 1 << 20
+"""Scores that a thread works on at a time where each has a head of its own."""
+MANY = 1 << 23
+"""Scores of all heads from which on that is so: for fewer, waking the threads costs more than it saves."""
+RUN = 512
+"""Queries of several heads that are worked on at a time, at least."""
 EQUAL = 1 << 18
 """Scores up to which products also beat a fused kernel on equal dims."""
 THREADS = 8
-"""Threads up to which a head at a time keeps them busy."""
+"""Threads up to which heads keep them busy."""
 CAUSAL = 256
 """Queries of a piece under a causal mask: keys after the last of them are left out."""
 
@@ -123,21 +130,22 @@ def products(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, plain: Plain) 
     qk, vo = ([bucket.width(kind) for bucket in buckets] for kind in KINDS)
     qs, ks, vs = q.split_with_sizes(qk, -1), k.split_with_sizes(qk, -1), v.split_with_sizes(vo, -1)
     context = q.new_empty(*q.shape[:2], v.shape[-1]) if pieces else None
-    buffer = q.new_empty(_size(most, q.shape[1], k.shape[1])) if pieces else None
-    contexts = []
+    contexts, parts, zeroed = [], [], []
     for bucket, q, k, v in zip(buckets, qs, ks, vs, strict=True):
         rows = None if mask is None else plain.rows(mask, bucket)
         gone = None if dead is None else plain.rows(dead, bucket)
-        if context is None or buffer is None:
+        if context is None:
             contexts.append(_whole(q, k, v, len(bucket.heads), plain.scale, rows, gone, plain.causal, in_place))
         else:
             out = _split(context[..., bucket.vo_start : bucket.vo_stop], len(bucket.heads))
-            _pieces(q * plain.scale, k, v, rows, plain.causal, buffer, out)
-            if gone is not None:
-                out.masked_fill_(gone, 0)
-    if context is not None:
-        return context
-    return torch.cat(contexts, dim=-1)
+            parts.append(_part(q * plain.scale, k, v, rows, plain.causal, out))
+            zeroed += [] if gone is None else [(out, gone)]
+    if context is None:
+        return torch.cat(contexts, dim=-1)
+    _fill(parts)
+    for out, gone in zeroed:
+        out.masked_fill_(gone, 0)
+    return context
 
 
 def _mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -196,43 +204,107 @@ def _flat(x: Tensor, batch: int, heads: int) -> Tensor:
     return _split(x, heads).flatten(0, 1)
 
 
-def _together(heads: int, queries: int, keys: int) -> int:
-    """How many whole heads are worked on at a time; 1 also where a head is cut into runs of queries."""
-    return max(1, min(heads, WHOLE // (queries * keys)))
+class Part(NamedTuple):
+    """Heads of the same dims, whose context is filled piece by piece."""
+
+    q: Tensor
+    """``(batch, heads, queries, qk_dim)``, scaled."""
+    k: Tensor
+    """``(batch, heads, qk_dim, keys)``."""
+    v: Tensor
+    """``(batch, heads, keys, dim)``, no narrower than the context."""
+    mask: Tensor | None
+    """``(batch, heads, queries, keys)``."""
+    later: Tensor | None
+    """``(queries, keys)`` bool, under a causal mask."""
+    context: Tensor
+    """``(batch, heads, queries, vo_dim)``, to be filled."""
 
 
-def _size(heads: int, queries: int, keys: int) -> int:
-    """Scores that a buffer needs room for: of all of these heads, or of a piece, or of one query each."""
-    together = _together(heads, queries, keys)
-    return max(min(PIECE, together * queries * keys), together * keys)
+class Piece(NamedTuple):
+    """A run of the queries of some heads."""
+
+    part: Part
+    item: int
+    first: int
+    heads: int
+    start: int
+    stop: int
 
 
-def _pieces(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, buffer: Tensor, context: Tensor
-) -> None:
-    """Fills ``context`` ``(batch, heads, queries, dim)``: a run of a head's queries at a time, or a few whole heads."""
-    heads, dim, queries, keys = context.shape[1], context.shape[3], q.shape[1], k.shape[1]
-    together = _together(heads, queries, keys)
-    run = min(queries, max(1, PIECE // (together * keys)), CAUSAL if causal else queries)
+def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, context: Tensor) -> Part:
+    heads, dim = context.shape[1], context.shape[3]
     later = _later(q, k) if causal else None
-    q, k = _split(q, heads), _split(k, heads).mT
-    v = F.pad(_split(v, heads), (0, -dim % 8))  # products of other widths are slow
-    mask = None if mask is None else mask.expand(len(q), heads, queries, keys)
-    product = torch.bmm if together > 1 else torch.mm
-    for item in range(len(q)):
+    mask = None if mask is None else mask.expand(len(q), heads, q.shape[1], k.shape[1])
+    q, k, v = _split(q, heads), _split(k, heads).mT, _split(v, heads)
+    return Part(q, k, F.pad(v, (0, -dim % 8)) if dim % 8 else v, mask, later, context)  # other widths are slow
+
+
+def cut(heads: int, queries: int, keys: int, causal: bool) -> tuple[int, int]:
+    """How many heads all threads work on at a time, and how many of their queries: few pieces, of like size.
+
+    >>> cut(12, 1214, 1214, causal=False)
+    (6, 405)
+    """
+    run = min(queries, CAUSAL if causal else RUN)
+    together = _like(heads, max(1, min(heads, PIECE // (run * keys))))
+    return together, _run(queries, keys, PIECE // together, causal)
+
+
+def _run(queries: int, keys: int, scores: int, causal: bool) -> int:
+    """How many queries of a head are worked on at a time, in parts of like size."""
+    longest = max(1, scores // keys)
+    return _like(queries, min(longest, CAUSAL) if causal else longest)
+
+
+def _like(whole: int, most: int) -> int:
+    """The size of parts of like size, none above a limit."""
+    return -(-whole // -(-whole // most))
+
+
+def _fill(parts: Sequence[Part]) -> None:
+    """Fills the contexts: each thread heads of its own where that can be, else all threads one piece at a time."""
+    queries, keys = parts[0].q.shape[2], parts[0].v.shape[2]
+    causal, threads = parts[0].later is not None, torch.get_num_threads()
+    run = _run(queries, keys, OWN, causal)
+    if threads > 1 and sum(part.q.shape[:2].numel() for part in parts) * queries * keys >= MANY:
+        widest = sorted(parts, key=lambda part: -part.q.shape[3] - part.v.shape[3])
+        pieces = [piece for part in widest for piece in _pieces(part, 1, run)]
+        buffers = parts[0].q.new_empty(threads, run * keys)
+        if shared(pieces, lambda piece, place: _work(piece, buffers[place]), threads):
+            return
+    cuts = [(1, run) if threads == 1 else cut(part.q.shape[1], queries, keys, causal) for part in parts]
+    buffer = parts[0].q.new_empty(max([together * run for together, run in cuts]) * keys)
+    for part, (together, run) in zip(parts, cuts, strict=True):
+        for piece in _pieces(part, together, run):
+            _work(piece, buffer)
+
+
+def _pieces(part: Part, together: int, run: int) -> Iterator[Piece]:
+    batch, heads, queries, _ = part.q.shape
+    for item in range(batch):
         for first in range(0, heads, together):
-            some = (item, slice(first, first + together) if together > 1 else first)
             for start in range(0, queries, run):
-                stop = min(start + run, queries)
-                last = min(stop, keys) if causal else keys
-                left, right = q[some][..., start:stop, :], k[some][..., :last]
-                shape = torch.Size((*left.shape[:-1], last))
-                scores = buffer[: shape.numel()].view(shape)
-                product(left, right, out=scores)
-                rows = None if mask is None else mask[some][..., start:stop, :]
-                _hide(scores, rows, None if later is None else later[start:stop, :last])
-                torch.softmax(scores, -1, out=scores)
-                context[some][..., start:stop, :] = product(scores, v[some][..., :last, :])[..., :dim]
+                yield Piece(part, item, first, min(together, heads - first), start, min(start + run, queries))
+
+
+def _work(piece: Piece, buffer: Tensor) -> None:
+    """Fills the context of a piece; its scores lie in the buffer."""
+    part, item, first, heads, start, stop = piece
+    some = (item, first if heads == 1 else slice(first, first + heads))
+    product, dim, keys = torch.mm if heads == 1 else torch.bmm, part.context.shape[3], part.v.shape[2]
+    last = keys if part.later is None else min(stop, keys)
+    left, right, values = part.q[some][..., start:stop, :], part.k[some][..., :last], part.v[some][..., :last, :]
+    shape = torch.Size((*left.shape[:-1], last))
+    scores, out = buffer[: shape.numel()].view(shape), part.context[some][..., start:stop, :]
+    product(left, right, out=scores)
+    rows = None if part.mask is None else part.mask[some][..., start:stop, :last]
+    _hide(scores, rows, None if part.later is None else part.later[start:stop, :last])
+    torch.softmax(scores, -1, out=scores)
+    if heads == 1 and dim % 8 == 0:
+        torch.mm(scores, values, out=out)
+    else:
+        out.copy_(product(scores, values)[..., :dim])
 
 
 def _later(q: Tensor, k: Tensor) -> Tensor:
