@@ -114,7 +114,7 @@ def test_a_pruner_approaches_an_amount() -> None:
     while not pruner.done:
         pruner.step()
     assert pruner.report.model_parameters[1] <= 3500
-    with pytest.raises(errors.OptionError, match="target_latency: expected a latency table beside it"):
+    with pytest.raises(errors.OptionError, match="target_latency: expected a latency table, for runs"):
         AttentionPruner(encoder(), target_latency="20ms", example_inputs=X)
     timed = AttentionPruner(encoder(), target_latency="32ms", latency=table(), scorer="magnitude", steps=1)
     assert timed.budget is not None

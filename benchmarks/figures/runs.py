@@ -67,7 +67,8 @@ ELSEWHERE = {
     "quality": "hours; makes its own pictures",
     **dict.fromkeys(
         ("demo_latency", "frozen", "latency_budget", "pruning_cost", "scoring_cost", "closed_form_cost", "large_llama",
-         "scoring_memory", "speed", "speed_compiled", "speed_encoder_again", "speed_four_ratios", "ragged_by_width"),
+         "scoring_memory", "speed", "speed_busy", "speed_compiled", "speed_encoder_again", "speed_four_ratios",
+         "ragged_by_width"),
         "times or memory: a machine that does nothing else",
     ),
     **dict.fromkeys(("speed_h200", "speed_graphs_h200", "paper_table_h200"), "a GPU"),
@@ -79,6 +80,8 @@ COMMANDS = {
     "quality": "benchmarks/quality.py keywords llama minilm whisper",
     "paper_table_h200": "benchmarks/paper_table.py --device cuda --jobs 14 --seeds 0",
     "speed": "benchmarks/speed.py --json FILE",
+    "speed_busy": "benchmarks/speed.py --busy 1 --again 5 --batches 1 --layers 3 --models ast146 --rounds 60 "
+    "--json FILE, and the same with --models ast1214 and without --rounds",
     "speed_compiled": "benchmarks/speed.py --modes compiled --json FILE",
     "speed_h200": "benchmarks/speed.py --device cuda --models ast1214 --dtypes bfloat16 --modes eager --threads 8 "
     "--rounds 30",

@@ -21,6 +21,7 @@ NAIVE = ("decoupled, naive", "ragged, naive")
 def timings(results: Results) -> Iterator[Quote]:
     """All of them."""
     yield from speed(results)
+    yield from busy(results)
     yield from frozen(results)
     yield from budgets(results)
     yield from pruning(results)
@@ -75,6 +76,17 @@ def speed(results: Results) -> Iterator[Quote]:
         "take {} of dense at 146 tokens and {} at 1,214, batch 1, on 2 cores; equal ratios {} and {}",
         *(f"{four[plan][at]:.2f}".removeprefix("0") for plan in ("four", "uniform") for at in ("ast146", "ast1214")),
     )  # fmt: skip
+
+
+def busy(results: Results) -> Iterator[Quote]:
+    """Latency over dense beside a busy neighbour: the median of five runs, and the most."""
+    at = {one["model"]: one["variants"] for one in results["speed_busy"]["cells"]}
+    for model, first in (("ast146", "* - AST-base, 146"), ("ast1214", "* - AST-base, 1,214")):
+        own = at[model]
+        figures = [f"{own['uniform']['macs']:.3f}"]
+        for plan in (*PLANS, *NAIVE):
+            figures += [f"{own[plan]['latency']:.3f}", f"{own[plan]['most']:.3f}"]
+        yield Quote(f"{first} - {{}}" + " - {} ({})" * 4 + " - {} ({}), {} ({})", *figures)
 
 
 def _row(first: str, variants: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:

@@ -126,6 +126,7 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
     """:func:`plan_for`, with what it passes over and inputs to run the model on."""
     from .planning.costs import fitted  # what only planning needs is loaded when there is something to plan
     from .planning.decide import decide
+    from .planning.faster import by_time, check_time
 
     model, rules, evidence = plain(model), request.rules, request.evidence
     sample = Sample(evidence.example_inputs, evidence.data, evidence.loss_fn, evidence.output_fn)
@@ -143,9 +144,10 @@ def decided_by(model: nn.Module, request: Request) -> Decided:
             from .checkpoint.stock import check_possible, check_stock
 
             check_possible(model, views, rules.granularity)
-        asked = replace(request, evidence=replace(evidence, data=sample.data))
+        asked = by_time(model, views, replace(request, evidence=replace(evidence, data=sample.data)))
         plan = decide(model, views, *fitted(asked, model, views))
         check_expressible(views, plan)
+        check_time(model, views, plan, request)
         warn_of_time(plan, evidence.latency)
         if rules.stock:
             check_stock(model, plan.after)
@@ -336,9 +338,9 @@ def prune_attention(
             or ``data``. It takes two forward passes over at most 4 samples of the data.
         strict: whether attention that cannot be pruned is an error; else it is in ``report.skipped``, and a warning.
         preset: options that go well together; an option given beside it goes before. ``"accurate"`` (with data, qk and
-            vo, layers and heads share one budget), ``"fast"`` (dims that this device's kernels like), ``"stock"``
-            (plain transformers can load it), or one of the paper's eight: ``"paper:PH-G-FI"``, ``"paper:EH-L-MAG"``
-            and so on, with channels as they stand and no refit.
+            vo, layers and heads share one budget), ``"fast"`` (what this device's kernels like; with ``example_inputs``
+            channels or heads, by measurement), ``"stock"`` (plain transformers can load it), or one of the paper's
+            eight, with channels as they stand and no refit: ``"paper:PH-G-FI"``, ``"paper:EH-L-MAG"`` and so on.
         rules: a :class:`Rules`, or a mapping of its fields, in place of options of these names.
         method: a :class:`attnprune.Method`, or a mapping of its fields, in place of options of these names.
         options: of :class:`attnprune.Options`, which says what each means: ``granularity``, ``scope``, ``heads``,

@@ -234,9 +234,10 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Deci
     options: dict[str, Any] = {
         name: getattr(args, name, None) for name in ("preset", "include", "exclude", *OPTION_NAMES)
     }
+    timed = args.preset == "fast" or args.granularity == "auto"
     options |= {
         "compensate": {"yes": True, "no": False}.get(args.compensate, args.compensate),
-        "example_inputs": given if args.target_latency or args.target_macs else None,
+        "example_inputs": given if args.target_latency or args.target_macs or timed else None,
         "progress": not args.quiet,
         "data": data,
     }

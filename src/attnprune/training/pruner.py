@@ -71,9 +71,8 @@ class AttentionPruner:
             the share of what the whole model cost in the beginning that is left, or how much may be left. Latency is
             measured once, when the pruner is made, unless ``latency`` gives a table.
         schedule: ``"geometric"`` removes the same fraction of what is left every time (the paper's rounds),
-            ``"linear"`` the same number of weights, ``"cubic"`` most of them early (Zhu and Gupta 2017,
-            arXiv 1710.01878), ``"one-shot"`` all at the first step; or a function from the fraction of steps done,
-            in (0, 1], to the fraction of the ratios that is gone by then.
+            ``"linear"`` the same number of weights, ``"cubic"`` most of them early (Zhu and Gupta, arXiv 1710.01878),
+            ``"one-shot"`` all at once; or a function from the share of steps done to that of the ratios then gone.
         steps: number of calls of :meth:`step`, 1 for ``"one-shot"``.
         data: as in :func:`attnprune.prune_attention`; every step plans by them. Without,
             ``scorer="taylor"``, ``"fisher"`` or ``"auto"`` (Fisher) need the gradients that :meth:`observe` saw.
@@ -111,18 +110,19 @@ class AttentionPruner:
         known = faults.known("AttentionPruner", options, PrunerOptions.__optional_keys__)
         request = faults.attempt(
             Request.parse, qkvo_ratios, data=data, include=include, exclude=exclude, example_inputs=example_inputs,
-            verify=verify, strict=strict, preset=preset, rules=rules, method=method, **known,
+            verify=verify, strict=strict, preset=preset, rules=rules, method=method, measure=False, **known,
         )  # fmt: skip
+        if request is not None and request.rules.granularity == "auto":
+            faults.add(OptionError("granularity", "what is the same where a run is resumed", '"auto"', 'try "channel"'))
         if request is not None and _timed(request.amount) and request.evidence.latency is None:
             remedy = "pass latency= with what attnprune.latency.measure gave, or a share"
-            expected = "a latency table beside it, so that a run that is resumed has the same budget"
-            faults.add(OptionError("target_latency", expected, "none", remedy))
+            faults.add(OptionError("target_latency", "a latency table, for runs to be resumed", "none", remedy))
         faults.throw()
         assert request is not None
         # gradients under DDP are averaged already; after a step, wrap the module anew (attnprune.rewrap)
         inner = plain(model)
         self.model = plain(inner.module) if type(inner).__name__ == "DistributedDataParallel" else inner  # type: ignore[arg-type]
-        self.request, self.schedule = request, schedule
+        self.request, self.schedule = replace(request, measure="auto"), schedule
         self.steps = 1 if schedule == "one-shot" else steps
         self.steps_done = 0
         views = self._views()
@@ -133,7 +133,7 @@ class AttentionPruner:
         self._cost = 0.0
         if request.rules.round_to == "auto":  # what is left later would be rounded finer
             step = auto_rounding(views, request.rules.granularity)
-            self.request = replace(request, rules=replace(request.rules, round_to=step))
+            self.request = replace(self.request, rules=replace(request.rules, round_to=step))
         self._gone(0.0, 1)  # a schedule that gives nonsense says so now
         if isinstance(request.amount, (Budget, Ceiling)):
             self._cost = self._measure_cost(request.amount, views)

@@ -79,7 +79,9 @@ class PrunerOptions(_Scoring, total=False):
 
     granularity: Granularity
     """``"channel"`` (the default) removes channels inside heads (the paper's PH), ``"head"`` whole heads (EH),
-    ``"joint"`` lets heads and channels compete by score per weight."""
+    ``"joint"`` lets heads and channels compete by score per weight. ``"auto"`` measures over ``example_inputs`` which
+    of the first two is faster here, and raises where the plan is slower than the dense model (not for
+    :class:`attnprune.AttentionPruner`, as a run that is resumed may be on another machine)."""
     scope: Scope
     """``"global"`` (the default) lets layers compete, ``"local"`` removes the same fraction in every layer."""
     heads: Heads

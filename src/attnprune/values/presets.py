@@ -33,6 +33,13 @@ def _may_be_ragged(given: Given) -> bool:
     return _may_share(given) and given.get("target_latency") is None
 
 
+def _may_be_timed(given: Given) -> bool:
+    """Whether it can be measured if channels or whole heads make this model faster here."""
+    free = given.get("stock") is not True and given.get("split") not in ("all", "measured")
+    timed = given.get("example_inputs") is not None and given.get("measure") is not False
+    return free and timed and given.get("target_error") is None
+
+
 def _alike(given: Given) -> bool:
     """Whether as many qk as vo channels can be asked for: one ratio for both, or a budget that both share."""
     ratios = given.get("qkvo_ratios")
@@ -52,7 +59,11 @@ def _paper(granularity: str, scope: str, scorer: str) -> tuple[Part, ...]:
 
 PRESETS: Mapping[str, tuple[Part, ...]] = {
     "accurate": (Part({"split": "auto"}, _may_share), Part({"heads": "ragged"}, _may_be_ragged)),
-    "fast": (Part({"round_to": "auto", "heads": "uniform"}), Part({"match_dims": True}, _alike)),
+    "fast": (
+        Part({"round_to": "auto", "heads": "uniform"}),
+        Part({"match_dims": True}, _alike),
+        Part({"granularity": "auto"}, _may_be_timed),
+    ),
     "stock": (Part({"stock": True}),),
     **{
         f"paper:{scheme}-{threshold}-{score}": _paper(granularity, scope, scorer)
@@ -61,8 +72,9 @@ PRESETS: Mapping[str, tuple[Part, ...]] = {
         for score, scorer in (("FI", "fisher"), ("MAG", "magnitude-l1"))
     },
 }
-"""``"accurate"`` loses least, ``"fast"`` keeps dims that this device's kernels like, ``"stock"`` gives what plain
-transformers loads, and the paper's eight ways: scheme, threshold, score."""
+"""``"accurate"`` loses least, ``"fast"`` keeps dims that this device's kernels like, and measures whether channels or
+heads are to go, ``"stock"`` gives what plain transformers loads; and the paper's eight ways: scheme, threshold,
+score."""
 
 
 def preset_options(preset: object, given: Given) -> dict[str, Any]:

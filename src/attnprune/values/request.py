@@ -115,7 +115,7 @@ class Request:
             **_fields_of("method", Method, method, flat, faults),
             **flat,
         }
-        ways = {"qkvo_ratios": qkvo_ratios, "data": data}
+        ways = {"qkvo_ratios": qkvo_ratios, "data": data, "example_inputs": example_inputs}
         meant = {**(faults.attempt(preset_options, preset, {**ways, **given}) or {}), **given}
         rule_values, method_values = ({key: meant[key] for key in names if key in meant} for names in (_RULES, _METHOD))
         parsed_rules = faults.attempt(Rules, **rule_values)
@@ -240,6 +240,9 @@ def _check_needs(
         expected = "example_inputs to measure with, or a latency table"
         remedy = "pass example_inputs=, or latency= with what attnprune.latency.measure gave"
         faults.add(OptionError("target_latency", expected, "neither", remedy))
+    if rules is not None and rules.granularity == "auto" and no_inputs:
+        remedy = 'pass example_inputs=, or write granularity="channel"'
+        faults.add(OptionError('granularity="auto"', "example_inputs to measure with", "none", remedy))
     if meant.get("measure") is True and no_inputs:
         faults.add(no_inputs_to_run())
     if meant.get("recover") is not None and evidence.data is None:

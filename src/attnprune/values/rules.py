@@ -9,14 +9,14 @@ from typing import Literal
 from ..errors import OptionError
 from .faults import Faults
 
-Granularity = Literal["head", "channel", "joint"]
+Granularity = Literal["head", "channel", "joint", "auto"]
 Scope = Literal["local", "global"]
 Heads = Literal["uniform", "ragged"]
 Split = Literal["fixed", "auto", "all", "measured"]
 RoundTo = int | Literal["auto"]
 Rounding = Literal["nearest", "up", "down"]
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "granularity": ("head", "channel", "joint"),
+    "granularity": ("head", "channel", "joint", "auto"),
     "scope": ("local", "global"),
     "heads": ("uniform", "ragged"),
     "split": ("fixed", "auto", "all", "measured"),
@@ -80,7 +80,7 @@ class Rules:
     def _imply(self, faults: Faults) -> None:
         """Sets what ``stock`` implies, and refuses what contradicts it."""
         others = {
-            "granularity": (self.granularity != "joint", '"channel" or "head"'),
+            "granularity": (self.granularity in ("channel", "head"), '"channel" or "head"'),
             "heads": (self.heads == "uniform", '"uniform"'),
             "split": (self.split == "fixed", '"fixed"'),
         }

@@ -22,7 +22,7 @@ from ...values.choices import Choices
 from ...values.layer_plan import Channels, LayerPlan, make_layer
 from ...values.layout import Kind
 from ...values.plan import Plan
-from ...values.rules import OPTIONS, Granularity, check_rounding
+from ...values.rules import Granularity, check_rounding
 from ...values.spec import AttentionSpec
 from ..rounding import auto_rounding
 from .cache import fingerprint, read_cache, write_cache
@@ -72,7 +72,7 @@ def measure(
     >>> table.grid("self_attn").qk, table.layers
     ((4, 8, 12, 16), (('self_attn', 0),))
     """
-    if granularity not in OPTIONS["granularity"]:
+    if granularity not in LEVELS:
         raise OptionError("granularity", "head, channel or joint", repr(granularity), "pick one of them")
     check_rounding(round_to)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
