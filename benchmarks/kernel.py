@@ -5,7 +5,9 @@
 
 *checks*: random heads, masks, strides and dtypes against float64, in outputs that were poisoned, for ``--seconds``; the
 error allowed is twice that of PyTorch's own operations in the same dtype. *table*: microseconds of a call, medians of
-paired rounds by CUDA events, for each of PyTorch's backends that takes the shape and for ours. *models*: AST-base in
+paired rounds by CUDA events, for each of PyTorch's backends that takes the shape, flex attention (compiled) and ours,
+beside the least that the hardware allows: exponentials at the rate of its unit, products at the peak that a large
+product reaches. *models*: AST-base in
 bfloat16 (12 layers, 1,214 tokens at batch 32 and 1, 146 tokens at batch 32), half of the attention removed as in
 ``speed.py`` (dims in multiples of 8), over dense: as pruned, frozen, and frozen by our kernel. Every part prints as
 soon as it is done, so that a run that is cut short leaves what it had.
@@ -105,6 +107,46 @@ def packed(batch: int, heads: int, tokens: int, qk: int, vo: int, device: str) -
     return q, k, v
 
 
+EXPONENTIALS = 16
+"""That a multiprocessor of Volta to Hopper makes in a cycle (CUDA C++ programming guide, arithmetic instructions)."""
+
+
+def peak() -> float:
+    """Multiply-adds a second of a large product in bfloat16."""
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    times = paired({"product": repeated(lambda: x @ x)}, 5, 2, torch.device("cuda"))
+    return 10 * 8192**3 / median(times, "product")
+
+
+def least(shape: tuple[int, ...], multiply_adds: float, exponentials: float) -> float:
+    """Seconds that a call takes at least: its exponentials or its products, at these rates a second.
+
+    >>> least((1, 2, 1000, 64, 64), multiply_adds=256e6, exponentials=1e6)
+    2.0
+    """
+    batch, heads, tokens, qk, vo = shape
+    pairs = batch * heads * tokens**2
+    return max(pairs / exponentials, pairs * (qk + vo) / multiply_adds)
+
+
+def exponential_rate() -> float:
+    """Exponentials a second of the whole device, at the clock that it may reach."""
+    found = torch.cuda.get_device_properties(0)
+    return EXPONENTIALS * found.multi_processor_count * 1e3 * float(getattr(found, "clock_rate", 1_755_000))
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any] | None:
+    """Flex attention, compiled; None where it does not take the shape."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    call = partial(torch.compile(flex_attention, dynamic=False), q, k, v, scale=0.3)
+    try:
+        call()
+    except (RuntimeError, ValueError, NotImplementedError):
+        return None
+    return call
+
+
 def apart(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -127,6 +169,8 @@ def calls(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
         except RuntimeError:
             continue
         found[name] = theirs
+    if (compiled := flex(*split)) is not None:
+        found["flex"] = compiled
     found["ours"] = lambda: heads_attention(q, k, v, layout, scale=0.3)
     return found
 
@@ -141,12 +185,15 @@ def repeated(run: Callable[[], Any], times: int = 10) -> Callable[[], Any]:
 
 def kernel_table(rounds: int) -> tuple[str, Any]:
     """Microseconds of a call."""
-    header, rows, result = ["batch x heads x tokens, qk x vo", *BACKENDS, "ours", "over cuDNN", "limit"], [], {}
+    names = (*BACKENDS, "flex", "ours")
+    header = ["batch x heads x tokens, qk x vo", *names, "hardware", "over cuDNN", "limit"]
+    rows, result, rates = [], {}, (peak(), exponential_rate())
     for shape in SHAPES:
         runs = calls(shape)
         with torch.no_grad():
             times = paired({name: repeated(run) for name, run in runs.items()}, rounds, 3, torch.device("cuda"))
-        cells = [f"{1e5 * median(times, name):.0f}" if name in times else "" for name in (*BACKENDS, "ours")]
+        cells = [f"{1e5 * median(times, name):.0f}" if name in times else "" for name in names]
+        cells.append(f"{1e6 * least(shape, *rates):.0f}")
         share = ratio(times, "ours", "cuDNN") if "cuDNN" in times else float("nan")
         limit = LIMITS.get(shape[3:]) if shape[:3] == SHAPES[0][:3] else None
         batch, heads, tokens, qk, vo = shape
