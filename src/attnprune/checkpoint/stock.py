@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import NotExpressibleError, OptionError
 from ..families.base import AttentionView
 from ..families.registry import all_views, plain
-from ..families.twins import twins_of
+from ..families.tied import tied_to
 from ..nn import host_class
 from ..nn.attempt import MACHINE
 from ..nn.kept import ordinary
@@ -61,8 +61,8 @@ def export_stock(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             module.config = config
     with torch.no_grad():
         own = all_views(stock)
-        twins = twins_of(own)
-        for view in (view for view in own if view.name not in twins):  # what several share changes once
+        tied = tied_to(own)
+        for view in (view for view in own if view.name not in tied):  # what several share changes once
             gain = view.spec.scale / theirs[view.name].scale
             for key, slot in view.slots.items():
                 if key.startswith("q."):

@@ -40,13 +40,13 @@ class Costs:
     table: LatencyTable | None = None
     limit: Limit | None = None
     """What was asked for, in its own words; None: the budget itself."""
-    twins: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
     """Attention that loses what another one loses, as it has the same projections; prices are of both."""
 
     def _share(self, spec: AttentionSpec) -> float:
         """Of the latency, by an attention of this shape and all that have its projections."""
         assert self.table is not None
-        names = [spec.name, *(name for name, first in self.twins.items() if first == spec.name)]
+        names = [spec.name, *(name for name, first in self.tied.items() if first == spec.name)]
         return fsum(self.table.share(replace(spec, name=name)) for name in names)
 
     def of(self, spec: AttentionSpec) -> float:

@@ -13,7 +13,7 @@ from ..cost.counting import Prices, count_macs, count_parameters, mac_prices, pa
 from ..cost.latency.table import LatencyTable
 from ..cost.rounding import auto_rounding
 from ..families.base import AttentionView
-from ..families.twins import twins_of
+from ..families.tied import tied_to
 from ..values.budget import Budget, Ceiling, Limit
 from ..values.layout import KINDS
 from ..values.request import Request
@@ -44,23 +44,23 @@ def _costs(
     evidence = request.evidence
     prices: Mapping[str, Prices] = {}
     latency: LatencyTable | None = None
-    twins = twins_of(views)
+    tied = tied_to(views)
     if limit.resource == "params":
         prices = {view.name: parameter_prices(view.spec) for view in views}
     elif limit.resource == "macs":
-        prices = _of_all(mac_prices(model, views, evidence.example_inputs), twins)
+        prices = _of_all(mac_prices(model, views, evidence.example_inputs), tied)
     else:
         latency = evidence.latency or table_for(model, views, evidence.example_inputs, rules, evidence.progress)
         if rules.round_to == 1 and rules.granularity != "head":
             rules = replace(rules, round_to=latency.step)
     total = cost_now(limit, model, views, evidence.example_inputs, latency)
-    return Costs(share_of(limit, total, latency), total, prices, latency, limit, twins), rules
+    return Costs(share_of(limit, total, latency), total, prices, latency, limit, tied), rules
 
 
-def _of_all(prices: Mapping[str, Prices], twins: Mapping[str, str]) -> dict[str, Prices]:
+def _of_all(prices: Mapping[str, Prices], tied: Mapping[str, str]) -> dict[str, Prices]:
     """Prices, those of attention whose projections others have too of all of these."""
     found = dict(prices)
-    for name, first in twins.items():
+    for name, first in tied.items():
         one, other = found[first], prices[name]
         found[first] = {kind: (one[kind][0] + other[kind][0], one[kind][1] + other[kind][1]) for kind in KINDS}
     return found

@@ -20,7 +20,7 @@ from ..calibration.refit import with_maps
 from ..calibration.sample import spread
 from ..calibration.taps import check_calibration, moments_of
 from ..families.base import AttentionView
-from ..families.twins import twins_of
+from ..families.tied import tied_to
 from ..surgery import masked_views
 from ..values.amount import MaxError
 from ..values.layer_plan import LayerPlan
@@ -55,8 +55,8 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
         request: with a number to round to (:func:`attnprune.planning.costs.fitted`).
         costs: what shapes cost, where a budget is asked for.
     """
-    twins = twins_of(views)
-    alone = [view for view in views if view.name not in twins]
+    tied = tied_to(views)
+    alone = [view for view in views if view.name not in tied]
     specs = [view.spec for view in views]
     amount, rules, method = request.amount, request.rules, request.decided
     if isinstance(amount, Ratios) and request.evidence.has_data:
@@ -75,18 +75,18 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
     )
     if isinstance(amount, MaxError):
         _check_reached(views, moments)
-        plan = _alike(allocate_error(specs, bases, amount.share, rules), views, twins)
+        plan = _alike(allocate_error(specs, bases, amount.share, rules), views, tied)
     else:
         chosen, scores = _scores(model, views, bases, method, rules, evidence)
         _check_reached(views, moments)
 
         def allocated(by: Mapping[str, Scores]) -> Plan:
             if isinstance(amount, Ratios):
-                by = {**by, **{name: by[first] for name, first in twins.items()}}
-                return _alike(allocate(specs, by, amount, rules, chosen), views, twins)
+                by = {**by, **{name: by[first] for name, first in tied.items()}}
+                return _alike(allocate(specs, by, amount, rules, chosen), views, tied)
             assert costs is not None
             found = allocate_budget([view.spec for view in alone], by, costs, rules, chosen)
-            return _alike(found, views, twins)
+            return _alike(found, views, tied)
 
         # a pruner tries shapes before it has looked at any data
         if rules.split == "measured" and evidence.data is not None:
@@ -101,22 +101,22 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
                 gates = Gate(seed=method.seed).score_features(model, views, PROJECTIONS, **_learned(evidence))
                 losses = partial(_losses, views, bases, moments, gates)
                 plan = beside(plan, scores, amount, rules, losses)
-            plan = _alike(plan, views, twins)
+            plan = _alike(plan, views, tied)
     assert plan.asked is not None
     plan = replace(plan, asked=plan.asked.by(method))
     if not method.needs_maps:
         return plan
     if not method.sequential:
         return _with_maps(plan, views, bases, moments, method.refits)
-    once = replace(plan, layers=tuple(layer for layer in plan if layer.spec.name not in twins))
-    return _alike(_in_sequence(model, alone, once, bases, moments, method, evidence), views, twins)
+    once = replace(plan, layers=tuple(layer for layer in plan if layer.spec.name not in tied))
+    return _alike(_in_sequence(model, alone, once, bases, moments, method, evidence), views, tied)
 
 
-def _alike(plan: Plan, views: Sequence[AttentionView], twins: Mapping[str, str]) -> Plan:
+def _alike(plan: Plan, views: Sequence[AttentionView], tied: Mapping[str, str]) -> Plan:
     """The plan, in which attention that shares its projections with another loses what that one loses."""
     by_name = {layer.spec.name: layer for layer in plan}
-    layers = [by_name[twins.get(view.name, view.name)].renamed(view.name) for view in views]
-    return replace(plan, layers=tuple(layers)) if twins else plan
+    layers = [by_name[tied.get(view.name, view.name)].renamed(view.name) for view in views]
+    return replace(plan, layers=tuple(layers)) if tied else plan
 
 
 def scored(model: nn.Module, views: Sequence[AttentionView], request: Request) -> dict[str, Scores]:
@@ -164,14 +164,14 @@ def _bases(
 
 def _together(moments: Mapping[str, LayerMoments], views: Sequence[AttentionView]) -> Mapping[str, LayerMoments]:
     """The moments, those of attention that shares its projections of all that runs through them."""
-    twins = twins_of(views)
-    if not twins:
+    tied = tied_to(views)
+    if not tied:
         return moments
     merged = dict(moments)
-    for name, first in twins.items():
+    for name, first in tied.items():
         if name in merged:
             merged[first] = merged[first].merge(merged[name].renamed(first))
-    return merged | {name: merged[first].renamed(name) for name, first in twins.items() if name in merged}
+    return merged | {name: merged[first].renamed(name) for name, first in tied.items() if name in merged}
 
 
 def _scores(
@@ -188,9 +188,10 @@ def _scores(
     if not method.named and method.needs_maps:
         chosen: Scorer = Gate(SAMPLES if rules.split == "fixed" else None, seed=method.seed, bases=bases)
         found = dict(chosen.score(model, views, **_learned(evidence)))
-        for name, first in twins_of(views).items():  # a channel is gone wherever it runs
+        tied = tied_to(views)
+        for name, first in tied.items():  # a channel is gone wherever it runs
             found[first] = found[first].plus(found[name])
-        found |= {name: found[first] for name, first in twins_of(views).items()}
+        found |= {name: found[first] for name, first in tied.items()}
         return chosen.name, {name: in_turn(bases[name], scores) for name, scores in found.items()}
     chosen, learned = _scorer(method, evidence)
     with in_bases(model, views, bases) if method.rotated else nullcontext():
@@ -262,7 +263,7 @@ def _measured(
     assert evidence.data is not None
     batches = [to_device(batch, device_of(model)) for batch in spread(evidence.data, MEASURED)]
     distance = Distance(model, batches, evidence.loss_fn, evidence.output_fn)
-    alone = [view for view in views if view.name not in twins_of(views)]
+    alone = [view for view in views if view.name not in tied_to(views)]
     seen = measured(model, alone, scores, rules, distance, maps, evidence.progress)
     plans = [allocated(by) for by in (scores, seen, between(seen, scores))]
 

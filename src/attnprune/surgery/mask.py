@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..families.slots import Slot
-from ..families.twins import twins_of
+from ..families.tied import tied_to
 from ..nn.attempt import undone
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
@@ -38,8 +38,8 @@ def masked_views(model: nn.Module, views: Sequence[AttentionView], plan: Plan) -
     by_name = {view.name: view for view in views}
     work = [(by_name[layer.spec.name], layer) for layer in plan if not layer.empty]
     check_views(model, [view for view, _ in work])
-    twins, layers = twins_of([view for view, _ in work]), {view.name: layer for view, layer in work}
-    work = [(view, layer) for view, layer in work if view.name not in twins or not layer.same(layers[twins[view.name]])]
+    tied, layers = tied_to([view for view, _ in work]), {view.name: layer for view, layer in work}
+    work = [(view, layer) for view, layer in work if view.name not in tied or not layer.same(layers[tied[view.name]])]
     _check_shared(work)
     with undone() as undo:
         for view, layer in work:

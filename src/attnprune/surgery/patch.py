@@ -14,7 +14,7 @@ from ..families.base import AttentionView
 from ..families.expansion import REST, expand_view, joints, numbers_left
 from ..families.proof.verdict import inherit
 from ..families.slots import Slot
-from ..families.twins import twins_of
+from ..families.tied import tied_to
 from ..families.ways import Way
 from ..nn.attempt import Snapshot
 from ..nn.expanded import ExpandedApart
@@ -204,10 +204,10 @@ class Operation(NamedTuple):
 def _built(work: Sequence[tuple[AttentionView, LayerPlan]]) -> tuple[list[Operation], _Tensors]:
     """What gives attention modules their new shapes, and every new tensor."""
     tensors, operations = _Tensors(), []
-    twins = twins_of([view for view, _ in work])
+    tied = tied_to([view for view, _ in work])
     done: dict[str, Operation] = {}
     for view, layer in work:
-        first = done.get(twins[view.name]) if view.name in twins else None
+        first = done.get(tied[view.name]) if view.name in tied else None
         if first is not None and view.way(layer.after) == first.way and layer.same(first.layer):
             operations.append(first._replace(view=view, layer=layer))
             tensors.share(view)

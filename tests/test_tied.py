@@ -26,7 +26,7 @@ from attnprune import (
 )
 from attnprune.errors import TiedWeightsError
 from attnprune.families import find_views
-from attnprune.families.twins import twins_of
+from attnprune.families.tied import tied_to
 
 HEADS, WIDTH = 4, 32
 ONE = torch.zeros(1, 5, WIDTH, dtype=torch.float64)
@@ -180,7 +180,7 @@ def test_what_shares_some_parameters_is_refused_where_they_would_lose_others() -
     model, _ = make()
     attention = model.layers[2].self_attn
     attention.out_proj.weight = nn.Parameter(attention.out_proj.weight.detach().clone())
-    assert not twins_of(find_views(model))
+    assert not tied_to(find_views(model))
     before = copy.deepcopy(model.state_dict())
     plan = make_plan(model, 0.5, include="layers.0.*")
     with pytest.raises(TiedWeightsError, match=r"in_proj_weight"):
@@ -212,7 +212,7 @@ def test_stock_checkpoints_scale_shared_queries_once(tmp_path: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.ZambaModel(config).eval()
-    assert len(twins_of(find_views(model))) == 1
+    assert len(tied_to(find_views(model))) == 1
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

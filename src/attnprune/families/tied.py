@@ -8,7 +8,7 @@ from dataclasses import replace
 from .base import AttentionView
 
 
-def twins_of(views: Sequence[AttentionView]) -> dict[str, str]:
+def tied_to(views: Sequence[AttentionView]) -> dict[str, str]:
     """By name, each attention that has the very projections of one before it: that one's name.
 
     What goes from one goes from the other, so they are planned as one and lose the same.
@@ -18,7 +18,7 @@ def twins_of(views: Sequence[AttentionView]) -> dict[str, str]:
     >>> model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
     >>> for one, other in zip(model[2].modules(), model[0].modules()):
     ...     one._parameters.update(other._parameters)
-    >>> twins_of(find_views(model))
+    >>> tied_to(find_views(model))
     {'2': '0'}
     """
     first: dict[Hashable, str] = {}
