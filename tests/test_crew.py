@@ -39,8 +39,8 @@ def test_every_task_is_done_once_by_a_thread_that_computes_alone(two_threads: No
     assert torch.get_num_threads() == 2
 
 
-def test_threads_to_come_have_as_many_as_before(two_threads: None) -> None:
-    crew._forget()  # new ones are started
+def test_threads_to_come_have_as_many_as_before(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_THREADS", [])  # new ones are started
     assert shared([1], lambda *_: None, 2)
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
