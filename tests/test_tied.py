@@ -222,3 +222,71 @@ def test_stock_checkpoints_scale_shared_queries_once(tmp_path: Path) -> None:
     export_stock(model, tmp_path)
     again = transformers.ZambaModel.from_pretrained(tmp_path).eval()
     assert (again(ids, use_cache=False).last_hidden_state - expected).abs().max() < 1e-5
+
+
+class Writer(nn.Module):
+    """Attention that hands on its keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = HEADS, WIDTH // HEADS
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH) for _ in "qkvo")
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+    def attended(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        weights = (self.split(self.q_proj(x)) @ keys.mT * self.head_dim**-0.5).softmax(-1)
+        return self.o_proj((weights @ values).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        keys, values = (self.split(linear(x)) for linear in (self.k_proj, self.v_proj))
+        return self.attended(x, keys, values), (keys, values)
+
+
+class Reader(Writer):
+    """The same projections, beside what the writer has kept, which a name does not tell."""
+
+    def forward(self, x: Tensor, kept: Any) -> Tensor:  # type: ignore[override]
+        if kept.__class__.__name__ != "Kept":
+            raise TypeError("expected what a writer kept")
+        pairs = zip(kept.pair, (self.k_proj, self.v_proj), strict=True)
+        keys, values = (torch.cat([old, self.split(linear(x))], 2) for old, linear in pairs)
+        return self.attended(x, keys, values)
+
+
+class Kept:
+    """Keys and values of a writer."""
+
+    def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
+        self.pair = pair
+
+
+class Both(nn.Module):
+    """A writer, and a reader that shares its projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writer, self.reader = Writer(), Reader()
+        for name, module in self.writer.named_modules():
+            self.reader.get_submodule(name)._parameters.update(module._parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, pair = self.writer(x)
+        return self.reader(y, Kept(pair))
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen in a call", "not seen"])
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_what_reads_the_keys_of_what_it_is_tied_to_runs_as_that_does(granularity: str, seen: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Both().double().eval(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    options: Any = {"example_inputs": x} if seen else {}
+    plan = make_plan(model, 0.5, granularity=granularity, scope="local", scorer="magnitude", **options)
+    with masked(model, plan):
+        expected = model(x)
+    report = apply_plan(model, plan, **options)
+    assert len({way.partition(":")[0] for way in report.ways.values()}) == 1, report.ways
+    torch.testing.assert_close(model(x), expected)
+    assert model.writer.q_proj.weight is model.reader.q_proj.weight
+    assert len(model.writer.q_proj.weight) == WIDTH // 2

@@ -22,6 +22,7 @@ from .mha.readers import read_by_hand
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
 from .table import adapter_of, registered
+from .tied import in_one_way
 from .ways import Verdict
 
 Run = Callable[[], object]
@@ -101,7 +102,7 @@ class Survey:
                     view = _judged(view, verdict_of(view))
                     pending.append(view)
                 self.views.append(view)
-        self.views = list(self._settled(pending, trusted, run))
+        self.views = in_one_way(list(self._settled(pending, trusted, run)))
 
     def _settled(
         self, pending: list[AttentionView], trusted: Collection[str], run: Run | None

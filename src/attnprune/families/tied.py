@@ -30,6 +30,33 @@ def tied_to(views: Sequence[AttentionView]) -> dict[str, str]:
     return found
 
 
+def in_one_way(views: Sequence[AttentionView]) -> list[AttentionView]:
+    """The views, those of tied attention without ways to run that only some of them have.
+
+    One may read what another has cached, and heads that lie otherwise there would be other keys to it.
+    """
+    groups: dict[str, list[AttentionView]] = {}
+    tied = tied_to(views)
+    for view in views:
+        groups.setdefault(tied.get(view.name, view.name), []).append(view)
+    changed: dict[str, AttentionView] = {}
+    for group in groups.values():
+        verdicts = [view.verdict for view in group]
+        known = [one for one in verdicts if one is not None]
+        if len(group) == 1 or len(known) < len(group):
+            continue
+        stock, heads = all(one.stock for one in known), all(one.stock_heads for one in known)
+        decoupled = known[0].decoupled if all(one.decoupled is known[0].decoupled for one in known) else None
+        why = f"{group[0].name} and {group[-1].name} share projections, and not each can run so"
+        for view, verdict in zip(group, known, strict=True):
+            lost = {"stock": verdict.stock and not stock, "decoupled": verdict.decoupled is not decoupled}
+            reasons = {**verdict.reasons, **{way: why for way, gone in lost.items() if gone}}
+            left = replace(verdict, stock=stock, stock_heads=heads, decoupled=decoupled, reasons=reasons)
+            if left != verdict and (left.prunable or view.called):
+                changed[view.name] = replace(view, verdict=left)
+    return [changed.get(view.name, view) for view in views]
+
+
 def _key(view: AttentionView) -> Hashable:
     slots = [(key, id(slot.parameter), slot.axis, tuple(slot.places)) for key, slot in view.slots.items()]
     return tuple(slots), id(view.owner("o")._parameters.get("bias")), replace(view.spec, name="")
