@@ -282,7 +282,7 @@ def test_what_reads_the_keys_of_what_it_is_tied_to_runs_as_that_does(granularity
     torch.manual_seed(0)
     model, x = Both().double().eval(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
     options: Any = {"example_inputs": x} if seen else {}
-    plan = make_plan(model, 0.5, granularity=granularity, scope="local", scorer="magnitude", **options)
+    plan = make_plan(model, 0.5, granularity=granularity, scope="local", scorer="magnitude", example_inputs=x)
     with masked(model, plan):
         expected = model(x)
     report = apply_plan(model, plan, **options)

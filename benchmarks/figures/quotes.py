@@ -27,7 +27,7 @@ PLAIN = (
     # names, versions, licences, articles
     r"arXiv [\d.]+|/abs/[\d.]+|``[\d.]+ <https|Apache-2\.0|transformers 4\.48 to 4\.57|to torch 2\.11",
     r"(torch|PyTorch|Python|glibc|Torch-Pruning|wav2vec|GLM-|Qwen|kosmos-|espeak-ng)\s*[\d.]+|that runs it, here 3\.11",
-    r"(transformers|timm|PEFT|Accelerate|Lightning)\s*[\d.]+",
+    r"(transformers|timm|PEFT|Accelerate|Lightning|Triton)\s*[\d.]+",
     # what others state
     r"46\.4 % of the attention of Whisper|loses 1\.4 points by heads and 5\.8 by channels",
     # what a run is given: sizes, settings, bounds
