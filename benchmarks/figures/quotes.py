@@ -234,6 +234,14 @@ def recovery(results: Results) -> Iterator[Quote]:
         figures += [f"{texts['steps']}", f"{texts['seconds']:.0f}"]
         rows.append((f"{share[:-1]} % removed, {shown}", ["{}", "{}", "{}, {}"], figures))
     yield table(["way", "closed form", "recovered", "steps, seconds"], rows)
+    text = results["recovery_bytes"]
+    rows = []
+    for way, shown in (("uniform", "the default"), ("ragged", "ragged")):
+        own = text[way]["75%"]
+        figures = [signed(own[key][0]["median"] - text["dense"][0], 3) for key in ("before", "after")]
+        figures += [f"{own['steps']}", f"{own['seconds']:.0f}"]
+        rows.append((f"75 % removed, {shown}", ["{}", "{}", "{}, {}"], figures))
+    yield table(["way", "closed form", "recovered", "steps, seconds"], rows)
 
 
 def four_ratios(results: Results) -> Iterator[Quote]:

@@ -63,6 +63,7 @@ ELSEWHERE = {
     "whisper": "an hour or more",
     "paper_table": "hours",
     "recovery_minilm": "says how long it takes",
+    "recovery_bytes": "its model is trained by the clock",
     "sweep_keywords": "chooses by latency",
     "quality": "hours; makes its own pictures",
     **dict.fromkeys(
