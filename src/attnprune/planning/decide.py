@@ -31,7 +31,7 @@ from ..values.ratios import Ratios
 from ..values.request import Evidence, Request
 from ..values.rules import Rules
 from ..values.scores import Scores
-from .allocate import allocate, check_request
+from .allocate import allocate, check_request, check_scores
 from .beside import beside
 from .by_budget import Costs, allocate_budget, check_budget
 from .by_error import allocate_error
@@ -82,6 +82,7 @@ def decide(model: nn.Module, views: Sequence[AttentionView], request: Request, c
 
         def allocated(by: Mapping[str, Scores]) -> Plan:
             if isinstance(amount, Ratios):
+                check_scores([view.spec for view in alone], by)
                 by = {**by, **{name: by[first] for name, first in tied.items()}}
                 return _alike(allocate(specs, by, amount, rules, chosen), views, tied)
             assert costs is not None
