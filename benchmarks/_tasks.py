@@ -80,7 +80,7 @@ def llama(split: str) -> Task:
     return Task(byte_llama.load(), measure, sample, ("bits per byte",), own_loss, higher_is_better=False)
 
 
-def byte_language_model(split: str, workdir: Path | None) -> Task:
+def byte_language_model(split: str, workdir: Path | None, sampled: int = 256) -> Task:
     """The byte-level language model that ``byte_lm.py`` trains: bits per byte on files never read."""
     import byte_lm
 
@@ -90,7 +90,7 @@ def byte_language_model(split: str, workdir: Path | None) -> Task:
     measured = byte_lm.windows(text[split], 256, 1_000)
 
     def sample(seed: int) -> list[Any]:
-        pieces = byte_lm.windows(text["train"], 256, 10_000 + seed)
+        pieces = byte_lm.windows(text["train"], sampled, 10_000 + seed)
         return [(piece[:, :-1], piece[:, 1:].contiguous()) for piece in pieces.split(16)]
 
     def measure(one: nn.Module) -> tuple[float, ...]:

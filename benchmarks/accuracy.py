@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import attnprune
 
@@ -71,19 +71,10 @@ def keywords(split: str, count: int, workdir: Path | None) -> Task:
 
 
 def byte_language_model(split: str, count: int, workdir: Path | None) -> Task:
-    import byte_lm
+    from _tasks import byte_language_model
 
-    if workdir is None or not (workdir / "byte_lm.safetensors").exists():
-        raise SystemExit("train the model first: python benchmarks/byte_lm.py WORKDIR, then pass --workdir WORKDIR")
-    text = byte_lm.corpus(byte_lm.folders())
-    measured = byte_lm.windows(text[split], 256, 1_000)
-
-    def sample(seed: int) -> list[tuple[Tensor, Tensor]]:
-        pieces = byte_lm.windows(text["train"], count or 256, 10_000 + seed)
-        return [(piece[:, :-1], piece[:, 1:].contiguous()) for piece in pieces.split(16)]
-
-    model = byte_lm.load(workdir)
-    return Task(model, lambda m: byte_lm.bits_per_byte(m, measured), sample, "bits per byte", (0.25, 0.5, 0.75))
+    found = byte_language_model(split, workdir, count or 256)
+    return Task(found.model, lambda m: found.measure(m)[0], found.sample, "bits per byte", (0.25, 0.5, 0.75))
 
 
 TASKS = {"keywords": keywords, "bytes": byte_language_model}

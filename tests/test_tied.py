@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnprune import (
     AttentionPruner,
+    Scorer,
     apply_plan,
     export_stock,
     freeze,
@@ -24,7 +25,7 @@ from attnprune import (
     score_attention,
     thaw,
 )
-from attnprune.errors import TiedWeightsError
+from attnprune.errors import ScorerError, TiedWeightsError
 from attnprune.families import find_views
 from attnprune.families.tied import tied_to
 
@@ -290,3 +291,16 @@ def test_what_reads_the_keys_of_what_it_is_tied_to_runs_as_that_does(granularity
     torch.testing.assert_close(model(x), expected)
     assert model.writer.q_proj.weight is model.reader.q_proj.weight
     assert len(model.writer.q_proj.weight) == WIDTH // 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_that_are_no_mapping_are_named(tied: bool) -> None:
+    class Nothing(Scorer):
+        name = "nothing"
+
+        def score(self, model: nn.Module, views: Any, **_: Any) -> Any:
+            return None
+
+    model = make()[0] if tied else nn.MultiheadAttention(WIDTH, HEADS)
+    with pytest.raises(ScorerError, match="expected a mapping from name to Scores, found a NoneType"):
+        make_plan(model, 0.5, scorer=Nothing())
