@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..values.layout import KINDS, Bucket, HeadLayout
-from .crew import shared
 from .policy import autocasts, forced
+from .thread_pool import shared
 
 WHOLE = 1 << 20
 """Scores (batch x heads x queries x keys) up to which several heads are one batched product."""

@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnprune
-from attnprune.nn import crew, products
-from attnprune.nn.crew import shared
+from attnprune.nn import products, thread_pool
+from attnprune.nn.thread_pool import shared
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_every_task_is_done_once_by_a_thread_that_computes_alone(two_threads: No
 
 
 def test_threads_to_come_have_as_many_as_before(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_THREADS", [])  # new ones are started
+    monkeypatch.setattr(thread_pool, "_THREADS", [])  # new ones are started
     assert shared([1], lambda *_: None, 2)
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
@@ -73,12 +73,12 @@ def test_one_order_at_a_time(two_threads: None) -> None:
 
 
 def test_an_interrupted_caller_leaves_the_threads_to_others(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(crew.Order):
+    class Interrupted(thread_pool.Order):
         def wait(self) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(crew, "Order", Interrupted)
+        patch.setattr(thread_pool, "Order", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             shared([1], lambda *_: None, 2)
     assert shared([1], lambda *_: None, 2)
@@ -110,7 +110,7 @@ def test_a_forked_process_starts_its_own(two_threads: None) -> None:
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # instead of waiting for threads that are not there
-        os._exit(0 if crew._THREADS == [] and shared([1], lambda *_: None, 2) else 1)
+        os._exit(0 if thread_pool._THREADS == [] and shared([1], lambda *_: None, 2) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -123,7 +123,7 @@ def test_a_pruned_model_gives_the_same_with_any_number_of_threads(
     x = torch.randn(2, 40, 32)
     orders: list[int] = []
 
-    def counted(tasks: list[products.Piece], work: crew.Work, threads: int) -> bool:
+    def counted(tasks: list[products.Piece], work: thread_pool.Work, threads: int) -> bool:
         orders.append(len(tasks))
         return shared(tasks, work, threads)
 
