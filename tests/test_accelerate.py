@@ -74,7 +74,13 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Any:
+    """An example of the documentation may have made an Accelerator before."""
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # as accelerate's own tests do
     GradientState._reset_state()
 

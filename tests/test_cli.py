@@ -343,7 +343,7 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "no samples": (["plan", "dense", "--qkvo", ".5", "--data", "nothing"], "at least one sample"),
     "shape": (["plan", "dense", "--qkvo", ".5", "--data", "shape"], "pixel_values (4, 3, 8, 8)"),
     "label": (["plan", "dense", "--qkvo", ".5", "--data", "label"], "inputs that the model can run"),
-    "not expressible": (["export", "ragged", "--stock", "OUT"], "heads of equal dims"),
+    "not expressible": (["export", "ragged model", "--stock", "OUT"], "heads of equal dims"),
     "no place": (["prune", "dense", "--qkvo", ".5", "-o", "OUT/deep/er"], "a directory to write in"),
     "a file": (["prune", "dense", "--qkvo", ".5", "-o", "plan.json"], "found a file or a link"),
     "a directory": (["plan", "dense", "--qkvo", ".5", "-o", "dense"], "found a directory"),
@@ -368,7 +368,7 @@ def broken(place: Path) -> Path:
     (place / "plan.json").write_text(make_plan(from_pretrained(place / "dense"), 0.5).to_json())
     ragged = from_pretrained(place / "dense")
     prune_attention(ragged, 0.5, scorer="random", heads="ragged")
-    attnprune.save_pruned(ragged, place / "ragged")
+    attnprune.save_pruned(ragged, place / "ragged model")
     return place
 
 

@@ -55,7 +55,6 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @few
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_plan_made_on_the_gpu_is_exact_on_both(name: str, options: dict[str, Any]) -> None:

@@ -44,8 +44,6 @@ from attnprune.errors import AllocationError, AttnPruneError, FrozenError, Optio
 from .conformance import close, family, fresh, inputs, without_fast_path, zero
 from .selection import ALL
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # said once in a process
-
 NAMES = ("MHA", "Encoder", "ViT", "Bert", "Decoder", "Timm", "Latent", "Transformer")
 STEPS = int(os.environ.get("ATTNPRUNE_STEPS", 2000 if ALL else 80))
 PLAIN: dict[str, Any] = {"basis": "channels", "compensate": False, "progress": False}

@@ -209,7 +209,6 @@ def test_pruning_a_compiled_model() -> None:
 PADDING = torch.arange(6) >= torch.tensor([[6], [4], [2]])
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*")
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

@@ -295,7 +295,6 @@ def test_fisher_per_sample_with_few_and_many_tokens(tokens: int) -> None:
     equal(score(Fisher(per_sample=True, damping=0.0), family.build(), [batch], encoder_loss), expected, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_fisher_per_sample_of_one_layer_among_dense_ones() -> None:
     """The layers that are not scored stay packed; frozen, they may run PyTorch's fused path with nested tensors."""
     family = FAMILIES["encoder, batch first"]

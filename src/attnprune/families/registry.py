@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from operator import attrgetter
 from typing import NamedTuple
 from warnings import warn
 
@@ -18,6 +17,7 @@ from .base import Adapter, AttentionView
 from .expansion import expanded_view
 from .linears import computable, computes_linear, is_tuner
 from .looks import Skipped, attending, looks, looks_like
+from .masks import heads_of_masks
 from .mha.readers import read_by_hand
 from .proof.record import recorded_calls
 from .proof.verdict import verdict_of
@@ -81,8 +81,9 @@ class Survey:
         """By name, why a module of a known family is not prunable."""
         self._skipped: dict[bool, tuple[Skipped, ...]] = {}
         pending: list[AttentionView] = []
-        tables = _tables(model)
-        for found in _walk(model):
+        walk = list(_walk(model))
+        masks = heads_of_masks(model, [found.module for found in walk])
+        for found in walk:
             if (only is not None and found.name not in only) or found.name in self.why:
                 continue
             try:
@@ -95,9 +96,8 @@ class Survey:
             except AttnPruneError as error:
                 self.errors[found.name] = error
             else:
-                view = replace(
-                    view, masks_by_head=(view.state.dense_heads if view.state else view.spec.heads) in tables
-                )
+                heads = view.state.dense_heads if view.state else view.spec.heads
+                view = replace(view, masks_by_head=heads in masks)
                 if not (view.mixin_runs or view.runs_expanded) and _plain(view):
                     view = _judged(view, verdict_of(view))
                     pending.append(view)
@@ -171,33 +171,6 @@ def _check_partitioned(model: nn.Module) -> None:
                 "apply the plan before deepspeed.initialize; to plan alone, gather all parameters for a while "
                 "(deepspeed.zero.GatheredParameters)",
             )
-
-
-REPEATING = {
-    "GroundingDinoDecoder": "config.decoder_attention_heads",
-    "GroundingDinoTextEnhancerLayer": "num_heads",
-    "EomtForUniversalSegmentation": "config.num_attention_heads",
-    "EomtDinov3ForUniversalSegmentation": "config.num_attention_heads",
-}
-"""Hosts that repeat a mask for as many heads as this attribute says, by how their class names end."""
-
-
-def _tables(model: nn.Module) -> set[int]:
-    """Numbers of heads for which the model may hand masks to its attention: from a table of biases, or repeated."""
-    words = ("bias_table", "relative", "position_bias", "rel_pos", "rpb", "slopes", "alibi")
-    repeated = {
-        attrgetter(heads)(module)
-        for module in model.modules()
-        for ending, heads in REPEATING.items()
-        if type(module).__name__.endswith(ending)
-    }
-    return repeated | {
-        size
-        for name, module in model.named_modules()
-        for key, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and any(word in f"{'.'.join(name.split('.')[-2:])}.{key}" for word in words)
-        for size in tensor.shape
-    }
 
 
 def again(view: AttentionView) -> AttentionView:
