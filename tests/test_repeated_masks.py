@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from attnprune import apply_plan, make_plan, masked
+from attnprune import apply_plan, make_plan, masked, prune_attention
 
 transformers = pytest.importorskip("transformers")
 
@@ -79,3 +81,80 @@ def test_heads_go_where_masks_are_made_for_dense_heads(kind: str, granularity: A
     apply_plan(model, plan)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+class Attention(nn.Module):
+    """Which may itself run with fewer heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 4
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = hidden_states.shape
+        q, k, v = (
+            projection(hidden_states).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        scores = q @ k.transpose(2, 3) * self.head_dim**-0.5
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        context = scores.softmax(-1) @ v
+        found: Tensor = self.o_proj(context.transpose(1, 2).reshape(batch, tokens, -1))
+        return found
+
+
+class Repeats(nn.Module):
+    """A host of one's own that repeats a mask for heads."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.said = said
+        if said == "config":
+            self.config = SimpleNamespace(n_head=4)
+        elif said != "once":
+            self.num_heads = 4
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.attention(x, self.repeated(mask))
+        return found
+
+    def repeated(self, mask: Tensor) -> Tensor:
+        def times(heads: int) -> Tensor:
+            return mask[:, None].repeat(1, heads, 1, 1)
+
+        return times(self.config.n_head if self.said == "config" else self.num_heads)
+
+
+class Plain(Repeats):
+    """Attention of as many heads, whose host knows of none; neither does the mask."""
+
+    def repeated(self, mask: Tensor) -> Tensor:
+        return mask[:, None]
+
+
+@pytest.mark.parametrize("said", ["attribute", "config"])
+@pytest.mark.parametrize("granularity", ["head", "joint"])
+def test_a_host_of_ones_own_that_repeats_masks(said: str, granularity: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Repeats(said).eval().double(), torch.randn(3, 5, 16).double()
+    mask = torch.rand(3, 5, 5).double().log()
+    plan = make_plan(model, 0.5, granularity=granularity, scorer="random")
+    with torch.no_grad(), masked(model, plan):
+        expected = model(x, mask)
+    report = apply_plan(model, plan)
+    assert report.plan.after[0].heads == 2 or granularity == "joint"
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, mask), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_other_hosts_keep_their_own_attention() -> None:
+    torch.manual_seed(0)
+    model, x = Plain("once").eval(), torch.randn(3, 5, 16)
+    report = prune_attention(model, 0.5, granularity="head", scorer="magnitude")
+    assert report.ways == {"attention": "stock"}
+    assert type(model.attention) is Attention
+    with torch.no_grad():
+        assert model(x, torch.zeros(3, 5, 5)).shape == x.shape
