@@ -110,6 +110,7 @@ class Repeats(nn.Module):
 
     def __init__(self, said: str) -> None:
         super().__init__()
+        self.query = nn.Embedding(2, 16)  # a model of EoMT has one, and is no attention for that
         self.attention = Attention()
         self.said = said
         if said == "config":

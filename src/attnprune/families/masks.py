@@ -33,8 +33,8 @@ def heads_of_masks(model: nn.Module, attention: Collection[nn.Module]) -> set[in
         for size in tensor.shape
     }
     for module in model.modules():
-        if module not in inside and looks(module):
-            inside.update(module.modules())
+        if module not in inside and looks(module) and inside.isdisjoint(module.modules()):
+            inside.update(module.modules())  # attention that cannot be pruned
         if module not in inside:
             found |= _heads_read(module)
     return found
