@@ -179,7 +179,10 @@ class Call:
         trial = self.make()
         torch.manual_seed(0)
         then = settings()
-        came, _ = faulted(trial.call, point)
+        try:
+            came, _ = faulted(trial.call, point)
+        except Exception as error:  # of what an earlier fault has left, most likely
+            return f"{point}: {type(error).__name__}: {str(error)[:80]}"
         found = [f"{key} changed" for key, value in settings().items() if came and value != then[key]]
         try:
             now = trial.state()

@@ -112,8 +112,9 @@ def blank(
         buffers: whether buffers have data.
         dtype: of numbers that the class makes of parameters, or of what it leaves to PyTorch; None: as most weights.
     """
-    counter = nn.modules.module.register_module_parameter_registration_hook(_Counter(4 * len(entries) + 64))
-    with counter, _default(dtype or _usual(entries)), nullcontext() if buffers else torch.device("meta"):
+    usual, counter = dtype or _usual(entries), _Counter(4 * len(entries) + 64)
+    place = nullcontext() if buffers else torch.device("meta")
+    with nn.modules.module.register_module_parameter_registration_hook(counter), _default(usual), place:
         return make()
 
 
