@@ -53,6 +53,15 @@ def test_faults(verb: str, name: str, share: int, tmp_path: Path) -> None:
     assert not problems, "\n".join(problems[:20])
 
 
+def test_a_model_whose_making_fails(tmp_path: Path) -> None:
+    """At every line of the file that counts its parameters: what PyTorch calls for each ends with it."""
+    call = Call(VERBS["build"]("ViT", tmp_path))
+    points = [point for point in call.points(1) if point.place[0] == "checkpoint/skeleton.py"]
+    assert len(points) > 30
+    problems = [found for point in points if (found := call.problem(point))]
+    assert not problems, "\n".join(problems[:20])
+
+
 @pytest.mark.parametrize("kind", [MemoryError, OSError, torch.cuda.OutOfMemoryError])
 @pytest.mark.parametrize(
     ("owner", "name", "turn"), [(StandIn, "__init__", 1), (StandIn, "copy", 2), (trial, "run", 3), (runs, "run", 9)]
