@@ -512,5 +512,6 @@ VERBS: dict[str, Callable[[str, Path], Make]] = {
 }
 ALIKE = ("register", "unregister", "check")
 """The same for every family."""
-UNFIT = {("stock", name) for name in ("MHA", "Encoder", "Bert", "Timm")} | {("onnx", name) for name in NAMES if name != "ViT"}
-"""What there is not for a family: stock transformers of no transformers' model, or where dims are what the config leaves."""
+STOCK = ("ViT", "Decoder")
+UNFIT = {("stock", name) for name in NAMES if name not in STOCK} | {("onnx", name) for name in NAMES if name != "ViT"}
+"""What there is not for a family: configs that can say what pruning left, and one export that is enough."""
