@@ -19,6 +19,7 @@ from .calibration.quiet import restored
 from .errors import AllocationError, NotExpressibleError, PlanMismatchError
 from .families.base import AttentionView
 from .families.registry import all_views, plain, skipped_attention
+from .nn.kept import ordinary
 from .nn.outputs import outputs_of
 from .nn.unfused import Unfused
 from .surgery import Surgeon
@@ -96,21 +97,28 @@ def check_family(
         ratio = 0.5 if granularity == "head" else ratio
         options: dict[str, Any] = {"granularity": granularity, "scope": scope, "heads": heads}
         options |= {"scorer": "random", "seed": seed + number}
-        try:
-            plan = make_plan(module, ratio, **options)
-        except (AllocationError, NotExpressibleError):  # too few heads, or heads that cannot go
-            continue
-        again = make_plan(module, ratio, **options)
-        assert again.to_json() == plan.to_json(), f"law 6: two plans for {options}"
-        assert Plan.from_json(plan.to_json()) == plan, f"law 5: JSON changes the plan for {options}"
-        for training in (False, True):
-            share, used = _exact(module, example, plan, tolerance, training)
+        for share, used in _tried(module, example, ratio, tolerance, options):
             error, ways, done = max(error, share), ways | used, done + 1
     assert done, "no plan could be made"
     _composed(module, seed)
     _all_or_nothing(module, seed)
     _order(module)
     return Checked(names, done, tuple(sorted(ways)), error)
+
+
+@ordinary
+def _tried(
+    module: nn.Module, example: Any, ratio: Any, tolerance: float, options: Mapping[str, Any]
+) -> list[tuple[float, set[str]]]:
+    """Laws 1 to 3 and 6, and what JSON keeps, in evaluation and in training; nothing where there is no such plan."""
+    try:
+        plan = make_plan(module, ratio, **options)
+    except (AllocationError, NotExpressibleError):  # too few heads, or heads that cannot go
+        return []
+    again = make_plan(module, ratio, **options)
+    assert again.to_json() == plan.to_json(), f"law 6: two plans for {options}"
+    assert Plan.from_json(plan.to_json()) == plan, f"law 5: JSON changes the plan for {options}"
+    return [_exact(module, example, plan, tolerance, training) for training in (False, True)]
 
 
 def _called(module: nn.Module, example: Any) -> Any:
@@ -212,6 +220,7 @@ def _share(found: Tensor, expected: Tensor) -> float:
     return (found - expected).abs().max().item() / max(size, 1.0) if expected.numel() else 0.0
 
 
+@ordinary
 def _composed(module: nn.Module, seed: int) -> None:
     """Law 5."""
     first = make_plan(module, 0.25, heads="ragged", scorer="random", seed=seed)
@@ -241,6 +250,7 @@ def _snapshot(module: nn.Module) -> list[Any]:
     ]
 
 
+@ordinary
 def _all_or_nothing(module: nn.Module, seed: int) -> None:
     """Law 4: a fault at lines all over the commit."""
     model = copy.deepcopy(module)
@@ -284,6 +294,7 @@ def _fault(at: int) -> Iterator[list[bool]]:
         sys.settrace(before)
 
 
+@ordinary
 def _order(module: nn.Module) -> None:
     """Law 7: with heads of a layer in the opposite order, the same heads go."""
     plan = make_plan(module, 0.5, scope="local", granularity="channel", scorer="magnitude")

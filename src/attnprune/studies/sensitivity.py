@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -166,26 +166,27 @@ class _Distortion:
 
     def __init__(self, model: nn.Module, data: Sequence[Any], options: Mapping[str, Any]) -> None:
         self.data, self.options = data, options
-        self.dense = [[x.cpu() for x in outputs] for outputs in self._outputs(model)]
+        with evaluated(model):
+            self.dense = [[x.cpu() for x in self._outputs(model, given)] for given in data]
 
     def __call__(self, model: nn.Module) -> float:
         apart, whole = ([0.0] * len(self.dense[0]) for _ in range(2))
-        for before, after in zip(self.dense, self._outputs(model), strict=True):
-            for place, (x, y) in enumerate(zip(before, after, strict=True)):
-                apart[place] += float((y.cpu() - x).double().square().sum())
-                whole[place] += float(x.double().square().sum())
+        with evaluated(model):
+            for before, given in zip(self.dense, self.data, strict=True):
+                for place, (x, y) in enumerate(zip(before, self._outputs(model, given), strict=True)):
+                    apart[place] += float((y.cpu() - x).double().square().sum())
+                    whole[place] += float(x.double().square().sum())
         shares = [a / b for a, b in zip(apart, whole, strict=True) if b]
         return sum(shares) / len(shares) if shares else 0.0
 
-    def _outputs(self, model: nn.Module) -> Iterator[list[Tensor]]:
-        """By batch, the tensors of the output, padded tokens left out."""
+    def _outputs(self, model: nn.Module, given: Any) -> list[Tensor]:
+        """The tensors of the output, padded tokens left out."""
         loss_fn, output_fn = self.options.get("loss_fn"), self.options.get("output_fn")
-        with evaluated(model), Unfused():
-            for given in self.data:
-                batch = to_device(given, device_of(model))
-                output = forward(model, batch) if loss_fn is None else loss_fn(model, batch)
-                mask = token_mask(batch)
-                found = [one.tensor for one in outputs_of(output, output_fn)]
-                if mask is not None:
-                    found = [x[mask != 0] if x.dim() == 3 and mask.shape == x.shape[:2] else x for x in found]
-                yield found
+        batch = to_device(given, device_of(model))
+        with Unfused():
+            output = forward(model, batch) if loss_fn is None else loss_fn(model, batch)
+        mask = token_mask(batch)
+        found = [one.tensor for one in outputs_of(output, output_fn)]
+        if mask is not None:
+            found = [x[mask != 0] if x.dim() == 3 and mask.shape == x.shape[:2] else x for x in found]
+        return found

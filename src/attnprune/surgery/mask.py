@@ -13,7 +13,7 @@ from ..errors import TiedWeightsError
 from ..families.base import AttentionView
 from ..families.slots import Slot
 from ..families.tied import tied_to
-from ..nn.attempt import undone
+from ..nn.attempt import undoing_with, undone
 from ..values.layer_plan import LayerPlan
 from ..values.layout import Projection
 from ..values.plan import Plan
@@ -54,7 +54,8 @@ def masked_by_user(model: nn.Module, views: Sequence[AttentionView], plan: Plan)
     """:func:`masked_views` for as long as the user likes; the model is not pruned then (:func:`check_unmasked`)."""
     tops = [view.top for view in views]
     with masked_views(model, views, plan), undone() as undo:
-        undo.append(lambda: MASKED.difference_update(tops))
+        for put_back in (undo.append, undoing_with):  # the latter where a call of ours is interrupted around this
+            put_back(lambda: MASKED.difference_update(tops))
         MASKED.update(tops)
         yield
 
