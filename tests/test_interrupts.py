@@ -53,11 +53,18 @@ def test_faults(verb: str, name: str, share: int, tmp_path: Path) -> None:
     assert not problems, "\n".join(problems[:20])
 
 
-def test_a_model_whose_making_fails(tmp_path: Path) -> None:
-    """At every line of the file that counts its parameters: what PyTorch calls for each ends with it."""
-    call = Call(VERBS["build"]("ViT", tmp_path))
-    points = [point for point in call.points(1) if point.place[0] == "checkpoint/skeleton.py"]
-    assert len(points) > 30
+@pytest.mark.parametrize(
+    ("verb", "name", "place"),
+    [
+        ("build", "ViT", ("checkpoint/skeleton.py", "blank")),  # PyTorch calls something for each parameter made there
+        ("sensitivity", "MHA", ("studies/sensitivity.py", "sensitivity")),  # masks layer by layer
+        ("check", "MHA", ("nn/kept.py", "run")),  # calls that fail, and are interrupted as they do
+    ],
+)
+def test_faults_at_every_line_of_a_function(verb: str, name: str, place: tuple[str, str], tmp_path: Path) -> None:
+    call = Call(VERBS[verb](name, tmp_path))
+    points = [point for point in call.points(1) if point.place[:2] == place]
+    assert len(points) > 3
     problems = [found for point in points if (found := call.problem(point))]
     assert not problems, "\n".join(problems[:20])
 
