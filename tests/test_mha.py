@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -255,3 +256,23 @@ def test_padding_in_a_trace_and_on_reloading() -> None:
         found = traced(torch.cat([x, x]), torch.cat([PADDING, PADDING]))
     keep = ~PADDING
     assert torch.allclose(found[:3][keep], expected[keep], atol=1e-5)
+
+
+@pytest.mark.parametrize("bias_kv", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", ["uniform", "ragged"])
+def test_it_can_be_initialised_anew(heads: Any, bias: bool, bias_kv: bool) -> None:
+    """As other libraries do with modules of this class: the host's own way read packed weights."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(16, 4, bias=bias, add_bias_kv=bias_kv, batch_first=True)
+    prune_attention(module, 0.5, heads=heads, scorer="random")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(torch.nan)
+        module.out_proj.weight.fill_(0.5)  # which the host's own way leaves alone as well
+    module._reset_parameters()
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+    assert all(not value.any() for key, value in module.named_parameters() if key.endswith(".bias"))
+    q = module.q_proj.weight.detach()
+    assert bool((q.abs() <= (6 / sum(q.shape)) ** 0.5).all())
+    assert float(q.std()) > 0.1

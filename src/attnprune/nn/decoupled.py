@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -65,6 +65,8 @@ class Decoupled(nn.Module):
     attnprune_state: State
     attnprune_frozen: Any = None
     """What :func:`attnprune.freeze` arranged (:class:`attnprune.nn.frozen.Frozen`)."""
+    attnprune_replaces: ClassVar[frozenset[str]] = frozenset({"forward"})
+    """Methods that take the place of the host's on purpose."""
 
     @classmethod
     def tells_channels(cls, host: type[Any]) -> bool:
@@ -173,10 +175,10 @@ def recast(module: nn.Module, mixin: type[Decoupled]) -> None:
     """
     host = host_class(module)
     ours = {key for kind in _above(mixin) for key, value in vars(kind).items() if not _stands_in(value)}
-    ours = {key for key in ours | {*mixin.facts(host)} if not key.startswith(("__", "attnprune"))} - {"forward"}
+    ours = {key for key in ours | {*mixin.facts(host)} if not key.startswith(("__", "attnprune"))}
     inside = {*module._modules, *module._parameters, *module._buffers}
     theirs = {key for kind in _above(host) for key in vars(kind)} | {*module.__dict__} | inside
-    hidden = sorted(ours & theirs - vars(nn.Module).keys())
+    hidden = sorted((ours & theirs) - vars(nn.Module).keys() - mixin.attnprune_replaces)
     if hidden:
         expected = f"nothing called {hidden[0]}, a name that a forward of ours uses"
         raise AdapterError(type(module).__name__, expected, "something", "rename it, for a faster forward")

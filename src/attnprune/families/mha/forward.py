@@ -80,8 +80,20 @@ class DecoupledMultiheadAttention(Decoupled):
     v_proj: nn.Linear
     out_proj: nn.Linear
 
+    attnprune_replaces = frozenset({"forward", "_reset_parameters"})
     in_proj_weight = _WasPacked("in_proj_weight", "weight")
     in_proj_bias = _WasPacked("in_proj_bias", "bias")
+
+    def _reset_parameters(self) -> None:
+        """As in the host class, with a weight of its own for each of Q, K and V."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+                nn.init.zeros_(self.out_proj.bias)
+        for token in (self.bias_k, self.bias_v):
+            if token is not None:
+                nn.init.xavier_normal_(token)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         dense = [prefix + name for name in GONE if prefix + name in state_dict]
