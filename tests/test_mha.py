@@ -276,3 +276,20 @@ def test_it_can_be_initialised_anew(heads: Any, bias: bool, bias_kv: bool) -> No
     q = module.q_proj.weight.detach()
     assert bool((q.abs() <= (6 / sum(q.shape)) ** 0.5).all())
     assert float(q.std()) > 0.1
+
+
+def test_a_subclass_is_initialised_in_its_own_way() -> None:
+    class Mine(nn.MultiheadAttention):
+        def _reset_parameters(self) -> None:
+            for parameter in self.parameters():
+                nn.init.constant_(parameter, 0.25)
+
+    torch.manual_seed(0)
+    module = Mine(16, 4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    prune_attention(module, 0.5, scorer="random")
+    assert type(module) is not Mine
+    module._reset_parameters()
+    assert all(bool((parameter == 0.25).all()) for parameter in module.parameters())

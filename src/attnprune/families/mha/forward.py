@@ -85,7 +85,14 @@ class DecoupledMultiheadAttention(Decoupled):
     in_proj_bias = _WasPacked("in_proj_bias", "bias")
 
     def _reset_parameters(self) -> None:
-        """As in the host class, with a weight of its own for each of Q, K and V."""
+        """As in ``nn.MultiheadAttention``, with a weight of its own for each of Q, K and V.
+
+        A host that initialises in its own way keeps doing so, as far as it reads no packed weight.
+        """
+        host: Any = super()
+        if host._reset_parameters.__func__ is not nn.MultiheadAttention._reset_parameters:
+            host._reset_parameters()
+            return
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
