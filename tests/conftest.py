@@ -45,8 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
 
 
+COLLECTED: dict[pytest.Item, int] = {}
+"""By test, its place in the order of the files: which cases run does not depend on the order in which they run."""
+
+
 def pytest_itemcollected(item: Any) -> None:
     """All that is tried on one family of models runs in one process: there it is built, and proven, once."""
+    COLLECTED[item] = len(COLLECTED)
     name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
     if isinstance(name, str):
         item.add_marker(pytest.mark.xdist_group(name))
@@ -57,15 +62,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what only ``make test-all`` runs."""
     if ALL:
         return
-    kept: list[pytest.Item] = []
-    for name, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+    kept: set[pytest.Item] = set()
+    in_order = sorted(items, key=lambda item: COLLECTED.get(item, -1))  # of doctests pytest tells nothing here
+    for name, group in groupby(in_order, lambda item: item.nodeid.partition("[")[0]):
         cases: list[Any] = [item for item in group if item.get_closest_marker("long") is None and not _alike(item)]
         marker = cases[0].get_closest_marker("covering") if cases else None
         cases = cases if marker is None else covering({case: _values(case) for case in cases}, *marker.args)
-        kept += few(cases, name)
+        kept.update(few(cases, name))
     if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def _alike(item: Any) -> bool:
