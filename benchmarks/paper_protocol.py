@@ -1,4 +1,4 @@
-"""The paper's protocol on the shipped keyword recogniser: prune a little, fine-tune, merge, again.
+"""The paper's protocol on the first keyword recogniser: prune a little, fine-tune, merge, again.
 
 Every round of a run removes the same fraction of what is left and then recovers with LoRA as the paper does. The
 fraction is ``1 - 0.5 ** (1 / 7)``, 9.4 % (the paper: 10 %), so that seven rounds end at exactly one half, ten at 62.9 %
@@ -146,18 +146,18 @@ class Task(NamedTuple):
 
 @cache
 def keywords(device: str = "cpu", train: Path | None = None, test: Path | None = None) -> Task:
-    """The shipped model and its clips, and the full training set from the file that ``generate.py`` writes.
+    """The model as it was first shipped, the clips, and the full training set from the file that ``generate.py`` made.
 
     Without that file the shipped train clips, its first 910, are trained on again and again. ``test`` is a file of test
     clips in place of the shipped ones.
     """
-    from data import load_model, load_split, read_features
+    from data import FIRST, load_model, load_split, read_features
     from train import augment
 
     found = [load_split("train"), load_split("validation"), read_features(test) if test else load_split("test")]
     splits = [Clips(*(part.to(device) for part in one[:2])) for one in found]
     whole = Clips(*(read_features(train) if train else load_split("train"))[:2])  # a round at a time goes to the device
-    return Task(load_model().to(device), splits[0], whole, *splits[1:], augment, torch.device(device))
+    return Task(load_model(FIRST).to(device), splits[0], whole, *splits[1:], augment, torch.device(device))
 
 
 class Logits(nn.Module):

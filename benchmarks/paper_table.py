@@ -1,4 +1,4 @@
-"""The paper's table, end to end: eight variants by its protocol, and ours, on the shipped keyword recogniser.
+"""The paper's table, end to end: eight variants by its protocol, and ours, on the first keyword recogniser.
 
     python examples/keywords/generate.py DIR --only train   # the training set, 4 minutes; needs espeak-ng
     python benchmarks/paper_table.py --train DIR/train.safetensors --seeds 0 1 2    # resumable

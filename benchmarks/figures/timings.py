@@ -103,8 +103,8 @@ def frozen(results: Results) -> Iterator[Quote]:
     for state in ("as pruned", "frozen"):
         figures = [f"{one:.3f}" for way in ("uniform", "default", "ragged") for one in found[state][way]]
         yield Quote(f"* - {state}" + " - {}, {}" * 3, *figures)
-    default, ragged = (sorted(found["frozen"][way]) for way in ("default", "ragged"))
-    yield Quote("({} to {} for the default, {} to {} for ragged heads", *(f"{one:.2f}" for one in (*default, *ragged)))
+    both = [*found["frozen"]["default"], *found["frozen"]["ragged"]]
+    yield Quote("({} to {} for the default and for ragged heads", f"{min(both):.2f}", f"{max(both):.2f}")
     layer = found["one layer"]
     yield Quote(
         "decoupled {} of dense as pruned and {} frozen, ragged {} and {} (the first run)",

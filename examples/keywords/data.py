@@ -16,7 +16,7 @@ from transformers import ASTForAudioClassification
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE / "checkpoint"
-WIDE = HERE / "checkpoint_wide"  # the same model, trained longer and on wider voices
+FIRST = HERE / "checkpoint_first"  # the same model, trained for a shorter time and on fewer voices
 FEATURES = HERE / "features"
 SPLITS = ("train", "validation", "test")
 VOCABULARY = (

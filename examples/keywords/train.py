@@ -2,7 +2,7 @@
 
     python train.py WORKDIR
 
-reads ``WORKDIR/train.safetensors`` (written by ``generate.py``) and writes ``checkpoint_wide/`` next to this file, or
+reads ``WORKDIR/train.safetensors`` (written by ``generate.py``) and writes ``checkpoint/`` next to this file, or
 ``--out``. Accuracy is printed on the validation voices only; the test split is not read here.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bands import draw, mask
-from data import LABELS, WIDE, accuracy, load_model, load_split, read_features
+from data import CHECKPOINT, LABELS, accuracy, load_model, load_split, read_features
 from generate import extractor
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -111,7 +111,7 @@ def train(workdir: Path, out: Path, epochs: int, rate: float, resume: bool, bflo
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the keyword model.")
     parser.add_argument("workdir", type=Path, help="holds train.safetensors")
-    parser.add_argument("--out", type=Path, default=WIDE, help="where the checkpoint goes (checkpoint_wide)")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="where the checkpoint goes (checkpoint)")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate (0.0015)")
     parser.add_argument("--resume", action="store_true", help="start from the checkpoint instead of a new model")
