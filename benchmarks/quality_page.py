@@ -5,13 +5,13 @@ python benchmarks/quality_page.py
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import quality_plot
 from quality import OURS, RATIOS, load, table
+from quality_medians import LESS_IS_BETTER, medians
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "quality.rst"
 TASKS = {
@@ -77,14 +77,10 @@ text encoder these are the states of all tokens; the cosine is of their average,
 
 def ahead(found: dict[str, Any], name: str, steps: int, ratio: float) -> Iterator[str]:
     """The ways of others that reach at least what the best of ours does, where the same share went."""
-    mine = [one for one in found["runs"] if (one["task"], one["steps"], one["ratio"]) == (name, steps, ratio)]
-    medians: dict[str, float] = {}
-    for way in {one["way"] for one in mine if one["measured"] and abs(one["removed"] - ratio) <= 0.005}:
-        medians[way] = statistics.median(one["measured"][0] for one in mine if one["way"] == way)
-    sign = -1 if name in ("llama", "whisper") else 1
-    best = max((sign * value for way, value in medians.items() if way in OURS), default=None)
+    ways, sign = medians(found, name, ratio, steps), -1 if name in LESS_IS_BETTER else 1
+    best = max((sign * value for way, value in ways.items() if way in OURS), default=None)
     if best is not None:
-        yield from sorted(way for way, value in medians.items() if way not in OURS and sign * value >= best)
+        yield from sorted(way for way, value in ways.items() if way not in OURS and sign * value >= best)
 
 
 def section(found: dict[str, Any], name: str) -> str:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks import recovery_plot
+from benchmarks.quality_medians import medians
 
 from .quoting import ROOT, Quote, Row, table
 from .timings import timings
@@ -198,15 +198,11 @@ def whisper(results: Results) -> Iterator[Quote]:
         "of the paper's ways {} %", f"{dense:.2f}", *(f"{dense + one:.2f}" for one in (*ours, best)),
     )  # fmt: skip
 
-    runs: dict[str, list[float]] = {}
-    for one in results["quality"]["runs"]:
-        if (one["task"], one["ratio"], one["steps"]) == ("whisper", 0.75, 0) and one["measured"]:
-            runs.setdefault(one["way"], []).append(one["measured"][0])
-    medians = {way: median(found) for way, found in runs.items()}
-    others = min(found for way, found in medians.items() if not way.startswith("attnprune"))
+    most = medians(results["quality"], "whisper", 0.75)
+    others = min(found for way, found in most.items() if not way.startswith("attnprune"))
     yield Quote(
         "With 75 % removed ragged heads leave {} % wrong, the best of others {} %",
-        f"{medians['attnprune, ragged, split found']:.2f}", f"{others:.2f}",
+        f"{most['attnprune, ragged, split found']:.2f}", f"{others:.2f}",
     )  # fmt: skip
 
 
