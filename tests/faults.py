@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -77,6 +78,7 @@ def settings() -> dict[str, Any]:
         "device": torch.get_default_device(), "dtype": torch.get_default_dtype(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "turn": dict(attempt._TURN), "attempt": getattr(attempt._RUNNING, "attempt", None), "masked": len(MASKED),
+        "collector": gc.isenabled(), "looks": attempt._LOOK._is_owned(),  # type: ignore[attr-defined]
         "sharing": attnprune.calibration.processes._sharing.get(), "tracing": torch._C._get_tracing_state(),
         "random": hashlib.md5(torch.get_rng_state().numpy()).hexdigest(), "python's random": hash(random.getstate()),
         "numpy's random": hashlib.md5(np.random.get_state()[1].tobytes()).hexdigest(),  # type: ignore[index]

@@ -159,3 +159,37 @@ def test_other_hosts_keep_their_own_attention() -> None:
     assert type(model.attention) is Attention
     with torch.no_grad():
         assert model(x, torch.zeros(3, 5, 5)).shape == x.shape
+
+
+class Broken(Plain):
+    """What its forward reads are properties that work nowhere else."""
+
+    def repeated(self, mask: Tensor) -> Tensor:
+        if len(mask) > 99:
+            return super().repeated(mask).repeat(1, self.config.num_heads, 1, self.n_heads)
+        return super().repeated(mask)
+
+    @property
+    def n_heads(self) -> int:
+        raise RuntimeError("n_heads outside of forward")
+
+    @property
+    def config(self) -> Any:
+        raise KeyError("config outside of forward")
+
+
+def test_properties_that_do_not_work_say_nothing_of_masks() -> None:
+    model = Broken("once").eval()
+    report = prune_attention(model, 0.5, granularity="head", scorer="magnitude")
+    assert report.ways == {"attention": "stock"}
+
+
+def test_a_property_that_lacks_memory_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing about the model."""
+
+    def lacks(self: nn.Module) -> int:
+        raise MemoryError("in a property")
+
+    monkeypatch.setattr(Broken, "n_heads", property(lacks))
+    with pytest.raises(MemoryError, match="in a property"):
+        prune_attention(Broken("once"), 0.5, granularity="head", scorer="magnitude")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -322,3 +324,48 @@ def test_pruning_a_masked_model_is_refused() -> None:
     with pytest.raises(AttnPruneError), masked(model, plan):
         apply_plan(model, plan)
     apply_plan(model, plan)
+
+
+COLLECTS = """
+import gc, threading, types
+import torch
+from attnprune.nn import attempt
+
+class Cycle:
+    def __init__(self):
+        self.me, self.local = self, threading.local()  # its end waits for the interpreter's lock of threads
+
+def look(later):
+    end = threading.Event()
+    others = [threading.Thread(target=end.wait) for _ in range(9)]
+    for one in others:
+        one.start()
+    gc.disable()
+    gc.collect()
+    Cycle().local.x = 1
+    attempt._TURN["thread"] = -1
+    gc.set_threshold(gc.get_count()[0] + later, 1, 1)  # it is collected that many allocations later
+    gc.enable()
+    {call}
+    end.set()
+    for one in others:
+        one.join()
+
+MODEL = torch.nn.Identity()
+attempt.time = types.SimpleNamespace(monotonic=float, sleep=lambda _: attempt._TURN.clear())  # the other call ends
+gc.freeze()
+for later in range(50):
+    look(later)
+print(gc.isenabled())
+gc.enable = gc.disable
+look(0)
+print(gc.isenabled())
+"""
+
+
+@pytest.mark.parametrize("call", ["attempt._runs_elsewhere(MODEL)", "attempt._take_turn(0)"])
+def test_no_garbage_is_collected_while_frames_of_threads_are_read(call: str) -> None:
+    """Before Python 3.12 that would never end: a collection waits for a lock that reading frames holds."""
+    code = COLLECTS.format(call=call)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("True\nFalse\n", "")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.attempt import MACHINE
 from .code import names_in_forward
 from .looks import looks
 
@@ -44,5 +45,16 @@ def _heads_read(module: nn.Module) -> set[int]:
     """What the attributes hold, of a module or its config, that its forward reads and that are called heads."""
     kind: Any = type(module)
     names = [name for name in names_in_forward(kind, functions=False) if name.endswith(("head", "heads"))]
-    values = [getattr(one, name, None) for one in (module, getattr(module, "config", None)) for name in names]
+    holders = (module, _attribute(module, "config"))
+    values = [_attribute(one, name) for one in holders for name in names]
     return {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    """None where there is none, or where it is a property that does not work outside of forward."""
+    try:
+        return getattr(holder, name, None)
+    except MACHINE:
+        raise
+    except Exception:  # whatever a class of the user's raises
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -23,8 +24,11 @@ _TURN: dict[str, int] = {}
 """Which thread's call is at work; one at a time, as random state and several settings of PyTorch are the process's."""
 _RUNNING = threading.local()
 """Of every thread, the innermost attempt."""
+_LOOK = threading.RLock()
+"""Held while the garbage collector is off for :func:`_frames`."""
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_TURN.clear)
+    os.register_at_fork(before=_LOOK.acquire, after_in_parent=_LOOK.release, after_in_child=_LOOK.release)
 MACHINE = MemoryError, OSError, torch.cuda.OutOfMemoryError
 """What fails for reasons of the machine, and so says nothing about a model that was tried: it is passed on."""
 PATIENCE = 60.0
@@ -252,7 +256,7 @@ def _take_turn(me: int) -> None:
     """Waits until no other thread's call is at work, however long it works; not for one that does but wait."""
     place, until = None, 0.0
     while (holder := _TURN.setdefault("thread", me)) != me:
-        frame = sys._current_frames().get(holder)
+        frame = _frames().get(holder)
         here = None if frame is None or frame.f_code.co_filename != threading.__file__ else (frame, frame.f_lasti)
         if here is None or here != place:
             place, until = here, time.monotonic() + PATIENCE
@@ -281,10 +285,25 @@ def _wait(model: nn.Module) -> None:
 
 
 def _runs_elsewhere(model: nn.Module) -> bool:
-    for thread, top in sys._current_frames().items():
+    for thread, top in _frames().items():
         frame: FrameType | None = top if thread != threading.get_ident() else None
         while frame is not None:
             if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
                 return True
             frame = frame.f_back
     return False
+
+
+def _frames() -> dict[int, FrameType]:
+    """The innermost frame of every thread.
+
+    Before Python 3.12 garbage may be collected inside ``sys._current_frames``, and wait for ever for a lock that it
+    holds itself (CPython issue 106883). So none is collected then.
+    """
+    if sys.version_info >= (3, 12):
+        return sys._current_frames()
+    with _LOOK, undone() as undo:
+        if gc.isenabled():
+            undo.append(gc.enable)
+            gc.disable()
+        return sys._current_frames()
