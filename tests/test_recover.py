@@ -24,8 +24,8 @@ from attnprune.cli import main
 from attnprune.errors import AttnPruneError, CheckpointError, DataError, OptionError
 from attnprune.families.registry import all_views
 from attnprune.families.slots import Slot
+from attnprune.recovery import costs, tuning
 from attnprune.recovery import recover as recovering
-from attnprune.recovery import tuning
 from attnprune.recovery.objective import Objective
 from attnprune.recovery.recover import Recovering, prepared
 from attnprune.recovery.splitting import split
@@ -426,6 +426,55 @@ def test_an_estimate_leaves_no_trace() -> None:
     assert "beside both models" in str(found)
     ours, theirs = ([*inspect.signature(one).parameters.values()] for one in (estimate_recovery, recover))
     assert ours == theirs
+
+
+LENGTHS = {
+    "equal": [5] * 12, "rising": [*range(1, 31)], "a long tail": [2] * 20 + [40, 60, 90],
+    "two": [1, 9, 2], "one": [3, 3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hiccup", [False, True])
+@pytest.mark.parametrize("steps", [1, 5, 17, 200, "1 epochs", "9s"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_an_estimate_holds_where_batches_are_not_alike(
+    lengths: list[int], steps: int | str, hiccup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that is set by what is computed; one step takes ten times as long as it should."""
+    model, dense = pruned()
+    clock, met = [0.0], set[Any]()
+    gradients = Objective.gradients
+
+    def timed(self: Objective, key: Any, batch: Tensor, *rest: Any) -> Any:
+        slow = 10 if hiccup and len(met) == 2 < len(lengths) - 1 else 1
+        clock[0] += (0.02 + 0.01 * batch.shape[1]) * (1.0 if key in met else 1.4 * slow)
+        met.add(key)
+        return gradients(self, key, batch, *rest)
+
+    monkeypatch.setattr(Objective, "gradients", timed)
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for module in (tuning, recovering):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    data = [torch.randn(2, length, 16) for length in lengths]
+    said = estimate_recovery(model, dense, data, steps, held_out=data[:1])
+    hiccup, clock[0] = False, 0.0
+    met.clear()
+    found = recover(model, dense, data, steps, held_out=data[:1])
+    assert said.seconds == pytest.approx(clock[0], rel=0.3)
+    assert said.steps == found.steps or (steps == "9s" and said.steps == pytest.approx(found.steps, rel=0.3))
+
+
+def test_the_memory_that_an_estimate_says_is_that_of_the_largest_batch() -> None:
+    model, dense = pruned()
+    long, short = torch.randn(2, 300, 16), torch.randn(2, 3, 16)
+
+    def said(data: Data, seed: int = 0) -> int:
+        return estimate_recovery(model, dense, data, 40, seed=seed, held_out=[short]).bytes
+
+    mixed = {said([short] * 9 + [long], seed) for seed in range(4)}
+    assert len(mixed) == 1
+    assert said([short] * 10) < max(mixed) < said([long] * 10)
+    assert max(mixed) - said([short] * 10) > 10 * long.nbytes  # what is kept for the pass back
 
 
 # stopped, and faults

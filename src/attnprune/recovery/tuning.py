@@ -217,11 +217,16 @@ class Tuner:
         total, count = pooled((total, count))
         return total / count
 
+    def order(self, epoch: int) -> list[int]:
+        """The numbers of all batches, as an epoch takes them."""
+        chance = torch.Generator("cpu").manual_seed((self.recovery.seed + 1_000_003 * epoch) % 2**63)
+        numbers: list[int] = torch.randperm(len(self.data.train), generator=chance, device="cpu").tolist()
+        return numbers
+
     def _batch(self, step: int) -> tuple[Hashable, Any]:
         """The batch of a step: each once an epoch, in an order of that epoch."""
         epoch, place = divmod(step, len(self.data.train))
-        chance = torch.Generator("cpu").manual_seed((self.recovery.seed + 1_000_003 * epoch) % 2**63)
-        number = int(torch.randperm(len(self.data.train), generator=chance, device="cpu")[place])
+        number = self.order(epoch)[place]
         return number, to_device(self.data.train[number], self.device)
 
     def _shared(self, grads: Grads, loss: Tensor) -> tuple[Grads, float]:
