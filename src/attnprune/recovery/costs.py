@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -175,12 +174,3 @@ def _seconds(tuner: Tuner, run: Callable[[], object], shown: Any) -> float:
         torch.cuda.synchronize(tuner.device)
     shown.update()
     return time.perf_counter() - began
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; of a CPU's as far as the system tells, else 0."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return 0.0

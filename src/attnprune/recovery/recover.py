@@ -27,7 +27,8 @@ from ..values.choices import Choices
 from ..values.plan import Plan
 from ..values.recovery import Recovered, Recovery
 from .blocks import find_blocks
-from .costs import Estimate, estimated, free_memory
+from .costs import Estimate, estimated
+from .memory import free_memory
 from .objective import Layerwise, Objective, uncached
 from .splitting import split
 from .tuned import norms_of, updates_of
