@@ -43,11 +43,11 @@ class AST(HFFamily):
 
 
 class ViT(HFFamily):
-    model, config = partial(transformers.ViTModel, add_pooling_layer=False), transformers.ViTConfig
+    model, config = staticmethod(partial(transformers.ViTModel, add_pooling_layer=False)), transformers.ViTConfig
 
 
 class DeiT(HFFamily):
-    model, config = partial(transformers.DeiTModel, add_pooling_layer=False), transformers.DeiTConfig
+    model, config = staticmethod(partial(transformers.DeiTModel, add_pooling_layer=False)), transformers.DeiTConfig
 
 
 class DINOv2(HFFamily):
@@ -90,11 +90,12 @@ class TwoModule(HFFamily):
 
 
 class Bert(TwoModule):
-    model, config = partial(transformers.BertModel, add_pooling_layer=False), transformers.BertConfig
+    model, config = staticmethod(partial(transformers.BertModel, add_pooling_layer=False)), transformers.BertConfig
 
 
 class Roberta(TwoModule):
-    model, config = partial(transformers.RobertaModel, add_pooling_layer=False), transformers.RobertaConfig
+    model = staticmethod(partial(transformers.RobertaModel, add_pooling_layer=False))
+    config = transformers.RobertaConfig
 
 
 class TorchFamily(Family):
