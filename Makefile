@@ -101,7 +101,7 @@ bench-streaming: $(STAMP)
 	$(BIN)/python benchmarks/large_llama.py
 
 paper-table: $(STAMP)
-	$(BIN)/python examples/keywords/generate.py paper_table_work --only train
+	$(BIN)/python examples/keywords/generate.py paper_table_work --only train --per-class 700
 	$(BIN)/python benchmarks/paper_table.py --train paper_table_work/train.safetensors --seeds 0 1 2
 
 bench: $(STAMP)

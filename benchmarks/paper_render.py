@@ -74,7 +74,8 @@ def words(spread: Spread | None) -> str:
     """The median, and the range over seeds."""
     if spread is None:
         return ""
-    return f"{spread.median:+.2f}" + (f" ({spread.low:+.2f} to {spread.high:+.2f})" if spread.count > 1 else "")
+    median, low, high = (round(value, 2) + 0.0 for value in spread[1:])  # no -0.00
+    return f"{median:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if spread.count > 1 else "")
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -121,7 +122,7 @@ def claims(results: Mapping[str, Any]) -> list[str]:
         name = best(results, step)  # by validation, not test
         if name and (gap := distance(results, name, step)):
             met = f"at most {allowed} below: {'yes' if round(gap.median, 3) >= -allowed else 'no'}"
-            said = f"ours (least validation loss: {name}), {COLUMNS[step]} %: {gap.median:+.2f}; {met}"
+            said = f"ours (least validation loss: {name}), {COLUMNS[step]} %: {words(Spread(1, *gap[1:]))}; {met}"
             lines.append(said + elsewhere(results, name, step))
     return lines
 
@@ -129,7 +130,7 @@ def claims(results: Mapping[str, Any]) -> list[str]:
 def elsewhere(results: Mapping[str, Any], name: str, step: int) -> str:
     """The same distance on the new clips, as the end of a line."""
     gap = distance(results, name, step, new=True)
-    return f"; on {results['new clips']['clips']:,} new clips {gap.median:+.2f}" if gap else ""
+    return f"; on {results['new clips']['clips']:,} new clips {words(Spread(1, *gap[1:]))}" if gap else ""
 
 
 TITLES = {
@@ -139,6 +140,14 @@ TITLES = {
     "EH-L-FI": "whole heads, each layer alike",
 }
 """The paper's variants by Fisher information, in words."""
+SHOWN = {
+    "rotated; no recovery": "the default, nothing trained",
+    "rotated, free; no recovery": "rotated, split found, ragged; nothing trained",
+    "rotated, free; more clips": "rotated, split found, ragged; 24,500 clips",
+    "rotated, free; LoRA": "rotated, split found, ragged; 6,125 clips",
+    "rotated; LoRA": "the default, 6,125 clips a round",
+}
+"""Ways of ours, in words."""
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -165,9 +174,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             ("its protocol here, 6,125 clips a round", name, dark, "-o"),
             ("24,500 clips a round", f"{name}; more clips", dark, "-.v"),
             ("84,843 clips a round, as the paper has", f"{name}; 84,843 clips", dark, ":P"),
-            ("ours: rotated, split found, ragged; 24,500 clips", ours, light, "-^"),
+            (f"ours: {SHOWN.get(ours, ours)}", ours, light, "-^"),
         ):
             x, y, low, high = _curve(results, way)
+            if not x:
+                continue
             panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             panel.plot(x, y, mark, color=colour, markersize=4.5, linewidth=1.4, label=label)
         panel.set_title(f"{name}: {title}", fontsize=9.5)
@@ -195,14 +206,14 @@ def _curve(results: Mapping[str, Any], name: str) -> tuple[list[float], ...]:
     return x, [gap.median for _, gap in pairs], [gap.low for _, gap in pairs], [gap.high for _, gap in pairs]
 
 
-def render(results: Mapping[str, Any], out: Path = ROOT) -> str:
-    """Writes the Markdown table, the table of the documentation and the plot; returns the Markdown."""
+def render(results: Mapping[str, Any], name: str, out: Path = ROOT) -> str:
+    """Writes the Markdown table, the table of the documentation and the plot, of this name; returns the Markdown."""
     header, body = rows(results)
     markdown = "\n".join([table(header, body), "", *(f"- {line}" for line in claims(results))])
     (out / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
     (out / "docs" / "_static").mkdir(parents=True, exist_ok=True)
-    (out / "benchmarks" / "results" / "paper_table.md").write_text(markdown + "\n")
-    with (out / "docs" / "_static" / "paper_table.csv").open("w", newline="") as file:
+    (out / "benchmarks" / "results" / f"{name}.md").write_text(markdown + "\n")
+    with (out / "docs" / "_static" / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *body])
-    plot(results, out / "docs" / "_static" / "paper_table.png")
+    plot(results, out / "docs" / "_static" / f"{name}.png")
     return markdown

@@ -74,7 +74,7 @@ def test_a_state_of_another_recipe_is_refused(protocol: Any, task: Any, tmp_path
         ("recipe", way._replace(recipe=way.recipe._replace(lr=way.recipe.lr / 2)), 0),
         ("recipe", way._replace(recipe=None), 0),
         ("steps", way._replace(steps=(4, 7, 9)), 0),
-        ("options", way._replace(options={**way.options, "scope": "global"}), 0),
+        ("options", way._replace(options={**way.options, "preset": "paper:PH-G-MAG"}), 0),
         ("seed", way, 1),
     ]
     for key, other, seed in others:
@@ -95,13 +95,34 @@ def test_runs_that_were_cut_short_are_not_collected(
 ) -> None:
     import paper_table
 
-    monkeypatch.setattr(protocol, "keywords", lambda *_: task)
+    monkeypatch.setattr(protocol, "keywords", lambda *_, **__: task)
     name, file = "rotated; no recovery", paper_table.state_file(tmp_path, 0, "rotated; no recovery")
     way = protocol.WAYS[name]
     protocol.run(task, way._replace(steps=way.steps[:2]), 0, file, lambda line: None)
     assert paper_table.collect(tmp_path, [0], "cpu", None)["runs"] == {}
     monkeypatch.setitem(protocol.WAYS, name, way._replace(steps=way.steps[:2]))
     assert len(paper_table.collect(tmp_path, [0, 1], "cpu", None)["runs"][name]["0"]) == 2
+
+
+def test_results_of_other_seeds_stay_where_they_are_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from paper_table import joined
+
+    def of(seed: int, model: str = "m", rate: float = 1.0, **more: Any) -> dict[str, Any]:
+        recipes = {"a": {"lr": rate}, "b": None, "c": None}
+        return {
+            "environment": {"model": model, "training clips": 9}, "recipes": recipes,
+            "runs": {"a": {str(seed): [seed]}, "c": {str(seed): [seed]}}, **more,
+        }  # fmt: skip
+
+    new = {"clips": 7, "dense": 80.0, "runs": {"b": {"0": {"7": 79.0}}}}
+    both = joined(of(1), of(0, **{"new clips": new}))
+    assert both["runs"] == {"a": {"0": [0], "1": [1]}, "c": {"0": [0], "1": [1]}}
+    assert both["new clips"] == new
+    assert joined(of(1, **{"new clips": new}), of(0))["new clips"] == new
+    assert joined(of(1), of(1, more=0))["runs"] == of(1)["runs"]
+    assert joined(of(1), of(0, model="n")) == of(1)
+    assert joined(of(1), of(0, rate=2.0))["runs"] == {"a": {"1": [1]}, "c": {"0": [0], "1": [1]}}
 
 
 def test_a_trial_has_validation_figures_alone(protocol: Any, task: Any, tmp_path: Path) -> None:
@@ -263,17 +284,20 @@ def test_the_protocol_is_the_papers(protocol: Any) -> None:
     assert len(protocol.VARIANTS) == 8
 
 
-def test_shipped_results_render(protocol: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_shipped_results_render(protocol: Any, first: bool, tmp_path: Path) -> None:
     """What is shipped is what the shipped results give, and they are of the recipes that the program has."""
     import paper_render
+    import paper_table
 
-    results = json.loads((BENCHMARKS / "results" / "paper_table.json").read_text())
-    text = paper_render.render(results, tmp_path)
-    assert text + "\n" == (BENCHMARKS / "results" / "paper_table.md").read_text()
-    shipped, drawn = (root / "docs" / "_static" / "paper_table.csv" for root in (BENCHMARKS.parent, tmp_path))
+    file, ways = paper_table.RESULTS[first], paper_table.ways(first)
+    results = json.loads(file.read_text())
+    text = paper_render.render(results, file.stem, tmp_path)
+    assert text + "\n" == file.with_suffix(".md").read_text()
+    shipped, drawn = (root / "docs" / "_static" / f"{file.stem}.csv" for root in (BENCHMARKS.parent, tmp_path))
     assert shipped.read_text() == drawn.read_text()
-    assert set(paper_render.PAPER) <= set(results["runs"])
-    assert results["recipes"] == {name: way.recipe and way.recipe._asdict() for name, way in protocol.WAYS.items()}
+    assert {name for name in paper_render.PAPER if name.endswith("FI")} <= set(results["runs"])
+    assert results["recipes"] == {name: way.recipe and way.recipe._asdict() for name, way in ways.items()}
     for name, runs in results["runs"].items():
         for records in runs.values():
-            assert [record["step"] for record in records] == list(protocol.WAYS[name].steps)[: len(records)]
+            assert [record["step"] for record in records] == list(ways[name].steps)[: len(records)]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from benchmarks import recovery_plot
 from benchmarks.quality_medians import medians
 
-from .quoting import ROOT, Quote, Row, table
+from .protocols import protocol, protocol_shipped
+from .quoting import ROOT, Quote, Row, bare, signed, table
 from .timings import timings
 
 sys.path.append(str(ROOT / "benchmarks"))  # after all else: the paper's table is read by the program that renders it
@@ -58,18 +58,9 @@ def quotes(results: Results) -> list[Quote]:
     """All of them."""
     return [
         *keywords(results), *byte_model(results), *llama(results), *whisper(results), *recovery(results),
-        *four_ratios(results), *outer_sides(results), *protocol(results), *sweep(results), *timings(results),
+        *four_ratios(results), *outer_sides(results), *protocol(results), *protocol_shipped(results), *sweep(results),
+        *timings(results),
     ]  # fmt: skip
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """With its sign, and +0.00 rather than -0.00."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}"
-
-
-def bare(value: float, digits: int) -> str:
-    """Without the zero before the point."""
-    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
 
 
 def removed(*shares: str) -> list[str]:
@@ -285,64 +276,6 @@ def outer_sides(results: Results) -> Iterator[Quote]:
         over = {outer: bare(one["loss"] / own["0"]["loss"], 2) for outer, one in own.items()}
         rows.append((share, ["{}"] * 4, [over[outer] for outer in ("0.01", "0.04", "0.08", "all")]))
     yield table(["removed", "1 % of it from features", "4 %", "8 %", '``split="all"``'], rows)
-
-
-def protocol(results: Results) -> Iterator[Quote]:
-    """The paper's protocol."""
-    from paper_render import PAPER as THEIRS
-    from paper_render import PAPER_DENSE, distance
-
-    table_of = results["paper_table"]
-    new = table_of["new clips"]
-    clips, dense = f"{new['clips']:,}", f"{new['dense']:.2f}"
-
-    def points(name: str, step: int, *, tuned: bool = False, new: bool = False) -> float:
-        spread = distance(table_of, name, step, tuned=tuned, new=new)
-        assert spread is not None, (name, step)
-        return spread.median
-
-    default, free, tuned = "rotated; no recovery", "rotated, free; no recovery", "rotated, free; more clips"
-    long = "EH-L-FI; 84,843 clips"
-    yield Quote("The one that is shipped now, {} %, was trained", f"{results['demo']['dense']:.2f}")
-    tests = results["demo"]["clips"]  # of either model
-    yield Quote("6 layers, 6 heads of 32, 35 words; {} % on {} test clips",
-                f"{table_of['dense']['test']:.2f}", f"{tests:,}")  # fmt: skip
-    error = sqrt(table_of["dense"]["test"] * (100 - table_of["dense"]["test"]) / tests)
-    yield Quote("A test clip is {} points, and the standard error of such an accuracy {} points",
-                f"{100 / tests:.2f}", f"{error:.2f}")  # fmt: skip
-    yield Quote("On {} more clips of the same voices (dense {} %; ranges over seeds)", clips, dense)
-    more = f"{table_of['recipes'][tuned]['clips']:,}"
-    rounds = [f"{table_of['recipes'][name]['clips']:,}" for name in ("PH-G-FI", tuned, long)]
-    head = [f"{{}} clips a round{end}" for end in ("", "", ", as the paper has")]
-    rows: list[Row] = []
-    for name in THEIRS:
-        if name.endswith("FI"):
-            figures = [points(name, 7), points(f"{name}; more clips", 7), THEIRS[name][4] - PAPER_DENSE]
-            rows.append((name, ["{}", "{}", "", "{}"], [signed(one) for one in figures]))
-    rows[-1][1][2] = "{}; a round later {}"
-    rows[-1][2][2:2] = [signed(points(long, 7)), signed(points(long, 8))]
-    rows.append(("**ours**: rotated, split found, ragged", ["", "{}", "", ""], [f"{points(tuned, 7):.2f}"]))
-    rows.append(("**ours**, nothing trained: the default", ["{}"], [signed(points(default, 7))]))
-    yield table(["variant", f"its protocol, {head[0]}", *head[1:], "the paper, on AST-base"], rows, *rounds)
-    yield Quote("loses nothing at 50 % and {} points at 75 %", f"{-points(default, 14):.2f}")
-    yield Quote("by {} points with {} clips a round", f"{points('dense; more clips', 7):.2f}", more)
-    alike = [-points(f"{name}; more clips", 7, tuned=True) for name in ("PH-G-FI", "PH-L-FI", "EH-G-FI")]
-    alike.append(-points(long, 7, tuned=True))
-    yield Quote("the four Fisher variants lose {} to {} points", f"{min(alike):.2f}", f"{max(alike):.2f}")
-    rows = []
-    for first, name, steps in (
-        (f"PH-G-FI, {more} clips a round", "PH-G-FI; more clips", (7,)),
-        (f"EH-G-FI, {more} clips a round", "EH-G-FI; more clips", (7,)),
-        (f"PH-L-FI, {more} clips a round", "PH-L-FI; more clips", (7,)),
-        ("EH-L-FI, 84,843 clips, seven rounds", long, (7,)),
-        (f"**ours**: rotated, split found, ragged, {more} clips a round", tuned, (7, 14)),
-        ("**ours**, nothing trained: the default", default, (7, 14)),
-        ("**ours**, nothing trained: split found, ragged", free, (7, 14)),
-    ):
-        spreads = [distance(table_of, name, step, new=True) for step in steps]
-        figures = [signed(value) for one in spreads if one for value in (one.median, one.low, one.high)]
-        rows.append((first, ["{} ({} to {})"] * len(steps) + [""] * (2 - len(steps)), figures))
-    yield table(["way", "50 %", "75 %"], rows)
 
 
 def sweep(results: Results) -> Iterator[Quote]:

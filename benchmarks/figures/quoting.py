@@ -81,6 +81,16 @@ def table(head: Sequence[str], rows: Sequence[Row], *figures: str, after: str = 
     return Quote(words, *figures, *(figure for _, _, own in rows for figure in own))
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """With its sign, and +0.00 rather than -0.00."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def bare(value: float, digits: int) -> str:
+    """Without the zero before the point."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
 def texts() -> dict[str, str]:
     """README and the pages of the documentation, by path."""
     paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.rst"))]
