@@ -434,8 +434,9 @@ LENGTHS = {
 }  # fmt: skip
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("hiccup", [False, True])
-@pytest.mark.parametrize("steps", [1, 5, 17, 200, "1 epochs", "9s"])
+@pytest.mark.parametrize("steps", [1, 17, 200, "9s"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_an_estimate_holds_where_batches_are_not_alike(
     lengths: list[int], steps: int | str, hiccup: bool, monkeypatch: pytest.MonkeyPatch
