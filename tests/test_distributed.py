@@ -20,6 +20,8 @@ from torch_pruning.pruner.importance import TaylorImportance
 
 import attnprune
 from attnprune import AttentionPruner, Plan, across_processes, make_plan, prune_attention, rewrap
+from attnprune.cost.latency import Grid, LatencyTable
+from attnprune.cost.latency.multiples import Share
 from attnprune.errors import (
     AttnPruneError,
     NonFiniteError,
@@ -156,6 +158,39 @@ def refused(rank: int, call: Callable[[nn.Module], object]) -> AttnPruneError:
     return caught.value
 
 
+CLOCKS: dict[str, dict[str, Any]] = {
+    "budget": {"target_latency": 0.8},
+    "heads": {"qkvo_ratios": 0.5, "granularity": "auto"},
+    "multiples": {"qkvo_ratios": 0.5, "round_to": "auto"},
+}
+
+
+def other_clocks(rank: int) -> Any:
+    """Plans of what is measured, where heads are slow on the first and fast on the second, and so on."""
+
+    def table(model: nn.Module, *_: Any, **__: Any) -> LatencyTable:
+        shares = [0.05 * ((vo if rank else qk) + 1) for qk in range(1, 9) for vo in range(1, 9)]
+        names = tuple((spec.name, 0) for spec in attnprune.find_attention(model))
+        grid = Grid((2,), tuple(range(1, 9)), tuple(range(1, 9)), tuple(shares))
+        return LatencyTable({}, 1.0, 0.1, names, (grid,), 1, 3)
+
+    def whole(model: Any, plan: Plan, *_: Any) -> tuple[float, None]:
+        return (0.5 if bool(plan.layers[0].heads) == bool(rank) else 0.9), None
+
+    def multiples(*_: Any) -> dict[int, Share]:
+        return {1: Share(1.0, 0.0), 2: Share(1.5 - rank, 0.0)}
+
+    with pytest.MonkeyPatch.context() as patch, across_processes():
+        patch.setattr("attnprune.cost.latency.measure", table)
+        patch.setattr("attnprune.planning.faster.Surgeon.prepare", lambda model, views, plan: plan)
+        patch.setattr("attnprune.planning.faster.measure_plan", whole)
+        patch.setattr("attnprune.planning.faster.measure_multiples", multiples)
+        return {
+            way: make_plan(build(), example_inputs=batch(0), progress=False, **options)
+            for way, options in CLOCKS.items()
+        }
+
+
 def failures(rank: int) -> Any:
     def other_scores(model: nn.Module) -> None:
         pruner = AttentionPruner(model, 0.5, steps=1, scorer="random", seed=rank)
@@ -245,7 +280,7 @@ def accelerated(rank: int, folder: str) -> Any:
     return {"whole": whole, "again": train(range(3, 6), *again), "plan": again[3].pruner.plan}
 
 
-PARTS = (ddp, own_gradients, one_saw_nothing, shared_data, shared_scores, with_pruner, failures, shards)
+PARTS = (ddp, own_gradients, one_saw_nothing, shared_data, shared_scores, with_pruner, other_clocks, failures, shards)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -324,6 +359,16 @@ def test_a_pruner_shares_its_data(both: Any) -> None:
     pruner.step()
     assert both[0]["with_pruner"] == both[1]["with_pruner"]
     assert shapes(both[0]["with_pruner"]) == shapes(pruner.plan)
+
+
+def test_the_clock_of_the_first_process_counts(both: Any) -> None:
+    one, two = (found["other_clocks"] for found in both)
+    assert one == two
+    asked = {way: plan.asked for way, plan in one.items()}
+    assert asked["heads"].granularity == "channel"
+    assert asked["multiples"].round_to == 1
+    for layer in one["budget"].after:
+        assert min(layer.qk_dims) < 8 == min(layer.vo_dims), "qk is what takes time on the first"
 
 
 def test_where_one_fails_none_changes(both: Any) -> None:

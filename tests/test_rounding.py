@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from torch import nn
 
 import attnprune
 from attnprune import AttentionSpec, Ratios, Rules, Scores, allocate, errors, make_plan
+from attnprune.cost.latency import multiples, timing
+from attnprune.cost.latency.multiples import around
 from attnprune.cost.rounding import liked_multiple, rounding
+from attnprune.planning import faster
 
 CPU = torch.device("cpu")
 
@@ -64,6 +69,122 @@ def test_auto_is_resolved_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for p, asked in (report.asked or {}).items():  # less than one unit off: 8 channels of every head of a layer
         assert abs(report.achieved[p] - asked) < 8 / 32 / 3
     assert '"round_to":8' in report.plan.to_json()
+
+
+class Device:
+    """Time passes only where Q, K or V runs: by the channels of a head, more where it does not like these."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, likes: int, gain: float = 0.5, noise: float = 0.0) -> None:
+        self.now, self.draw = 0.0, random.Random(0)
+        self.likes, self.gain, self.noise = likes, gain, noise
+        patch.setattr(timing, "FAST", 0.0)
+        patch.setattr(timing, "perf_counter", lambda: self.now)
+
+    def watch(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.in_features == module.out_features:
+                module.register_forward_hook(self.tick)
+        return model
+
+    def tick(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        dim = output.shape[-1] / 2  # of two heads
+        more = self.gain if dim % self.likes else 0.0
+        self.now += dim * (1 + more) * (1 + self.noise * self.draw.random())
+
+
+def two_heads(**facts: Any) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**{**sizes, "image_size": 8, "patch_size": 4, **facts})
+    return ViTModel(config, add_pooling_layer=False).eval()
+
+
+IMAGES = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"match_dims": True}, {"target_params": 0.8}], ids=str)
+@pytest.mark.parametrize("likes", [1, 2, 8, 16])
+def test_what_is_measured_to_be_liked(likes: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Device(monkeypatch, likes).watch(two_heads())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ratio = None if "target_params" in options else 0.4
+    plan = make_plan(model, ratio, round_to="auto", example_inputs=IMAGES, progress=False, **options)
+    assert plan.asked is not None
+    assert plan.asked.round_to == likes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    again = make_plan(two_heads(), ratio, round_to=likes, example_inputs=IMAGES, progress=False, **options)
+    assert plan == again, "as if it had been said"
+
+
+@pytest.mark.parametrize(("gain", "wanted"), [(0.02, 1), (0.2, 8)])
+def test_a_small_gain_is_not_worth_a_coarser_multiple(
+    gain: float, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Device(monkeypatch, 8, gain).watch(two_heads())
+    plan = make_plan(model, 0.5, round_to="auto", example_inputs=IMAGES, progress=False)
+    assert plan.asked is not None
+    assert plan.asked.round_to == wanted
+
+
+def test_where_times_vary_the_kind_of_device_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiples, "ROUNDS", (5, 6))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for noise, wanted in ((0.001, 2), (5.0, 16)):
+        with pytest.MonkeyPatch.context() as patch:
+            model = Device(patch, 2, noise=noise).watch(two_heads())
+            plan = make_plan(model, 0.5, round_to="auto", example_inputs=IMAGES, progress=False)
+        assert plan.asked is not None
+        assert plan.asked.round_to == wanted
+
+
+def test_what_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(faster, "measure_multiples", never)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    model, inputs = two_heads(), {"example_inputs": IMAGES}
+    few: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1}  # heads of 4
+    for one, options, wanted in (
+        (model, {}, 16),
+        (model, {**inputs, "measure": False}, 16),
+        (model, {**inputs, "granularity": "head"}, 1),
+        (model, {**inputs, "qkvo_ratios": 0.0}, 16),
+        (two_heads(**few), inputs, 1),
+    ):
+        plan = make_plan(one, **{"qkvo_ratios": 0.5, "round_to": "auto", **options})
+        assert plan.asked is not None
+        assert plan.asked.round_to == wanted, options
+    with pytest.raises(AssertionError):
+        make_plan(two_heads(), 0.5, round_to="auto", **inputs)
+
+
+@given(
+    st.lists(st.integers(16, 40), min_size=1, max_size=3),
+    st.sampled_from([{"qk": 0.5, "vo": 0.5}, {"qk": 0.13, "vo": 0.9}, {"qk": 1, "vo": 0.3}]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_shapes_that_are_measured_keep_as_many_channels_in_all(
+    dims: list[int], kept: Any, ragged: bool, rotary: bool
+) -> None:
+    facts: dict[str, Any] = {"rotary": "half", "rotary_dims": tuple(dim // 2 * 2 for dim in dims)} if rotary else {}
+    whole = AttentionSpec.of("a", heads=len(dims), head_dim=64, d_model=8)
+    one = replace(whole, qk_dims=tuple(dims), vo_dims=tuple(dims), **facts)
+    totals = set()
+    for multiple in (1, 2, 4):
+        two = [around(one, multiple, 4, kept, turn, ragged).after for turn in (0, 1)]
+        totals.add(tuple(sum(sum(side.dims(kind)) for side in two) for kind in ("qk", "vo")))
+        for kind in ("qk", "vo"):
+            by = max(multiple, 2) if kind == "qk" and rotary else multiple
+            for side in two:
+                assert all(dim % by == 0 or dim == dims[i] for i, dim in enumerate(side.dims(kind)))
+            if kept[kind] < 1 and by < 4:
+                assert all(a != b for a, b in zip(two[0].dims(kind), two[1].dims(kind), strict=True))
+                assert all(dim % (2 * by) for dim in two[0].dims(kind)), "odd multiples"
+    assert len(totals) == 1
 
 
 def test_a_pruner_keeps_the_multiple_of_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:

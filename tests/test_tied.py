@@ -304,3 +304,13 @@ def test_scores_that_are_no_mapping_are_named(tied: bool) -> None:
     model = make()[0] if tied else nn.MultiheadAttention(WIDTH, HEADS)
     with pytest.raises(ScorerError, match="expected a mapping from name to Scores, found a NoneType"):
         make_plan(model, 0.5, scorer=Nothing())
+
+
+def test_multiples_are_measured_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = make()
+    for one, other in zip(model.layers[1].self_attn.modules(), model.layers[0].self_attn.modules(), strict=True):
+        one._parameters.update(other._parameters)
+    monkeypatch.setattr("attnprune.planning.faster.MULTIPLES", 1e-9)
+    plan = make_plan(model, 0.5, round_to="auto", example_inputs=data[0], progress=False)
+    assert plan.asked is not None
+    assert plan.asked.round_to == 2

@@ -98,6 +98,12 @@ def _gather(value: Any, error: str | None) -> list[Any]:
     return [one for _, one in found]
 
 
+def of_first(value: T) -> T:
+    """What the first process has, in every process: times are told by one clock. The value where nothing is shared."""
+    found: T = exchange(value)[0] if sharing() else value
+    return found
+
+
 def pooled(value: T) -> T:
     """The sum over all processes of tensors and numbers, at any depth of mappings, lists and tuples.
 

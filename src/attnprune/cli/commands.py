@@ -234,7 +234,7 @@ def _planned(args: argparse.Namespace) -> tuple[nn.Module, DataFile | None, Deci
     options: dict[str, Any] = {
         name: getattr(args, name, None) for name in ("preset", "include", "exclude", *OPTION_NAMES)
     }
-    timed = args.preset == "fast" or args.granularity == "auto"
+    timed = args.preset == "fast" or "auto" in (args.granularity, args.round_to)
     options |= {
         "compensate": {"yes": True, "no": False}.get(args.compensate, args.compensate),
         "example_inputs": given if args.target_latency or args.target_macs or timed else None,

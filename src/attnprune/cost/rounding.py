@@ -1,4 +1,4 @@
-"""Which multiples of channels a device likes: what ``round_to="auto"`` means."""
+"""Which multiples of channels devices of a kind like: what ``round_to="auto"`` means where nothing is measured."""
 
 from __future__ import annotations
 
@@ -41,14 +41,21 @@ def rounding(specs: Sequence[AttentionSpec], device: str | torch.device, dtype: 
     >>> rounding(specs, "cuda", torch.float16)
     8
     """
-    step = liked_multiple(device, dtype)
+    return min(liked_multiple(device, dtype), most_levels(specs))
+
+
+def most_levels(specs: Sequence[AttentionSpec]) -> int:
+    """The largest power of two of which the smallest head holds four.
+
+    >>> most_levels([AttentionSpec.of("attention", heads=12, head_dim=80, d_model=960)])
+    16
+    """
     smallest = min(min(*spec.qk_dims, *spec.vo_dims) for spec in specs)
-    while step > 1 and step * LEVELS > smallest:
-        step //= 2
-    return step
+    return int(2 ** (max(smallest // LEVELS, 1).bit_length() - 1))
 
 
 def auto_rounding(views: Sequence[AttentionView], granularity: str) -> int:
-    """What ``round_to="auto"`` means for these modules where they are; whole heads are not rounded."""
+    """What ``round_to="auto"`` means for these modules where they are and nothing is measured; whole heads are not
+    rounded."""
     weight = views[0].weight("q")
     return 1 if granularity == "head" else rounding([view.spec for view in views], weight.device, weight.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration.processes import of_first
 from ..cost.counting import Prices, count_macs, count_parameters, mac_prices, parameter_prices
 from ..cost.latency.table import LatencyTable
 from ..cost.rounding import auto_rounding
@@ -97,10 +98,11 @@ def cost_now(
 def table_for(
     model: nn.Module, views: Sequence[AttentionView], example_inputs: Any, rules: Rules, progress: bool
 ) -> LatencyTable:
-    """Measures what plans by these rules need to know."""
+    """Measures what plans by these rules need to know; of several processes that share data, the first one's counts."""
     from ..cost.latency import measure
 
-    return measure(
+    table = measure(
         model, example_inputs, granularity=rules.granularity, include=[escape(view.name) for view in views],
         round_to="auto" if rules.round_to == 1 else rules.round_to, progress=progress,
     )  # fmt: skip
+    return of_first(table)

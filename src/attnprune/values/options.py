@@ -88,7 +88,9 @@ class PrunerOptions(_Scoring, total=False):
     """``"uniform"`` (the default): every head of a layer keeps as many channels. ``"ragged"``: each its own number."""
     round_to: RoundTo
     """Channels that a head keeps (heads that a layer keeps, with head granularity) are a multiple of this; 1 by
-    default. ``"auto"``: of what the model's device likes (:func:`attnprune.cost.rounding.rounding`), 1 for heads."""
+    default. ``"auto"``: with ``example_inputs`` the finest multiple than which no coarser one is faster here, measured;
+    else, with ``measure=False``, or where times vary too much to tell, what devices of this kind like
+    (:func:`attnprune.cost.rounding.rounding`; so too for :class:`attnprune.AttentionPruner`). 1 for heads."""
     rounding: Rounding
     """Whether as many units go as come nearest to the ratio (``"nearest"``, the default), or the first number that is
     not below it (``"up"``), or the last that is not above (``"down"``)."""
@@ -140,4 +142,5 @@ class Options(PrunerOptions, ScoreOptions, total=False):
     ragged heads every head) may lose, in (0, 1)."""
     measure: YesNoAuto
     """Whether the report has latency, measured in turns before and after; ``"auto"`` (the default): with
-    ``target_latency`` and ``example_inputs``. A plan is the same with and without."""
+    ``target_latency`` and ``example_inputs``. A plan is the same with and without; False also keeps ``round_to="auto"``
+    and ``preset="fast"`` from measuring."""

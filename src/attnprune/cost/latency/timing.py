@@ -194,15 +194,15 @@ class Stopwatch:
 
     def pair(self, surgeon: Surgeon, dense_first: bool) -> tuple[float, tuple[float, list[float]]]:
         """Seconds of the dense model, and of the pruned one with those of its attentions."""
-
-        def pruned() -> tuple[float, list[float]]:
-            with swapped(surgeon):
-                return self._least(self._parts) if self.views else (self._least(self._dense)[0], [])
-
         if dense_first:
-            return self._least(self._dense)[0], pruned()
-        found = pruned()
+            return self._least(self._dense)[0], self.pruned(surgeon)
+        found = self.pruned(surgeon)
         return self._least(self._dense)[0], found
+
+    def pruned(self, surgeon: Surgeon) -> tuple[float, list[float]]:
+        """Seconds of the pruned model, and those of its attentions."""
+        with swapped(surgeon):
+            return self._least(self._parts) if self.views else (self._least(self._dense)[0], [])
 
     def _least(self, timed: Callable[[], tuple[float, list[float]]]) -> tuple[float, list[float]]:
         for _ in range(self._warm):
