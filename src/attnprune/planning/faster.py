@@ -30,6 +30,8 @@ from .costs import fitted
 
 GAIN = 0.97
 """Heads, or coarser multiples, are taken where the model takes at most so much of its time without: both lose more."""
+SURE = (1 - GAIN) / 2
+"""The standard error with which such a gain is told from none."""
 SECONDS = 5.0
 """How long channels, and heads, are measured."""
 MULTIPLES = 30.0
@@ -59,10 +61,11 @@ def _rounded(model: nn.Module, views: Sequence[AttentionView], request: Request)
     if len(multiples) == 1 or min(kept.values()) == 1:
         return request
     shares = measure_multiples(
-        model, views, inputs, multiples, liked, kept, rules.heads == "ragged", MULTIPLES, request.evidence.progress
-    )
+        model, views, inputs, multiples, liked, kept, rules.heads == "ragged", SURE, MULTIPLES,
+        request.evidence.progress,
+    )  # fmt: skip
     shares = of_first(shares)
-    if any(share.error > (1 - GAIN) / 2 for share in shares.values()):
+    if any(share.error > SURE for share in shares.values()):
         return request
     best = min(share.median for share in shares.values())
     finest = next(multiple for multiple in multiples if GAIN * shares[multiple].median <= best)

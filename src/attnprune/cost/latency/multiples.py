@@ -22,8 +22,6 @@ from .timing import Stopwatch
 
 ROUNDS = (5, 60)
 """How often every multiple is measured: before it is known how much times vary, and at most."""
-SURE = 0.01
-"""What the standard error of a share of time is to come down to."""
 
 
 class Share(NamedTuple):
@@ -42,6 +40,7 @@ def measure_multiples(
     against: int,
     kept: Mapping[Kind, float],
     ragged: bool = False,
+    sure: float = 0.015,
     seconds: float = 30.0,
     progress: bool = True,
 ) -> dict[int, Share]:
@@ -49,8 +48,8 @@ def measure_multiples(
 
     Of a multiple, one layer keeps that many channels per head more than a share, the next as many fewer (with ragged
     heads so do the heads of a layer), and then the other way round: odd multiples of it, but always the same number of
-    channels in all. So a multiple takes less only where the device likes it more. Shapes run in turns, until their
-    times are known to 1 %; the model is in the end bitwise as it was.
+    channels in all. So a multiple takes less only where the device likes it more. Shapes run in turns; the model is in
+    the end bitwise as it was.
 
     Args:
         model: any module with these attentions. Runs in evaluation mode, without gradients.
@@ -60,7 +59,8 @@ def measure_multiples(
         against: the multiple whose time the others are a share of.
         kept: the share of qk and of vo channels that stays; 1 leaves all.
         ragged: whether heads of a layer may differ.
-        seconds: how long to measure at most; one round at least.
+        sure: the standard error of shares that is enough.
+        seconds: how long to measure at most, beyond one round; given up as soon as it is seen not to be enough.
         progress: whether to show a progress bar.
 
     Returns:
@@ -79,19 +79,18 @@ def measure_multiples(
         return both
 
     with Stopwatch(model, (), example_inputs) as watch:
-        started, rounds, found = monotonic(), 0, dict[int, Share]()
+        started, rounds, done, found = monotonic(), 0, False, dict[int, Share]()
         shown = bar(what="multiples", shown=progress)
-        while rounds < 1 or (
-            rounds < ROUNDS[1]
-            and monotonic() - started < seconds
-            and any(share.error > SURE for share in found.values())
-        ):
+        while not done and rounds < ROUNDS[1]:
             shift = rounds % len(multiples)
             for multiple in (*multiples[shift:], *multiples[:shift]):
                 times[multiple].append(seconds_of(watch, multiple))
             rounds += 1
             shown.update()
             found = {multiple: _share(times[multiple], times[against]) for multiple in multiples}
+            worst = max(share.error for share in found.values())
+            wanted = rounds * (worst / sure) ** 2 if rounds >= ROUNDS[0] else ROUNDS[0]  # errors fall with the root
+            done = worst <= sure or (monotonic() - started) / rounds * wanted > seconds
         shown.close()
     return found
 
