@@ -64,6 +64,7 @@ FEW: Mapping[str, int] = {
     "tests/test_stages.py::test_configuration": 7,
     "tests/test_stream.py::test_files_take_a_plan_as_models_do": 5,
     "tests/test_torch_pruning.py::test_models_of_transformers_load_from_their_directory": 1,
+    "tests/test_threads.py::test_no_garbage_is_collected_while_frames_of_threads_are_read": 1,
     "tests/test_windows.py::test_scores_of_a_batch_are_those_of_its_samples": 7,
     "tests/test_windows.py::test_the_default_with_data_prunes_them": 10,
 }

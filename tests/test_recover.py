@@ -434,7 +434,7 @@ LENGTHS = {
 }  # fmt: skip
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("hiccup", [False, True])
 @pytest.mark.parametrize("steps", [1, 17, 200, "9s"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

@@ -42,7 +42,8 @@ HALF = Ratios.parse(0.5)
 
 def by_time(model: nn.Module, views: Sequence[AttentionView], request: Request) -> Request:
     """A request with what makes the model faster over ``example_inputs`` in place of ``"auto"``, measured."""
-    return _channels_or_heads(model, views, _rounded(model, views, request))
+    rounded = _rounded(model, views, request)
+    return _channels_or_heads(model, views, request, rounded) if request.rules.granularity == "auto" else rounded
 
 
 def _rounded(model: nn.Module, views: Sequence[AttentionView], request: Request) -> Request:
@@ -80,27 +81,25 @@ def _kept(ratios: Ratios, rules: Rules) -> dict[Kind, float]:
     return {"qk": 1 - min(ratios.q, ratios.k), "vo": 1 - min(ratios.v, ratios.o)}
 
 
-def _channels_or_heads(model: nn.Module, views: Sequence[AttentionView], request: Request) -> Request:
-    """With channels or heads, whichever makes the model faster.
+def _channels_or_heads(model: nn.Module, views: Sequence[AttentionView], request: Request, rounded: Request) -> Request:
+    """With channels or heads, whichever makes the model faster; only channels are rounded.
 
     Both are tried in the shape that they leave where every layer loses the same; half of the attention, where a budget
     is asked for. With a budget of latency they compete, each by what it was measured to save.
     """
-    if request.rules.granularity != "auto":
-        return request
     amount = request.amount
     if isinstance(amount, (Budget, Ceiling)) and amount.resource == "latency":
         return _with(request, "joint")
-    found: dict[Granularity, float] = {}
-    for granularity in ("channel", "head"):
-        asked = _with(replace(request, amount=amount if isinstance(amount, Ratios) else HALF), granularity)
+    asked = {"channel": _with(rounded, "channel"), "head": _with(request, "head")}
+    found: dict[str, float] = {}
+    for granularity, one in asked.items():
         try:
-            plan = _shapes(model, views, asked)
+            plan = _shapes(model, views, replace(one, amount=amount if isinstance(amount, Ratios) else HALF))
         except AllocationError:  # too few heads for that
             continue
         found[granularity] = _time(model, views, plan, request.evidence.example_inputs)
     heads = found.get("head", float("inf")) < GAIN * found.get("channel", 1.0)
-    return _with(request, "head" if heads else "channel")
+    return asked["head" if heads else "channel"]
 
 
 def check_time(model: nn.Module, views: Sequence[AttentionView], plan: Plan, request: Request) -> None:
