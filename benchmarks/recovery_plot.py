@@ -1,7 +1,7 @@
-"""Accuracy against seconds: ours beside the paper's rounds of LoRA, on the first keyword recogniser.
+"""Accuracy against seconds: ours beside the paper's rounds of LoRA, on the shipped keyword recogniser.
 
-    python benchmarks/recovery_plot.py    # writes docs/_static/recovery.png, from results/paper_table.json,
-                                          # recovery_first.json and recovery_first_ragged.json
+    python benchmarks/recovery_plot.py    # writes docs/_static/recovery.png, from results/paper_table_shipped.json,
+                                          # recovery_keywords.json and recovery_keywords_ragged.json
 
 Seconds are of one processor, from the dense model to the one that was measured: calibration, pruning, and all training.
 """
@@ -23,7 +23,7 @@ HALF = 7
 CLIPS = 512
 """Unlabelled clips that ours reads."""
 VARIANTS = [f"{scheme}-{scope}-{score}" for score in ("FI", "MAG") for scheme in ("PH", "EH") for scope in "GL"]
-OURS = {"recovery_first": "the default", "recovery_first_ragged": "ragged"}
+OURS = {"recovery_keywords": "the default", "recovery_keywords_ragged": "ragged"}
 """By results file."""
 
 
@@ -71,8 +71,8 @@ def ours(results: dict[str, Any]) -> list[Point]:
 
 def load() -> tuple[list[Point], list[Point]]:
     """The paper's and ours."""
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("paper_table", *OURS)}
-    return paper(found["paper_table"]), ours({name: found[name]["result"] for name in OURS})
+    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("paper_table_shipped", *OURS)}
+    return paper(found["paper_table_shipped"]), ours({name: found[name]["result"] for name in OURS})
 
 
 def rows(theirs: list[Point], own: list[Point]) -> list[tuple[str, Point]]:

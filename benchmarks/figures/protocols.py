@@ -74,6 +74,7 @@ ROWS = {
     "**ours**: the default, 6,125 clips a round": "rotated; LoRA",
     "**ours**: split found, ragged, 6,125 clips a round": "rotated, free; LoRA",
 }
+MORE = ("PH-G-FI", "PH-L-FI", "EH-G-FI", "EH-L-FI")
 
 
 def protocol_shipped(results: Results) -> Iterator[Quote]:
@@ -86,14 +87,16 @@ def protocol_shipped(results: Results) -> Iterator[Quote]:
     words = "(dense {} % on the test clips, {} % on {} more clips of the same voices"
     yield Quote(words, *(f"{one:.2f}" for one in dense), f"{new['clips']:,}")
     yield Quote("a round trains on {} clips, of {}", f"{clips:,}", f"{found['environment']['training clips']:,}")
-    tried = {name: name for name in PAPER} | {"dense, nothing removed": "dense"} | ROWS
+    tried = {name: name for name in PAPER} | {"dense, nothing removed": "dense"}
+    tried |= {f"{name}, 24,500 clips a round": f"{name}; more clips" for name in MORE}
+    tried |= {"dense, 24,500 clips a round": "dense; more clips"} | ROWS
     columns: list[tuple[int, dict[str, bool]]] = [
         (7, {}), (7, {"tuned": True}), (7, {"new": True}), (14, {}), (14, {"new": True}),
     ]  # fmt: skip
     rows: list[Row] = []
     for shown, name in tried.items():
         spreads = [distance(found, name, step, **how) for step, how in columns]
-        if name == "dense" or name.endswith("no recovery"):  # not trained, or the reference itself
+        if name.startswith("dense") or name.endswith("no recovery"):  # not trained, or the reference itself
             spreads[1] = None
         cells = ["{}" if spread else "" for spread in spreads]
         rows.append((shown, cells, [signed(spread.median) for spread in spreads if spread]))
@@ -103,6 +106,16 @@ def protocol_shipped(results: Results) -> Iterator[Quote]:
     least, most = (pick(-one.median for one in trained if one) for pick in (min, max))
     yield Quote("lose {} to {} points at 50 %, where ours lose {} and {} untrained", f"{least:.2f}", f"{most:.2f}",
                 *(f"{-distance(found, ROWS[name], 7).median + 0.0:.2f}" for name in list(ROWS)[:2]))  # fmt: skip
-    alone = distance(found, "dense", 7)
+    alone, longer = (distance(found, name, 7) for name in ("dense", "dense; more clips"))
     assert alone is not None
+    assert longer is not None
     yield Quote("costs the dense model {} points too", f"{-alone.median:.2f}")
+    yield Quote(
+        "with {} clips a round {}", f"{found['recipes']['dense; more clips']['clips']:,}", signed(longer.median)
+    )
+    more = [distance(found, f"{name}; more clips", 7) for name in MORE]
+    alike = [distance(found, f"{name}; more clips", 7, tuned=True) for name in MORE]
+    figures = [f"{-pick(one.median for one in spreads if one) + 0.0:.2f}"
+               for spreads in (more, alike) for pick in (max, min)]  # fmt: skip
+    words = "variants by Fisher end {} to {} points below dense, {} to {} below a dense model that was trained alike"
+    yield Quote(words, *figures)

@@ -209,19 +209,26 @@ def recovery(results: Results) -> Iterator[Quote]:
                 figures += [bare(apart[one], digits) for one in ("median", "least", "most")]
                 rows.append((first, ["{} ({} to {})", "{} ({} to {})"], figures))
     yield table(["way", "accuracy, %", "divergence of answers from dense, nats"], rows)
-    yield Quote("as it was first shipped (dense {} %)", f"{results['recovery_first']['dense'][0]:.2f}")
-    theirs, own = recovery_plot.paper(results["paper_table"]), recovery_plot.ours(results)
+    theirs, own = recovery_plot.paper(results["paper_table_shipped"]), recovery_plot.ours(results)
     rows = [
         (shown, ["{}", "{}", "{}"], [f"{one.clips:,}", f"{one.seconds:.1f}", signed(one.points)])
         for shown, one in recovery_plot.rows(theirs, own)
     ]
     yield table(["way", "clips", "seconds of one processor", "points from dense"], rows)
     by_way = {(one.way, one.share): one for one in (*theirs, *own)}
-    yield Quote("is the default after {} seconds", f"{by_way['the default', 50].seconds:.1f}")
-    there = [by_way[f"{name}, 24,500 clips a round", 50].seconds for name in ("EH-G-FI", "PH-G-FI")]
-    yield Quote("after {} seconds (EH-G-FI) and {} seconds (PH-G-FI)", *(f"{one:.0f}" for one in there))
-    yield Quote("(PH-G-FI), with {} clips", f"{by_way['PH-G-FI, 24,500 clips a round', 50].clips:,}")
-    yield Quote("ragged heads lose {} in closed form", f"{-by_way['ragged', 85].points:.2f}")
+    near = (by_way["the default", 50], by_way["ragged", 75])
+    words = "at 50 % is the default after {} seconds, at 75 % ragged heads after {} seconds"
+    yield Quote(words, *(f"{one.seconds:.1f}" for one in near))
+    for clips, words in (
+        (6125, "with {} clips a round they lose {} to {} points in {} to {} seconds"),
+        (24500, "with four times as many, {}, those by Fisher end {} to {} points below after {} to {} seconds"),
+    ):
+        some = [one for one in theirs if one.clips == recovery_plot.HALF * clips]
+        lost, spent = ([getattr(one, key) for one in some] for key in ("points", "seconds"))
+        yield Quote(words, f"{clips:,}", f"{-max(lost):.2f}", f"{-min(lost):.2f}",
+                    f"{min(spent):,.0f}", f"{max(spent):,.0f}")  # fmt: skip
+    lost = [-by_way[way, 85].points for way in ("ragged", "ragged, 100 steps")]
+    yield Quote("ragged heads lose {} in closed form, {} after 100 steps", *(f"{one:.2f}" for one in lost))
     rows = []
     for way, shown, share in (
         ("uniform", "the default", "50%"),

@@ -41,7 +41,6 @@ class Run(NamedTuple):
 
 
 KEYWORDS = ("examples/keywords/checkpoint", "examples/keywords/features", "examples/keywords/data.py")
-FIRST = ("examples/keywords/checkpoint_first", *KEYWORDS[1:])
 TEXTS = ("benchmarks/minilm_texts.py",)
 LLAMA = ("benchmarks/byte_llama", "benchmarks/byte_llama.py", "benchmarks/byte_lm.py")
 RUNS = (
@@ -51,9 +50,6 @@ RUNS = (
         (*KEYWORDS, "benchmarks/_tasks.py")),
     Run("recovery_keywords_ragged", "benchmarks/recovery.py keywords --ratios 0.5 0.75 0.85 --ragged",
         (*KEYWORDS, "benchmarks/_tasks.py")),
-    Run("recovery_first", "benchmarks/recovery.py first --ratios 0.5 0.75 0.85", (*FIRST, "benchmarks/_tasks.py")),
-    Run("recovery_first_ragged", "benchmarks/recovery.py first --ratios 0.5 0.75 0.85 --ragged",
-        (*FIRST, "benchmarks/_tasks.py")),
     Run("four_ratios_keywords", "benchmarks/four_ratios.py keywords", KEYWORDS),
     Run("outer_sides_keywords",
         "benchmarks/outer_sides.py keywords --count 128 --ratios 0.75 0.5 --shares 0 0.01 0.04 0.08",
