@@ -217,7 +217,7 @@ def recovery(results: Results) -> Iterator[Quote]:
     yield table(["way", "clips", "seconds of one processor", "points from dense"], rows)
     by_way = {(one.way, one.share): one for one in (*theirs, *own)}
     near = (by_way["the default", 50], by_way["ragged", 75])
-    words = "at 50 % is the default after {} seconds, at 75 % ragged heads after {} seconds"
+    words = "at 50 % the default after {} seconds, at 75 % ragged heads after {} seconds"
     yield Quote(words, *(f"{one.seconds:.1f}" for one in near))
     for clips, words in (
         (6125, "with {} clips a round they lose {} to {} points in {} to {} seconds"),
