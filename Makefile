@@ -88,7 +88,7 @@ test-all test-exact test-compat test-latest test-oldest: export ATTNPRUNE_ALL = 
 test-all: unit
 
 test-exact: $(STAMP)
-	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py -n $(JOBS) --dist loadgroup
+	ATTNPRUNE_CASES=200 $(BIN)/pytest tests/test_exact.py tests/test_four_ratios.py -n $(JOBS) --dist loadgroup
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_files
